@@ -1,0 +1,97 @@
+"""Options that several commands share, and reading what the user named."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import typer
+
+from coterie.errors import UsageError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS |= {f"{unit}B": factor for unit, factor in UNITS.items()}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+TEXT_LIMIT = 64 * 2**20  # bytes of a prompt or a text to score
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "64MiB", "1.5 GiB", "2G" (10^9) or "65536"; raises UsageError."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
+    if match and match[2].upper() in UNITS:
+        size = int(float(match[1]) * UNITS[match[2].upper()])
+        if size > 0:
+            return size
+    raise UsageError(
+        f"--memory {text!r} is not a size: write it as 64MiB, 1.5GiB, 2G (10^9 bytes) or plain bytes"
+    )
+
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="A GGUF file, or the name of a model (see: coterie ls)."),
+]
+ModelOption = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="The same as MODEL.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("-t", "--threads", min=1, envvar="COTERIE_THREADS", help="Lanes; by default one per core."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "-c",
+        "--ctx-size",
+        min=0,
+        envvar="COTERIE_CONTEXT",
+        help="Positions at most; 0: what the model allows.",
+    ),
+]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        "--memory",
+        parser=parse_size,
+        metavar="SIZE",
+        envvar="COTERIE_MEMORY",
+        help="Ceiling, as 64MiB or 2G.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def pick_model(argument: str | None, option: str | None) -> str:
+    """The one model that was named, as MODEL or as -m; raises UsageError."""
+    if argument and option:
+        raise UsageError(f"two models: {argument!r} and -m {option!r}; name one")
+    if not (argument or option):
+        raise UsageError("which model? give a GGUF file or a name, for example smollm2 (see: coterie ls)")
+    return argument or option or ""
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; raises UsageError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return _decoded(file, str(path))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_stdin() -> str | None:
+    """What was piped in, or None where stdin is a terminal or closed; raises UsageError."""
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return None
+    return _decoded(sys.stdin.buffer, "stdin")
+
+
+def _decoded(file: BinaryIO, name: str) -> str:
+    data = file.read(TEXT_LIMIT + 1)
+    if len(data) > TEXT_LIMIT:
+        raise UsageError(f"{name} holds more than {TEXT_LIMIT >> 20} MiB of text; give less")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{name} is not UTF-8 text: byte {error.start} is wrong; convert it first"
+        ) from error

@@ -1,0 +1,171 @@
+"""coterie run: answer a prompt."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coterie.commands import terminal
+from coterie.commands.options import (
+    Context,
+    Json,
+    Memory,
+    ModelArgument,
+    ModelOption,
+    Threads,
+    pick_model,
+    read_stdin,
+    read_text,
+)
+from coterie.errors import UsageError
+
+if TYPE_CHECKING:
+    from coterie.engine import LLM, Generation
+    from coterie.generation import SamplingOptions
+
+
+def run(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="The prompt; else -f or a pipe.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message of the chat.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no chat template.")] = False,
+    n: Annotated[int, typer.Option("-n", "--n-predict", min=-1, help="Tokens at most; -1: to the end.")] = -1,
+    context: Context = None,
+    threads: Threads = None,
+    memory: Memory = None,
+    temperature: Annotated[float | None, typer.Option("--temp", help="0: most probable token.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Of the k best tokens; 0: off.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Of the best that make up p; 1: off.")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", help="At least p of the best; 0: off.")] = None,
+    repeat_penalty: Annotated[float | None, typer.Option("--repeat-penalty", help="1: off.")] = None,
+    repeat_last_n: Annotated[
+        int | None, typer.Option("--repeat-last-n", help="Tokens that are penalised; -1: all.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="For equal answers; -1: a new one.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome/Perfetto trace.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt: the answer goes to stdout, plan and timings to stderr."""
+    name = pick_model(model, model_option)
+    options = _sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        seed=seed,
+    )
+    if stop and not all(stop):
+        raise UsageError("--stop is empty: leave it out")
+    if raw and system is not None:
+        raise UsageError("--system is part of a chat, --raw means none; drop one of them")
+    if trace is not None and not trace.absolute().parent.is_dir():
+        raise UsageError(f"--trace {trace}: there is no folder {trace.absolute().parent}")
+    text = _prompt(prompt, file)
+
+    from coterie.engine import LLM
+
+    with (
+        terminal.Progress() as progress,
+        LLM(
+            name, threads=threads, context=context or None, memory=memory, trace=trace, progress=progress
+        ) as llm,
+    ):
+        progress.say(llm.plan.lines())
+        sampling = {**dataclasses.asdict(options), "stop": stop or []}
+        generation = _start(llm, text, system, raw, n, sampling)
+        _show(generation, progress, as_json)
+        progress.say([_summary(generation, llm.memory(), options)])
+        if as_json:
+            terminal.write_json(
+                {
+                    "text": generation.text,
+                    "tokens": generation.tokens,
+                    "finish_reason": generation.finish_reason,
+                    "seed": options.seed,
+                    "timings": generation.timings,
+                    "memory": llm.memory(),
+                    "plan": llm.plan.as_dict(),
+                }
+            )
+
+
+def _sampling(**given: Any) -> "SamplingOptions":
+    """Options as given, defaults for the rest."""
+    from coterie.generation import SamplingOptions
+
+    return SamplingOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt of -p, -f or the pipe. A file's last newline is its editor's, not the user's."""
+    if prompt is not None and file is not None:
+        raise UsageError("two prompts: -p and -f; give one")
+    if prompt is not None:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UsageError("-p is not UTF-8 text; put it into a file and give -f") from None
+        return prompt
+    text = read_text(file) if file is not None else read_stdin()
+    if not text:
+        raise UsageError("no prompt: give -p TEXT or -f FILE, or pipe it in")
+    return text.removesuffix("\n")
+
+
+def _start(
+    llm: "LLM", text: str, system: str | None, raw: bool, n: int, sampling: dict[str, Any]
+) -> "Generation":
+    if raw or llm.template is None:
+        if system is not None:
+            raise UsageError("this model has no chat template, so --system has no place; drop it")
+        return llm.generate(text, max_tokens=n, **sampling)
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return llm.chat(messages, max_tokens=n, **sampling)
+
+
+def _show(generation: "Generation", progress: terminal.Progress, as_json: bool) -> None:
+    """Stream the answer to stdout; where no terminal shows it, show that it grows."""
+    watched = sys.stdout.isatty() and not as_json
+    progress("reading the prompt")
+    last = ""
+    for count, piece in enumerate(generation, start=1):
+        if watched:
+            progress.stop()
+        else:
+            progress(f"answering: {count} tokens")
+        if piece and not as_json:
+            terminal.write(piece)
+            last = piece
+    if last and not last.endswith("\n"):
+        terminal.write("\n")
+
+
+def _summary(generation: "Generation", memory: dict[str, Any], options: "SamplingOptions") -> str:
+    timings = generation.timings
+    parts = [
+        f"prompt {timings['prompt_tokens']} tokens, {timings['prompt_tokens_per_s']:.1f}/s",
+        f"answer {timings['generated_tokens']} tokens, {timings['tokens_per_s']:.1f}/s",
+        f"ended by {generation.finish_reason}",
+    ]
+    if options.temperature > 0:
+        parts.append(f"seed {options.seed}")
+    if "peak_rss" in memory:
+        parts.append(f"peak memory {terminal.size_text(memory['peak_rss'])}")
+    return " · ".join(parts)

@@ -1,0 +1,112 @@
+"""What goes to the terminal: answers and data to stdout, everything else to stderr."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+NOTE_SECONDS = 5.0  # without a terminal, a line of progress this often
+
+# Control characters by which a text could command the terminal, as their visible pictures.
+VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def printable(text: str) -> str:
+    """The text with control characters other than newline and tab made visible."""
+    return text.translate(VISIBLE)
+
+
+def write(text: str) -> None:
+    """Print text on stdout at once; to a terminal only what is printable, else untouched."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def write_json(data: object) -> None:
+    """Print data as JSON on stdout; what JSON has no number for (NaN, infinities) becomes null."""
+    write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):  # a numpy scalar
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def size_text(size: float) -> str:
+    """Bytes for people: "512 B", "64.0 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size /= 1024
+    else:
+        unit = "TiB"
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+class Progress:
+    """What is being done now, on stderr: a spinner on a terminal, elsewhere a line now and then.
+
+    Called with (label, done, total) it is what the engine and the fetcher report to.
+    """
+
+    def __init__(self) -> None:
+        self._console: Console | None = None
+        self._status: Status | None = None
+        self._noted = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.text import Text
+
+            self._console = Console(stderr=True)
+            self._status = self._console.status(Text("starting"))
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def __call__(self, label: str, done: int = 0, total: int = 0) -> None:
+        text = printable(f"{label} {100 * done // total} %" if total else label)
+        if self._status is not None:
+            from rich.text import Text
+
+            self._status.update(Text(text))
+        elif self._console is None and time.monotonic() - self._noted >= NOTE_SECONDS:
+            self._noted = time.monotonic()
+            print(f"coterie: {text}", file=sys.stderr, flush=True)
+
+    def say(self, lines: Iterable[str]) -> None:
+        """Print lines on stderr that stay."""
+        for line in lines:
+            if self._console is not None:
+                self._console.out(printable(line), highlight=False)
+            else:
+                print(line, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """End the spinner, so that the answer has the terminal to itself."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None

@@ -1,0 +1,190 @@
+"""The feed-forward network as neuron-cluster instructions (design sections 2 and 8).
+
+Which clusters run, where their weights lie and whether they have arrived is data: a list of cluster ids, and a
+table row a cluster with the address of its Gate and Up groups, of its Down column, and its arrival flag. A
+dense model's list is full and nothing is waited for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from numba.extending import register_jitable
+
+from coterie.kernels import formats
+from coterie.kernels.compiled import kernel
+from coterie.kernels.formats import ROWS
+from coterie.kernels.mathematics import ACTIVATIONS
+from coterie.kernels.record import ABORT, OPERANDS, SPIN, TOKENS
+from coterie.kernels.rows import emit_block
+from coterie.kernels.sync import claim, finish, prepare, wait_flag, word
+from coterie.kernels.tile import (
+    CLUSTER_DOWN,
+    CLUSTER_FLAG,
+    CLUSTER_GATE_UP,
+    CLUSTER_ROW,
+    CLUSTER_WANTED,
+    Tile,
+    cluster_tile_op,
+    tile_op,
+)
+from coterie.kernels.vector import floats_at, i32_at, i64_at, mul
+
+VECTOR = 4 * ROWS
+
+(
+    UP_TABLE,  # cluster table
+    UP_LIST,  # int32: how many clusters run; their ids follow, ascending
+    UP_NEURONS,  # neurons of a cluster, a multiple of 32
+    UP_BLOCKS,  # blocks in a Gate or Up row
+    UP_X,
+    UP_X_LANE,
+    UP_OUT,  # tiles of the hidden activations
+    UP_OUT_SUBS,  # sub-blocks of a whole hidden row
+    UP_OUT_FLOAT,  # 1: Down's weights are floats
+    UP_CHUNK,  # clusters in a piece
+    UP_PANEL,
+    UP_SCRATCH,
+    UP_SCRATCH_LANE,
+    UP_UP_OFFSET,  # from a cluster's Gate groups to its Up groups, bytes
+    UP_TIMESPEC,
+) = range(OPERANDS, OPERANDS + 15)
+
+(
+    DOWN_TABLE,
+    DOWN_LIST,
+    DOWN_GROUPS,  # row groups of the output
+    DOWN_X,
+    DOWN_X_SUBS,
+    DOWN_Y,
+    DOWN_Y_ROW,
+    DOWN_CHUNK,  # row groups in a piece
+    DOWN_PANEL,  # clusters in a panel
+) = range(OPERANDS, OPERANDS + 9)
+
+
+@register_jitable
+def arrived(entry, step, timespec):  # type: ignore[no-untyped-def]
+    """Wait until a cluster's weights are there; False if the step is abandoned meanwhile."""
+    flag = i64_at(entry + CLUSTER_FLAG)
+    if flag == 0:
+        return True
+    return wait_flag(flag, i64_at(entry + CLUSTER_WANTED), word(step, SPIN), word(step, ABORT), timespec)
+
+
+@kernel
+def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callable[..., Any]:
+    """hidden = activation(Gate x) * (Up x), cluster by cluster, quantised as Down's input."""
+    tile_tokens = int(tokens)
+    gate_tile, up_tile = tile_op(gate_name, tile_tokens), tile_op(up_name, tile_tokens)
+    gate, up = formats.FORMATS[gate_name], formats.FORMATS[up_name]
+    gate_block, up_block = gate.block, up.block
+    if gate.subs != up.subs or gate.is_float != up.is_float:
+        raise ValueError(f"Gate as {gate_name} with Up as {up_name}")
+    x_block = Tile(gate, tile_tokens).x_sub * gate.subs
+    activate = ACTIVATIONS[activation]
+
+    def run(record, step, lane):  # type: ignore[no-untyped-def]
+        n = word(step, TOKENS)
+        tiles = (n + tile_tokens - 1) // tile_tokens
+        ids = word(record, UP_LIST) + 4
+        clusters, chunk = i32_at(word(record, UP_LIST)), word(record, UP_CHUNK)
+        groups, blocks = word(record, UP_NEURONS) // ROWS, word(record, UP_BLOCKS)
+        panel = word(record, UP_PANEL) if tiles > 1 else blocks
+        x = word(record, UP_X) + lane * word(record, UP_X_LANE)
+        scratch = word(record, UP_SCRATCH) + lane * word(record, UP_SCRATCH_LANE)
+        gates = scratch  # float32 [row][Gate groups, then Up groups][16]
+        row_bytes = 2 * groups * VECTOR
+        total = max(1, (clusters + chunk - 1) // chunk)
+        pieces = 0
+        piece = claim(record, step, lane, total)
+        if piece >= 0:
+            prepare(record, step, lane)
+        while piece >= 0:
+            for c in range(piece * chunk, min(clusters, (piece + 1) * chunk)):
+                cluster = i32_at(ids + 4 * c)
+                entry = word(record, UP_TABLE) + cluster * CLUSTER_ROW
+                if not arrived(entry, step, word(record, UP_TIMESPEC)):
+                    return pieces
+                w_gate = i64_at(entry + CLUSTER_GATE_UP)
+                w_up = w_gate + word(record, UP_UP_OFFSET)
+                for first in range(0, blocks, panel):
+                    count = min(panel, blocks - first)
+                    for g in range(groups):
+                        w = w_gate + (g * blocks + first) * gate_block
+                        for i in range(tiles):
+                            out = gates + i * tile_tokens * row_bytes + g * VECTOR
+                            gate_tile(w, x + (i * blocks + first) * x_block, out, row_bytes, count, first)
+                    for g in range(groups):
+                        w = w_up + (g * blocks + first) * up_block
+                        for i in range(tiles):
+                            out = gates + i * tile_tokens * row_bytes + (groups + g) * VECTOR
+                            up_tile(w, x + (i * blocks + first) * x_block, out, row_bytes, count, first)
+                pairs = groups // 2
+                for row in range(n):
+                    for p in range(pairs):
+                        at = gates + row * row_bytes + p * 2 * VECTOR
+                        low = mul(activate(floats_at(at)), floats_at(at + groups * VECTOR))
+                        high = mul(activate(floats_at(at + VECTOR)), floats_at(at + VECTOR + groups * VECTOR))
+                        sub = cluster * pairs + p
+                        emit_block(
+                            low, high, word(record, UP_OUT), tile_tokens, row, sub,
+                            word(record, UP_OUT_SUBS), word(record, UP_OUT_FLOAT) != 0,
+                        )  # fmt: skip
+            pieces += 1
+            piece = claim(record, step, lane, total)
+        return finish(record, step, pieces, total)
+
+    return run
+
+
+@kernel
+def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
+    """y = Down hidden: a lane owns output rows and walks the clusters in ascending order.
+
+    For one tile of tokens clusters are the outer loop and y holds the sums, so that memory is read in order;
+    for more, sums stay in registers over a panel of clusters.
+    """
+    tile_tokens = int(tokens)
+    tile, cluster_tile = tile_op(name, tile_tokens), cluster_tile_op(name, tile_tokens)
+    f = formats.FORMATS[name]
+    block_bytes, x_block = f.block, Tile(f, tile_tokens).x_sub * f.subs
+    x_sub = Tile(f, tile_tokens).x_sub
+
+    def run(record, step, lane):  # type: ignore[no-untyped-def]
+        n = word(step, TOKENS)
+        tiles = (n + tile_tokens - 1) // tile_tokens
+        table, ids = word(record, DOWN_TABLE), word(record, DOWN_LIST) + 4
+        clusters = i32_at(word(record, DOWN_LIST))
+        groups, chunk = word(record, DOWN_GROUPS), word(record, DOWN_CHUNK)
+        x, y, y_row = word(record, DOWN_X), word(record, DOWN_Y), word(record, DOWN_Y_ROW)
+        panel = word(record, DOWN_PANEL)
+        total = (groups + chunk - 1) // chunk
+        pieces = 0
+        piece = claim(record, step, lane, total)
+        if piece >= 0:
+            prepare(record, step, lane)
+        while piece >= 0:
+            first_group, last_group = piece * chunk, min(groups, (piece + 1) * chunk)
+            if clusters == 0:
+                for g in range(first_group, last_group):
+                    for i in range(tiles):
+                        tile(0, 0, y + i * tile_tokens * y_row + g * VECTOR, y_row, 0, 0)
+            elif tiles == 1:
+                for c in range(clusters):
+                    cluster = i32_at(ids + 4 * c)
+                    w = i64_at(table + cluster * CLUSTER_ROW + CLUSTER_DOWN)
+                    for g in range(first_group, last_group):
+                        tile(w + g * block_bytes, x + cluster * x_block, y + g * VECTOR, y_row, 1, c)
+            else:
+                for first in range(0, clusters, panel):
+                    count = min(panel, clusters - first)
+                    for g in range(first_group, last_group):
+                        for i in range(tiles):
+                            x_at = x + i * word(record, DOWN_X_SUBS) * x_sub
+                            y_at = y + i * tile_tokens * y_row + g * VECTOR
+                            cluster_tile(table, ids + 4 * first, count, g * block_bytes, x_at, y_at, y_row, first)
+            pieces += 1
+            piece = claim(record, step, lane, total)
+        return finish(record, step, pieces, total)
+
+    return run

@@ -1,0 +1,64 @@
+"""Dense matrix kernels: y[row] = W x[row], for one token, a small batch or a prefill chunk."""
+
+from collections.abc import Callable
+from typing import Any
+
+from coterie.kernels import formats
+from coterie.kernels.compiled import kernel
+from coterie.kernels.formats import ROWS
+from coterie.kernels.record import OPERANDS, OUTPUTS, TOKENS
+from coterie.kernels.sync import claim, finish, prepare, word
+from coterie.kernels.tile import Tile, tile_op
+
+(
+    MATMUL_WEIGHTS,
+    MATMUL_GROUP,  # bytes of a 16-row group
+    MATMUL_GROUPS,
+    MATMUL_BLOCKS,  # blocks in a row
+    MATMUL_X,
+    MATMUL_X_LANE,
+    MATMUL_Y,
+    MATMUL_Y_ROW,
+    MATMUL_CHUNK,  # groups in a piece
+    MATMUL_PANEL,  # blocks whose activations stay in the second-level cache
+    MATMUL_OUTPUTS,  # 1: the rows are those that want logits
+) = range(OPERANDS, OPERANDS + 11)
+VECTOR = 4 * ROWS
+
+
+@kernel
+def matmul(name: str, tokens: str) -> Callable[..., Any]:
+    """A piece is a run of row groups. Loops: panel of columns, row group, token tile, so that a panel of
+    activations stays in the second-level cache and one of weights in the first."""
+    tile_tokens = int(tokens)
+    tile = tile_op(name, tile_tokens)
+    f = formats.FORMATS[name]
+    block_bytes, x_block = f.block, Tile(f, tile_tokens).x_sub * f.subs
+
+    def run(record, step, lane):  # type: ignore[no-untyped-def]
+        n = word(step, OUTPUTS) if word(record, MATMUL_OUTPUTS) != 0 else word(step, TOKENS)
+        tiles = (n + tile_tokens - 1) // tile_tokens
+        groups, chunk, blocks = word(record, MATMUL_GROUPS), word(record, MATMUL_CHUNK), word(record, MATMUL_BLOCKS)
+        panel = word(record, MATMUL_PANEL) if tiles > 1 else blocks
+        x = word(record, MATMUL_X) + lane * word(record, MATMUL_X_LANE)
+        y, y_row = word(record, MATMUL_Y), word(record, MATMUL_Y_ROW)
+        total = (groups + chunk - 1) // chunk
+        pieces = 0
+        piece = claim(record, step, lane, total)
+        if piece >= 0:
+            prepare(record, step, lane)
+        while piece >= 0:
+            last = min(groups, (piece + 1) * chunk)
+            for first_block in range(0, blocks, panel):
+                count = min(panel, blocks - first_block)
+                for g in range(piece * chunk, last):
+                    w = word(record, MATMUL_WEIGHTS) + g * word(record, MATMUL_GROUP) + first_block * block_bytes
+                    for i in range(tiles):
+                        x_at = x + (i * blocks + first_block) * x_block
+                        y_at = y + i * tile_tokens * y_row + g * VECTOR
+                        tile(w, x_at, y_at, y_row, count, first_block)
+            pieces += 1
+            piece = claim(record, step, lane, total)
+        return finish(record, step, pieces, total)
+
+    return run

@@ -1,0 +1,76 @@
+"""The instruction record and the step header: what compiled programs are made of (docs/instruction-record.md).
+
+A program is a table of INSTRUCTION records in the arena. A record's words are 64-bit: addresses, once the
+program is loaded (offsets into the arena before that), counts, and the bits of float32 parameters.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+VERSION = 1
+WORDS = 32
+RECORD_BYTES = 8 * WORDS
+LINE = 64  # bytes of a flag, a claim counter, a done counter
+
+KERNEL = 0  # address of the compiled kernel
+OPCODE = 1  # Opcode in the low 16 bits, layer in the next 16 (0xffff: none)
+WAIT = 2  # two flags that must carry this step's epoch before the kernel starts (0: none)
+SET = 4  # the flag that the last finished piece sets to the epoch (0: none)
+CLAIM = 5  # first of `lanes` claim lines (0: a preparation, which a lane runs whole for itself)
+DONE = 6  # the line that counts finished pieces
+ERROR = 7  # the word that takes a kernel's complaint (0: no error)
+PREPARE = 8  # a record that a lane runs for itself once it holds its first piece (0: none)
+OPERANDS = 9  # WORDS - OPERANDS words that belong to the kernel
+
+
+class Opcode(IntEnum):
+    """What an instruction does; names appear in traces."""
+
+    EMBED = 1
+    NORM = 2
+    MATMUL = 3
+    ROPE = 4
+    ATTEND = 5
+    MERGE = 6
+    FFN_UP = 7
+    FFN_DOWN = 8
+
+
+# Words of the step header. Each lane works on its own copy, taken when the go flag rose, so that a lane which
+# was stopped and wakes up in a later step can only find that there is nothing left to claim.
+EPOCH = 0  # number of this step, the value flags take
+PROGRAM = 1  # address of the first record
+RECORDS = 2
+LANES_COUNT = 3
+ABORT = 4  # address of a word that is not 0 once the step is to be abandoned
+SPIN = 5  # cycles to spin before sleeping
+TOKENS = 6  # number of rows
+IDS = 7  # int32[rows]: token ids
+POSITIONS = 8  # int32[rows]
+TABLES = 9  # int64[rows]: address of each row's KV block table (int64 block addresses)
+OUTPUTS = 10  # number of rows that want logits
+OUTPUT_ROWS = 11  # int32[outputs]: which
+TRACE = 12  # address of the first lane's trace ring (0: not recording)
+TRACE_STRIDE = 13
+STOP = 14  # 1: lanes leave for good
+HEADER_WORDS = 16
+HEADER_BYTES = 8 * HEADER_WORDS
+
+EVENT = np.dtype(
+    [
+        ("start", "<u8"),  # cycles
+        ("end", "<u8"),  # cycles
+        ("waited", "<u4"),  # cycles before start spent waiting for flags
+        ("epoch", "<u4"),
+        ("opcode", "<u2"),
+        ("layer", "<u2"),
+        ("pieces", "<u4"),
+    ]
+)
+RING_HEADER = 64  # bytes: events written so far (int64), capacity (int64)
+
+
+def float_bits(value: float) -> int:
+    """A float32 as an operand word."""
+    return int(np.float32(value).view(np.int32))

@@ -1,0 +1,246 @@
+"""Row-wise kernels: embedding, normalisation, and quantising what the next matrices read.
+
+Rows are padded with zeros to a multiple of 32 columns. Norms sum 16 lanes in ascending order and then the lanes
+by halves. An activation block of 32 is scaled by its largest magnitude over 127 and rounded to nearest even.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import register_jitable
+
+from coterie.kernels import formats
+from coterie.kernels.compiled import kernel
+from coterie.kernels.formats import COLUMNS
+from coterie.kernels.record import CLAIM, IDS, OPERANDS, OUTPUT_ROWS, OUTPUTS, TOKENS
+from coterie.kernels.sync import claim, finish, word
+from coterie.kernels.tile import FLOAT_TOKEN, INT8_TOKEN
+from coterie.kernels.vector import (
+    ADDRESS,
+    F32,
+    FLOATS,
+    I8x16,
+    I32,
+    I32x16,
+    F32x16,
+    I64,
+    across,
+    add,
+    call,
+    const,
+    f32_at,
+    floats,
+    floats_at,
+    fmadd,
+    i32_at,
+    maximum,
+    minimum,
+    mul,
+    op,
+    set_f32,
+    set_floats,
+    splat,
+    store,
+    total,
+)
+
+
+@op(types.float32, types.int64)
+def bits_to_float(b, bits):  # type: ignore[no-untyped-def]
+    """A float32 operand."""
+    return b.bitcast(b.trunc(bits, I32), F32)
+
+
+@op(types.void, FLOATS, FLOATS, ADDRESS, types.intp, types.intp)
+def quantise_block(b, low, high, x, tokens, t):  # type: ignore[no-untyped-def]
+    """Write 32 floats as token `t`'s int8 sub-block and its four words (see tile.py for the layout)."""
+    magnitude = maximum(b, *(call(b, "llvm.fabs.v16f32", F32x16, v) for v in (low, high)))
+    top = across(b, magnitude, maximum)
+    zero, limit = const(F32, 0.0), const(F32x16, 127.0)
+    inverse = b.select(b.fcmp_ordered(">", top, zero), b.fdiv(const(F32, 127.0), top), zero)
+    row = b.add(x, b.mul(t, const(I64, COLUMNS)))
+    sums = []
+    for half, v in enumerate((low, high)):
+        scaled = call(b, "llvm.rint.v16f32", F32x16, b.fmul(v, splat(b, inverse)))
+        bounded = maximum(b, minimum(b, scaled, limit), const(F32x16, -127.0))
+        ints = b.fptosi(bounded, I32x16)
+        store(b, row, b.trunc(ints, I8x16), 16 * half)
+        sums.append(across(b, ints, lambda b, p, q: b.add(p, q)))
+    scale, both = b.fdiv(top, const(F32, 127.0)), b.add(*sums)
+    words = [scale, b.fmul(scale, b.sitofp(both, F32)), b.neg(both), b.neg(sums[0])]
+    at = b.add(b.add(x, b.mul(tokens, const(I64, COLUMNS))), b.mul(t, const(I64, 4)))
+    for kind, value in enumerate(words):
+        store(b, b.add(at, b.mul(tokens, const(I64, 4 * kind))), value)
+
+
+@register_jitable
+def emit_block(low, high, x, tokens, row, sub, subs, as_float):  # type: ignore[no-untyped-def]
+    """Write 32 floats as sub-block `sub` of `row` in the tiles at `x`: quantised, or as they are."""
+    tile = row // tokens
+    t = row - tile * tokens
+    if as_float:
+        at = x + ((tile * subs + sub) * tokens + t) * FLOAT_TOKEN
+        set_floats(at, low)
+        set_floats(at + 64, high)
+    else:
+        quantise_block(low, high, x + (tile * subs + sub) * tokens * INT8_TOKEN, tokens, t)
+
+
+@register_jitable
+def inverse_rms(x, count, dim, eps):  # type: ignore[no-untyped-def]
+    """1 / sqrt(mean of squares + eps) of `count` (a multiple of 16) floats, of which `dim` are not padding."""
+    squares = floats(np.float32(0))
+    for i in range(0, count, 16):
+        v = floats_at(x + 4 * i)
+        squares = fmadd(v, v, squares)
+    mean = total(squares) / np.float32(dim)
+    return np.float32(1) / np.sqrt(mean + eps)
+
+
+@cache
+def unpack_op(name: str) -> Any:
+    """unpack(block, sub, out): sub-block `sub` of a block as float32[32 columns][16 rows]."""
+    f = formats.FORMATS[name]
+
+    @op(types.void, ADDRESS, types.intp, ADDRESS)
+    def unpack(b, block, sub, out):  # type: ignore[no-untyped-def]
+        at = b.add(b.add(block, const(I64, f.header)), b.mul(sub, const(I64, f.sub)))
+        if f.is_float:
+            for c in range(COLUMNS):
+                store(b, out, formats.column(b, f, at, c), 64 * c)
+            return
+        shared = formats.header(b, f, block)
+        scale, low = formats.scales(b, f, at, shared)
+        half = formats.half_scales(b, at) if f.split_scales else None
+        for k, quad in enumerate(formats.quads(b, f, at)):
+            lanes = b.bitcast(quad, I32x16)
+            for i in range(4):
+                value = b.and_(b.lshr(lanes, const(I32x16, 8 * i)), const(I32x16, 255))
+                if f.offset_bits:
+                    value = b.sub(value, const(I32x16, 1 << f.offset_bits))
+                if half:
+                    value = b.mul(value, half[k // 4])
+                weight = b.fmul(b.sitofp(value, F32x16), scale)
+                if low is not None:
+                    weight = b.fadd(weight, low)
+                store(b, out, weight, 64 * (4 * k + i))
+
+    return unpack
+
+
+# Operands of `embed`
+EMBED_WEIGHTS, EMBED_GROUP, EMBED_BLOCKS, EMBED_X, EMBED_ROW, EMBED_SCALE, EMBED_SCRATCH = range(
+    OPERANDS, OPERANDS + 7
+)
+UNPACKED = 4 * COLUMNS * formats.ROWS  # bytes of scratch a lane needs to unpack a sub-block
+
+
+@kernel
+def embed(name: str) -> Callable[..., Any]:
+    """x[row] = embedding[id[row]] * scale, from packed weights of format `name`."""
+    unpack = unpack_op(name)
+    block_bytes, subs = formats.FORMATS[name].block, formats.FORMATS[name].subs
+
+    def run(record, step, lane):  # type: ignore[no-untyped-def]
+        n = word(step, TOKENS)
+        scale = bits_to_float(word(record, EMBED_SCALE))
+        scratch = word(record, EMBED_SCRATCH) + lane * UNPACKED
+        pieces = 0
+        row = claim(record, step, lane, n)
+        while row >= 0:
+            token = np.int64(i32_at(word(step, IDS) + 4 * row))
+            group = word(record, EMBED_WEIGHTS) + (token >> 4) * word(record, EMBED_GROUP)
+            out = word(record, EMBED_X) + row * word(record, EMBED_ROW)
+            for block in range(word(record, EMBED_BLOCKS)):
+                for sub in range(subs):
+                    unpack(group + block * block_bytes, sub, scratch)
+                    for c in range(COLUMNS):
+                        value = f32_at(scratch + 64 * c + 4 * (token & 15))
+                        set_f32(out + 4 * c, value * scale)
+                    out += 4 * COLUMNS
+            pieces += 1
+            row = claim(record, step, lane, n)
+        return finish(record, step, pieces, n)
+
+    return run
+
+
+# Operands of `norm`
+(
+    NORM_X,
+    NORM_X_OUT,  # where the new residual goes; a preparation must not overwrite what it reads
+    NORM_ROW,
+    NORM_Y,
+    NORM_POST,
+    NORM_WEIGHT,
+    NORM_DIM,
+    NORM_SUBS,
+    NORM_EPS,
+    NORM_OUT,
+    NORM_OUT_LANE,
+    NORM_FLOAT_OUT,
+    NORM_FLOAT_LANE,
+    NORM_TILE,
+    NORM_SELECT,
+    NORM_Y_ROW,
+) = range(OPERANDS, OPERANDS + 16)
+
+
+@kernel
+def norm() -> Callable[..., Any]:
+    """Add a sub-layer's output to the residual stream, and prepare the next sub-layer's input.
+
+        x_out[row] = x[row] + y[row], or x[row] + rms_norm(y[row]) * post     where y is given
+        out[row] = rms_norm(x_out[row]) * weight                              as int8 tiles, float tiles or both
+
+    With NORM_SELECT the rows are those that want logits, and row i of the output is the i-th of them.
+    """
+
+    def run(record, step, lane):  # type: ignore[no-untyped-def]
+        select = word(record, NORM_SELECT) != 0
+        n = word(step, OUTPUTS) if select else word(step, TOKENS)
+        shared = word(record, CLAIM) != 0
+        base, base_out = word(record, NORM_X), word(record, NORM_X_OUT)
+        y_base, post, weight = word(record, NORM_Y), word(record, NORM_POST), word(record, NORM_WEIGHT)
+        dim, subs, tokens = word(record, NORM_DIM), word(record, NORM_SUBS), word(record, NORM_TILE)
+        eps = bits_to_float(word(record, NORM_EPS))
+        out = word(record, NORM_OUT)
+        out += lane * word(record, NORM_OUT_LANE)
+        has_out = word(record, NORM_OUT) != 0
+        float_out = word(record, NORM_FLOAT_OUT) + lane * word(record, NORM_FLOAT_LANE)
+        has_float = word(record, NORM_FLOAT_OUT) != 0
+        width = subs * COLUMNS
+        pieces = 0
+        i = claim(record, step, lane, n) if shared else 0
+        while 0 <= i < n:
+            row = np.int64(i32_at(word(step, OUTPUT_ROWS) + 4 * i)) if select else i
+            x, x_out = base + row * word(record, NORM_ROW), base_out + row * word(record, NORM_ROW)
+            if y_base != 0:
+                y = y_base + row * word(record, NORM_Y_ROW)
+                if post != 0:
+                    factor = floats(inverse_rms(y, width, dim, eps))
+                    for c in range(0, 4 * width, 64):
+                        scaled = mul(mul(floats_at(y + c), factor), floats_at(post + c))
+                        set_floats(x_out + c, add(floats_at(x + c), scaled))
+                else:
+                    for c in range(0, 4 * width, 64):
+                        set_floats(x_out + c, add(floats_at(x + c), floats_at(y + c)))
+                x = x_out
+            factor = floats(inverse_rms(x, width, dim, eps))
+            for sub in range(subs):
+                c = sub * 4 * COLUMNS
+                low = mul(mul(floats_at(x + c), factor), floats_at(weight + c))
+                high = mul(mul(floats_at(x + c + 64), factor), floats_at(weight + c + 64))
+                if has_out:
+                    emit_block(low, high, out, tokens, i, sub, subs, False)
+                if has_float:
+                    emit_block(low, high, float_out, tokens, i, sub, subs, True)
+            pieces += 1
+            i = claim(record, step, lane, n) if shared else i + 1
+        return finish(record, step, pieces, n) if shared else pieces
+
+    return run

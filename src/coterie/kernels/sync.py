@@ -1,0 +1,128 @@
+"""How lanes meet: flags, claims and the count of finished pieces (docs/flags.md).
+
+A flag is a 64-byte line: a 64-bit counter that only grows and carries a step's epoch, and 8 bytes further the
+number of sleepers. The futex sits on the counter's low 32 bits, so epochs are compared by wrapped difference.
+
+A claim line holds `epoch << 32 | next piece`. Each lane owns an equal run of an instruction's pieces and takes
+them in order; a lane that has none left takes from the others' runs, so a disturbed lane costs a piece. A lane
+that comes late, in a later epoch, finds a newer line and nothing to do.
+"""
+
+import numpy as np
+from numba.extending import register_jitable
+
+from coterie.kernels.atomics import (
+    FUTEX_CALL,
+    FUTEX_WAIT,
+    FUTEX_WAKE,
+    acquire,
+    call_kernel,
+    compare_swap,
+    cycles,
+    fetch_add,
+    libc_syscall,
+    pause,
+    release,
+)
+from coterie.kernels.record import ABORT, CLAIM, DONE, EPOCH, KERNEL, LANES_COUNT, LINE, PREPARE, SET
+from coterie.kernels.vector import i64_at
+
+SLEEPERS = 8  # offset of the count of sleepers in a flag's line
+NAP = 50_000_000  # ns: a sleeper looks this often whether the step was abandoned
+
+
+@register_jitable
+def word(base, index):  # type: ignore[no-untyped-def]
+    """A 64-bit word of a record or a step header."""
+    return i64_at(base + 8 * index)
+
+
+@register_jitable
+def reached(value, wanted):  # type: ignore[no-untyped-def]
+    """Whether a counter has come to `wanted`, right across the wrap of its low 32 bits."""
+    return np.int32(np.int64(value) - np.int64(wanted)) >= 0
+
+
+@register_jitable
+def post(flag, value):  # type: ignore[no-untyped-def]
+    """Set a flag and wake who sleeps on it."""
+    release(flag, value)
+    if fetch_add(flag + SLEEPERS, 0) != 0:  # a read-modify-write orders the store before this look
+        libc_syscall(FUTEX_CALL, flag, FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)
+
+
+@register_jitable
+def sleep_on(flag, wanted, timespec):  # type: ignore[no-untyped-def]
+    """Sleep until the flag is posted, or for the time at address `timespec` (seconds, nanoseconds)."""
+    fetch_add(flag + SLEEPERS, 1)
+    seen = acquire(flag)
+    if not reached(seen, wanted):  # the kernel looks again whether the value is still `seen`
+        libc_syscall(FUTEX_CALL, flag, FUTEX_WAIT, seen & 0xFFFFFFFF, timespec, 0, 0)
+    fetch_add(flag + SLEEPERS, -1)
+
+
+@register_jitable
+def wait_flag(flag, wanted, spin, abort, timespec):  # type: ignore[no-untyped-def]
+    """Wait until a flag reaches `wanted`: spin for `spin` cycles, then sleep. False if the step is abandoned."""
+    if reached(acquire(flag), wanted):
+        return True
+    start = cycles()
+    while True:
+        for _ in range(64):
+            pause()
+            if reached(acquire(flag), wanted):
+                return True
+        if i64_at(abort) != 0:
+            return False
+        if cycles() - start > spin:
+            sleep_on(flag, wanted, timespec)
+
+
+@register_jitable
+def claim(record, step, lane, total):  # type: ignore[no-untyped-def]
+    """The next piece of `total` for this lane, or -1."""
+    line = word(record, CLAIM)
+    epoch, lanes = word(step, EPOCH), word(step, LANES_COUNT)
+    for turn in range(lanes):
+        owner = lane + turn
+        if owner >= lanes:
+            owner -= lanes
+        first = total * owner // lanes
+        count = total * (owner + 1) // lanes - first
+        at = line + owner * LINE
+        while True:
+            seen = acquire(at)
+            taken = seen & 0xFFFFFFFF
+            age = np.int32(epoch - (seen >> 32))
+            if age < 0:
+                return -1
+            if age > 0:
+                taken = 0
+            if taken >= count:
+                break
+            if compare_swap(at, seen, ((epoch & 0xFFFFFFFF) << 32) | (taken + 1)):
+                return first + taken
+    return -1
+
+
+@register_jitable
+def finish(record, step, pieces, total):  # type: ignore[no-untyped-def]
+    """Count finished pieces; whoever finishes the last of `total` posts the instruction's flag."""
+    if pieces > 0:
+        done = word(record, DONE)
+        if fetch_add(done, pieces) + pieces == total:
+            release(done, 0)
+            post(word(record, SET), word(step, EPOCH))
+    return pieces
+
+
+@register_jitable
+def prepare(record, step, lane):  # type: ignore[no-untyped-def]
+    """Run the instruction's preparation into this lane's own buffers.
+
+    Called after the first claim: while a lane holds a piece the step cannot pass this instruction, so nothing
+    that the preparation reads can be overwritten. Small row-wise work costs less done twice than waited for.
+    """
+    first = word(record, PREPARE)
+    if first != 0:
+        call_kernel(word(first, KERNEL), first, step, lane)

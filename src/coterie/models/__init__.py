@@ -1,0 +1,1 @@
+"""Model files: GGUF, architectures, tokenizers and chat templates. One file an architecture."""

@@ -1,0 +1,1 @@
+"""Recording what every lane did, and showing it."""
