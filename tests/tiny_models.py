@@ -15,7 +15,8 @@ TEXT = (
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -41,10 +42,10 @@ def write_tiny(
     """Write a model with random weights of standard deviation about 1/sqrt(columns).
 
     `architecture` is "llama" (byte-level BPE tokenizer, chat template) or "gemma3" (SentencePiece).
-    `formats` is one weight format, or a format per role: "token_embd", "output", "attn_q", "attn_k", "attn_v",
-    "attn_output", "ffn_gate", "ffn_up", "ffn_down"; roles left out are F32. K-quants need columns
-    divisible by 256, the other quantised formats by 32. `rope_factors` and `window` serve llama and
-    gemma3 respectively. `vocab` must be at least 264.
+    `formats` is one weight format, or a format per role: "token_embd", "output", "attn_q", "attn_k",
+    "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"; roles left out are F32. K-quants need columns
+    divisible by 256, the other quantised formats by 32. `rope_factors` serves llama only, `window` gemma3
+    only. `vocab` must be at least 264.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -108,13 +109,16 @@ def write_tiny(
     return Path(path)
 
 
-def random_weights(rng: np.random.Generator, rows: int, cols: int, weight_format: str, gain: float) -> NDArray[Any]:
+def random_weights(
+    rng: np.random.Generator, rows: int, cols: int, weight_format: str, gain: float
+) -> NDArray[Any]:
     """Random weights of standard deviation about gain / sqrt(cols): (rows, row bytes) or floats."""
     std = gain / cols**0.5
     kind = gguf.GGMLQuantizationType[weight_format]
     if weight_format not in ("Q4_K", "Q5_K", "Q6_K"):
         floats = (rng.standard_normal((rows, cols)) * std).astype(np.float32)
-        return floats if weight_format == "F32" else quantize(floats, kind)
+        coded: NDArray[Any] = quantize(floats, kind)
+        return coded
     block, size = gguf.GGML_QUANT_SIZES[kind]
     n = rows * cols // block
     raw = rng.integers(0, 256, (n, size), dtype=np.uint8)
@@ -123,7 +127,7 @@ def random_weights(rng: np.random.Generator, rows: int, cols: int, weight_format
         scales = raw[:, 192:208].view(np.int8)
         scales[:] = scales % 64 + 64
         raw[:, 208:210] = (amplitude / 18.5 / 96).astype(np.float16).view(np.uint8).reshape(n, 2)
-    else:  # d, dmin, 12 bytes of 6-bit scales and minima, (qh[32]), qs[128]; value d * scale * q - dmin * minimum
+    else:  # d, dmin, 12 bytes of 6-bit scales and minima, (qh[32]), qs[128]; d * scale * q - dmin * minimum
         levels = 16 if weight_format == "Q4_K" else 32
         d = amplitude / (16.5 * levels)
         raw[:, 0:2] = d.astype(np.float16).view(np.uint8).reshape(n, 2)
@@ -136,12 +140,13 @@ def add_bpe_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     controls = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    learner.train_from_iterator(
-        [TEXT], trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet, special_tokens=controls, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, initial_alphabet=alphabet, special_tokens=controls, show_progress=False
     )
+    learner.train_from_iterator([TEXT], trainer)
     ids = learner.get_vocab()
     tokens = sorted(ids, key=lambda token: ids[token])
     types = [CONTROL] * 3 + [NORMAL] * (len(tokens) - 3)
@@ -164,7 +169,8 @@ def add_sentencepiece_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
     """A SentencePiece vocabulary as Gemma's: controls, bytes, then pieces by falling score, unused rest."""
     pieces = [
         ("<pad>", CONTROL), ("<eos>", CONTROL), ("<bos>", CONTROL), ("<unk>", UNKNOWN),
-        ("<start_of_turn>", CONTROL), ("<end_of_turn>", CONTROL), ("  ", USER_DEFINED), ("\n\n", USER_DEFINED),
+        ("<start_of_turn>", CONTROL), ("<end_of_turn>", CONTROL), ("  ", USER_DEFINED),
+        ("\n\n", USER_DEFINED),
     ]  # fmt: skip
     pieces += [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
     words = ["▁t", "he", "▁the", "in", "er", "▁th", "ing", "▁wo", "rd", "▁word", "an", "▁and", "re", "qu"]

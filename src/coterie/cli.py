@@ -21,7 +21,7 @@ from coterie.commands.inspect import inspect
 from coterie.commands.perplexity import perplexity
 from coterie.commands.run import run
 from coterie.commands.terminal import printable
-from coterie.errors import CoterieError, UsageError
+from coterie.errors import CoterieError, PlanError, UsageError
 
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
@@ -47,7 +47,7 @@ class Coterie(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except MemoryError:
-            return fail("out of memory; give a smaller -c, or a smaller model", 4)
+            return fail("out of memory; give a smaller -c, or a smaller model", PlanError.exit_code)
         except OSError as error:
             return fail(str(error), 1)
         if code == INTERRUPTED:
@@ -123,7 +123,7 @@ def _defaults(path: Path, group: TyperGroup, name: str, table: Any) -> dict[str,
         option.removeprefix("--"): parameter.name
         for parameter in group.commands[name].params
         for option in parameter.opts
-        if option.startswith("--") and parameter.name
+        if option.startswith("--") and option not in ("--model", "--help") and parameter.name
     }
     for key, value in table.items():
         if key not in names:

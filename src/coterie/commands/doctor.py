@@ -8,11 +8,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import coterie
 from coterie.commands import terminal
 from coterie.commands.options import Json
 
 PACKAGES = (
-    *("coterie", "numpy", "numba", "llvmlite", "pyarrow", "ray", "msgpack"),
+    *("numpy", "numba", "llvmlite", "pyarrow", "ray", "msgpack"),
     *("gguf", "tokenizers", "jinja2", "typer", "rich"),
 )
 PATHS = {"vnni": "AVX-512 VNNI", "avx2": "AVX2", "dotprod": "ARM dot product"}
@@ -37,7 +38,11 @@ def doctor(as_json: Json = False) -> None:
             "cpu": _cpu(),
             "memory": _memory(),
             "folders": _folders(),
-            "packages": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "packages": {
+                "python": platform.python_version(),
+                "coterie": coterie.__version__,
+                **{name: _version(name) for name in PACKAGES},
+            },
         }
         facts["units"] = {
             "cpu": facts["cpu"]["path"],

@@ -18,11 +18,12 @@ def inspect(model: ModelArgument = None, model_option: ModelOption = None, as_js
     name = pick_model(model, model_option)
 
     from coterie import fetch
-    from coterie.models.load import open_model
 
     with terminal.Progress() as progress:
         path = fetch.resolve(name, progress)
         progress(f"reading {path}")
+        from coterie.models.load import open_model
+
         opened = open_model(path)
         try:
             facts = describe(path, opened)

@@ -30,12 +30,14 @@ def parse_size(text: str) -> int:
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="A GGUF file, or the name of a model (see: coterie ls)."),
+    typer.Argument(metavar="MODEL", help="A GGUF file, or the name of a model (see: coterie ls)."),
 ]
 ModelOption = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="The same as MODEL.")]
 Threads = Annotated[
     int | None,
-    typer.Option("-t", "--threads", min=1, envvar="COTERIE_THREADS", help="Lanes; by default one per core."),
+    typer.Option(
+        "-t", "--threads", min=1, max=1024, envvar="COTERIE_THREADS", help="Lanes; by default one per core."
+    ),
 ]
 Context = Annotated[
     int | None,

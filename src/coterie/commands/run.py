@@ -20,10 +20,10 @@ from coterie.commands.options import (
     read_text,
 )
 from coterie.errors import UsageError
+from coterie.generation import SamplingOptions
 
 if TYPE_CHECKING:
     from coterie.engine import LLM, Generation
-    from coterie.generation import SamplingOptions
 
 
 def run(
@@ -39,17 +39,25 @@ def run(
     context: Context = None,
     threads: Threads = None,
     memory: Memory = None,
-    temperature: Annotated[float | None, typer.Option("--temp", help="0: most probable token.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Of the k best tokens; 0: off.")] = None,
+    temperature: Annotated[
+        float, typer.Option("--temp", help="0: the most probable token.")
+    ] = SamplingOptions.temperature,
+    top_k: Annotated[
+        int, typer.Option("--top-k", help="Only the k best tokens; 0: off.")
+    ] = SamplingOptions.top_k,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Of the best that make up p; 1: off.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option("--min-p", help="At least p of the best; 0: off.")] = None,
-    repeat_penalty: Annotated[float | None, typer.Option("--repeat-penalty", help="1: off.")] = None,
+        float, typer.Option("--top-p", help="Only the best that make up p; 1: off.")
+    ] = SamplingOptions.top_p,
+    min_p: Annotated[
+        float, typer.Option("--min-p", help="Only those at least p times the best; 0: off.")
+    ] = SamplingOptions.min_p,
+    repeat_penalty: Annotated[
+        float, typer.Option("--repeat-penalty", help="Of recent tokens; 1: off.")
+    ] = SamplingOptions.repeat_penalty,
     repeat_last_n: Annotated[
-        int | None, typer.Option("--repeat-last-n", help="Tokens that are penalised; -1: all.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="For equal answers; -1: a new one.")] = None,
+        int, typer.Option("--repeat-last-n", help="Tokens that are recent; -1: all.")
+    ] = SamplingOptions.repeat_last_n,
+    seed: Annotated[int | None, typer.Option("--seed", help="Equal seeds, equal answers.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")
     ] = None,
@@ -60,7 +68,7 @@ def run(
 ) -> None:
     """Answer a prompt: the answer goes to stdout, plan and timings to stderr."""
     name = pick_model(model, model_option)
-    options = _sampling(
+    options = SamplingOptions(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -104,13 +112,6 @@ def run(
             )
 
 
-def _sampling(**given: Any) -> "SamplingOptions":
-    """Options as given, defaults for the rest."""
-    from coterie.generation import SamplingOptions
-
-    return SamplingOptions(**{name: value for name, value in given.items() if value is not None})
-
-
 def _prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt of -p, -f or the pipe. A file's last newline is its editor's, not the user's."""
     if prompt is not None and file is not None:
@@ -149,7 +150,7 @@ def _show(generation: "Generation", progress: terminal.Progress, as_json: bool) 
         if watched:
             progress.stop()
         else:
-            progress(f"answering: {count} tokens")
+            progress(f"answering, about {count} tokens")
         if piece and not as_json:
             terminal.write(piece)
             last = piece
@@ -157,7 +158,7 @@ def _show(generation: "Generation", progress: terminal.Progress, as_json: bool) 
         terminal.write("\n")
 
 
-def _summary(generation: "Generation", memory: dict[str, Any], options: "SamplingOptions") -> str:
+def _summary(generation: "Generation", memory: dict[str, Any], options: SamplingOptions) -> str:
     timings = generation.timings
     parts = [
         f"prompt {timings['prompt_tokens']} tokens, {timings['prompt_tokens_per_s']:.1f}/s",

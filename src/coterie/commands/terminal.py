@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.status import Status
+    from rich.live import Live
+    from rich.spinner import Spinner
 
 NOTE_SECONDS = 5.0  # without a terminal, a line of progress this often
 
@@ -52,13 +53,10 @@ def _plain(value: Any) -> Any:
 
 def size_text(size: float) -> str:
     """Bytes for people: "512 B", "64.0 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    if size < 1024:
+        return f"{size:.0f} B"
+    power = next((power for power in (1, 2, 3) if size < 1024 ** (power + 1)), 4)
+    return f"{size / 1024**power:.1f} {' KMGT'[power]}iB"
 
 
 class Progress:
@@ -69,17 +67,21 @@ class Progress:
 
     def __init__(self) -> None:
         self._console: Console | None = None
-        self._status: Status | None = None
+        self._live: Live | None = None
+        self._spinner: Spinner | None = None
         self._noted = time.monotonic()
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.text import Text
+            from rich.live import Live
+            from rich.spinner import Spinner
 
             self._console = Console(stderr=True)
-            self._status = self._console.status(Text("starting"))
-            self._status.start()
+            self._spinner = Spinner("dots")
+            # Left alone, rich would send what is written to stdout to this console, on stderr.
+            self._live = Live(self._spinner, console=self._console, transient=True, redirect_stdout=False)
+            self._live.start()
         return self
 
     def __exit__(
@@ -89,10 +91,10 @@ class Progress:
 
     def __call__(self, label: str, done: int = 0, total: int = 0) -> None:
         text = printable(f"{label} {100 * done // total} %" if total else label)
-        if self._status is not None:
+        if self._spinner is not None:
             from rich.text import Text
 
-            self._status.update(Text(text))
+            self._spinner.update(text=Text(text))
         elif self._console is None and time.monotonic() - self._noted >= NOTE_SECONDS:
             self._noted = time.monotonic()
             print(f"coterie: {text}", file=sys.stderr, flush=True)
@@ -107,6 +109,6 @@ class Progress:
 
     def stop(self) -> None:
         """End the spinner, so that the answer has the terminal to itself."""
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None

@@ -474,7 +474,8 @@ def attend_one() -> Callable[..., Any]:
     MERGE_FLOAT_LANE,
     MERGE_SCRATCH,  # one softmax state a lane
     MERGE_SCRATCH_LANE,
-) = range(OPERANDS, OPERANDS + 17)
+    MERGE_TILE_SUBS,  # sub-blocks of a row of tiles
+) = range(OPERANDS, OPERANDS + 18)
 
 
 @kernel
@@ -486,7 +487,7 @@ def merge() -> Callable[..., Any]:
         shared = word(record, CLAIM) != 0
         states, dim, heads = word(record, MERGE_STATES), word(record, MERGE_DIM), word(record, MERGE_HEADS)
         stride = HEAD + 4 * dim
-        subs = word(record, MERGE_SUBS)
+        subs, tile_subs = word(record, MERGE_SUBS), word(record, MERGE_TILE_SUBS)
         state = word(record, MERGE_SCRATCH) + lane * word(record, MERGE_SCRATCH_LANE)
         pieces = 0
         row = claim(record, step, lane, n) if shared else 0
@@ -507,10 +508,10 @@ def merge() -> Callable[..., Any]:
                 low, high = floats_at(x + sub * 4 * COLUMNS), floats_at(x + sub * 4 * COLUMNS + 64)
                 if word(record, MERGE_OUT) != 0:
                     out = word(record, MERGE_OUT) + lane * word(record, MERGE_OUT_LANE)
-                    emit_block(low, high, out, word(record, MERGE_TILE), row, sub, subs, False)
+                    emit_block(low, high, out, word(record, MERGE_TILE), row, sub, tile_subs, False)
                 if word(record, MERGE_FLOAT_OUT) != 0:
                     out = word(record, MERGE_FLOAT_OUT) + lane * word(record, MERGE_FLOAT_LANE)
-                    emit_block(low, high, out, word(record, MERGE_TILE), row, sub, subs, True)
+                    emit_block(low, high, out, word(record, MERGE_TILE), row, sub, tile_subs, True)
             pieces += 1
             row = claim(record, step, lane, n) if shared else row + 1
         return finish(record, step, pieces, n) if shared else pieces

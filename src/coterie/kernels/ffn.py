@@ -14,7 +14,7 @@ from coterie.kernels import formats
 from coterie.kernels.compiled import kernel
 from coterie.kernels.formats import ROWS
 from coterie.kernels.mathematics import ACTIVATIONS
-from coterie.kernels.record import ABORT, OPERANDS, SPIN, TOKENS
+from coterie.kernels.record import ABORT, NAP, OPERANDS, SPIN, TOKENS
 from coterie.kernels.rows import emit_block
 from coterie.kernels.sync import claim, finish, prepare, wait_flag, word
 from coterie.kernels.tile import (
@@ -46,7 +46,7 @@ VECTOR = 4 * ROWS
     UP_SCRATCH,
     UP_SCRATCH_LANE,
     UP_UP_OFFSET,  # from a cluster's Gate groups to its Up groups, bytes
-    UP_TIMESPEC,
+    UP_X_SUBS,  # sub-blocks of a row of input tiles
 ) = range(OPERANDS, OPERANDS + 15)
 
 (
@@ -63,12 +63,12 @@ VECTOR = 4 * ROWS
 
 
 @register_jitable
-def arrived(entry, step, timespec):  # type: ignore[no-untyped-def]
+def arrived(entry, step):  # type: ignore[no-untyped-def]
     """Wait until a cluster's weights are there; False if the step is abandoned meanwhile."""
     flag = i64_at(entry + CLUSTER_FLAG)
     if flag == 0:
         return True
-    return wait_flag(flag, i64_at(entry + CLUSTER_WANTED), word(step, SPIN), word(step, ABORT), timespec)
+    return wait_flag(flag, i64_at(entry + CLUSTER_WANTED), word(step, SPIN), word(step, ABORT), word(step, NAP))
 
 
 @kernel
@@ -80,7 +80,8 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
     gate_block, up_block = gate.block, up.block
     if gate.subs != up.subs or gate.is_float != up.is_float:
         raise ValueError(f"Gate as {gate_name} with Up as {up_name}")
-    x_block = Tile(gate, tile_tokens).x_sub * gate.subs
+    x_sub = Tile(gate, tile_tokens).x_sub
+    subs = gate.subs
     activate = ACTIVATIONS[activation]
 
     def run(record, step, lane):  # type: ignore[no-untyped-def]
@@ -92,6 +93,7 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
         panel = word(record, UP_PANEL) if tiles > 1 else blocks
         x = word(record, UP_X) + lane * word(record, UP_X_LANE)
         scratch = word(record, UP_SCRATCH) + lane * word(record, UP_SCRATCH_LANE)
+        x_tile = word(record, UP_X_SUBS) * x_sub
         gates = scratch  # float32 [row][Gate groups, then Up groups][16]
         row_bytes = 2 * groups * VECTOR
         total = max(1, (clusters + chunk - 1) // chunk)
@@ -103,7 +105,7 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
             for c in range(piece * chunk, min(clusters, (piece + 1) * chunk)):
                 cluster = i32_at(ids + 4 * c)
                 entry = word(record, UP_TABLE) + cluster * CLUSTER_ROW
-                if not arrived(entry, step, word(record, UP_TIMESPEC)):
+                if not arrived(entry, step):
                     return pieces
                 w_gate = i64_at(entry + CLUSTER_GATE_UP)
                 w_up = w_gate + word(record, UP_UP_OFFSET)
@@ -113,12 +115,12 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
                         w = w_gate + (g * blocks + first) * gate_block
                         for i in range(tiles):
                             out = gates + i * tile_tokens * row_bytes + g * VECTOR
-                            gate_tile(w, x + (i * blocks + first) * x_block, out, row_bytes, count, first)
+                            gate_tile(w, x + i * x_tile + first * subs * x_sub, out, row_bytes, count, first)
                     for g in range(groups):
                         w = w_up + (g * blocks + first) * up_block
                         for i in range(tiles):
                             out = gates + i * tile_tokens * row_bytes + (groups + g) * VECTOR
-                            up_tile(w, x + (i * blocks + first) * x_block, out, row_bytes, count, first)
+                            up_tile(w, x + i * x_tile + first * subs * x_sub, out, row_bytes, count, first)
                 pairs = groups // 2
                 for row in range(n):
                     for p in range(pairs):

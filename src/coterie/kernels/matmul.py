@@ -22,7 +22,8 @@ from coterie.kernels.tile import Tile, tile_op
     MATMUL_CHUNK,  # groups in a piece
     MATMUL_PANEL,  # blocks whose activations stay in the second-level cache
     MATMUL_OUTPUTS,  # 1: the rows are those that want logits
-) = range(OPERANDS, OPERANDS + 11)
+    MATMUL_X_SUBS,  # sub-blocks of a row of tiles
+) = range(OPERANDS, OPERANDS + 12)
 VECTOR = 4 * ROWS
 
 
@@ -33,7 +34,8 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
     tile_tokens = int(tokens)
     tile = tile_op(name, tile_tokens)
     f = formats.FORMATS[name]
-    block_bytes, x_block = f.block, Tile(f, tile_tokens).x_sub * f.subs
+    block_bytes, x_sub = f.block, Tile(f, tile_tokens).x_sub
+    subs = f.subs
 
     def run(record, step, lane):  # type: ignore[no-untyped-def]
         n = word(step, OUTPUTS) if word(record, MATMUL_OUTPUTS) != 0 else word(step, TOKENS)
@@ -42,6 +44,7 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
         panel = word(record, MATMUL_PANEL) if tiles > 1 else blocks
         x = word(record, MATMUL_X) + lane * word(record, MATMUL_X_LANE)
         y, y_row = word(record, MATMUL_Y), word(record, MATMUL_Y_ROW)
+        x_tile = word(record, MATMUL_X_SUBS) * x_sub
         total = (groups + chunk - 1) // chunk
         pieces = 0
         piece = claim(record, step, lane, total)
@@ -54,7 +57,7 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
                 for g in range(piece * chunk, last):
                     w = word(record, MATMUL_WEIGHTS) + g * word(record, MATMUL_GROUP) + first_block * block_bytes
                     for i in range(tiles):
-                        x_at = x + (i * blocks + first_block) * x_block
+                        x_at = x + i * x_tile + first_block * subs * x_sub
                         y_at = y + i * tile_tokens * y_row + g * VECTOR
                         tile(w, x_at, y_at, y_row, count, first_block)
             pieces += 1

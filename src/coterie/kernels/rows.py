@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import register_jitable
 
 from coterie.kernels import formats
-from coterie.kernels.compiled import kernel
+from coterie.kernels.compiled import compile_function, kernel
 from coterie.kernels.formats import COLUMNS
 from coterie.kernels.record import CLAIM, IDS, OPERANDS, OUTPUT_ROWS, OUTPUTS, TOKENS
 from coterie.kernels.sync import claim, finish, word
@@ -187,7 +187,8 @@ def embed(name: str) -> Callable[..., Any]:
     NORM_TILE,
     NORM_SELECT,
     NORM_Y_ROW,
-) = range(OPERANDS, OPERANDS + 16)
+    NORM_TILE_SUBS,  # sub-blocks of a row of tiles: some readers want more columns than there are
+) = range(OPERANDS, OPERANDS + 17)
 
 
 @kernel
@@ -213,7 +214,7 @@ def norm() -> Callable[..., Any]:
         has_out = word(record, NORM_OUT) != 0
         float_out = word(record, NORM_FLOAT_OUT) + lane * word(record, NORM_FLOAT_LANE)
         has_float = word(record, NORM_FLOAT_OUT) != 0
-        width = subs * COLUMNS
+        width, tile_subs = subs * COLUMNS, word(record, NORM_TILE_SUBS)
         pieces = 0
         i = claim(record, step, lane, n) if shared else 0
         while 0 <= i < n:
@@ -236,11 +237,27 @@ def norm() -> Callable[..., Any]:
                 low = mul(mul(floats_at(x + c), factor), floats_at(weight + c))
                 high = mul(mul(floats_at(x + c + 64), factor), floats_at(weight + c + 64))
                 if has_out:
-                    emit_block(low, high, out, tokens, i, sub, subs, False)
+                    emit_block(low, high, out, tokens, i, sub, tile_subs, False)
                 if has_float:
-                    emit_block(low, high, float_out, tokens, i, sub, subs, True)
+                    emit_block(low, high, float_out, tokens, i, sub, tile_subs, True)
             pieces += 1
             i = claim(record, step, lane, n) if shared else i + 1
         return finish(record, step, pieces, n) if shared else pieces
 
     return run
+
+
+@cache
+def unpack_function(name: str) -> Any:
+    """unpack(packed, out, blocks): whole blocks as float32[blocks][sub-blocks][32 columns][16 rows]."""
+    unpack = unpack_op(name)
+    f = formats.FORMATS[name]
+    block_bytes, subs = f.block, f.subs
+
+    def run(packed, out, blocks):  # type: ignore[no-untyped-def]
+        for block in range(blocks):
+            for sub in range(subs):
+                unpack(packed + block * block_bytes, sub, out + (block * subs + sub) * UNPACKED)
+        return blocks
+
+    return compile_function(f"unpack:{name}", run).ctypes

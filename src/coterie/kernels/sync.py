@@ -25,10 +25,9 @@ from coterie.kernels.atomics import (
     release,
 )
 from coterie.kernels.record import ABORT, CLAIM, DONE, EPOCH, KERNEL, LANES_COUNT, LINE, PREPARE, SET
-from coterie.kernels.vector import i64_at
+from coterie.kernels.vector import i64_at, set_i64
 
 SLEEPERS = 8  # offset of the count of sleepers in a flag's line
-NAP = 50_000_000  # ns: a sleeper looks this often whether the step was abandoned
 
 
 @register_jitable
@@ -125,4 +124,7 @@ def prepare(record, step, lane):  # type: ignore[no-untyped-def]
     """
     first = word(record, PREPARE)
     if first != 0:
-        call_kernel(word(first, KERNEL), first, step, lane)
+        stamp, epoch = word(first, DONE) + lane * LINE, word(step, EPOCH)
+        if i64_at(stamp) != epoch:  # instructions with the same input share a preparation
+            call_kernel(word(first, KERNEL), first, step, lane)
+            set_i64(stamp, epoch)

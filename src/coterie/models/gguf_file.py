@@ -1,18 +1,16 @@
 """Reading GGUF files, with nothing in them taken on trust.
 
-A GGUF file is a header, metadata (key, type, value), tensor descriptions and, aligned, the tensors' bytes:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Everything is checked when the file is opened, so
-that what later code asks for lies inside the file and is as large as its shape says.
+A GGUF file is a header, metadata (key, type, value), tensor descriptions and, aligned, the tensors'
+bytes: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Everything is checked when the file is
+opened, so that what later code asks for lies inside the file and is as large as its shape says.
 """
 
-import math
 import os
 import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -35,7 +33,19 @@ FORMATS = {
 }
 BLOCKS = {name: (values, size) for name, values, size in FORMATS.values()}
 
-SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 STRING, ARRAY = 8, 9
 
 # Far above any real model, and low enough that a hostile file costs little memory.
@@ -95,7 +105,7 @@ class GGUFFile:
         if not 0 <= first <= last <= tensor.rows:
             raise IndexError(f"rows {first} to {last} of {name}, which has {tensor.rows}")
         rows = np.empty((last - first, tensor.row_bytes), np.uint8)
-        view, offset = memoryview(rows.reshape(-1)), tensor.offset + first * tensor.row_bytes
+        view, offset = memoryview(rows.reshape(-1)), tensor.offset + first * tensor.row_bytes  # type: ignore[arg-type]
         while view:
             count = os.preadv(self._fd, [view], offset)
             if count == 0:
@@ -106,7 +116,7 @@ class GGUFFile:
     def tensor(self, name: str) -> TensorInfo:
         """The description of a tensor that the model must have."""
         if name not in self.tensors:
-            raise ModelError(f"{self.path.name}: tensor {name!r} is missing; the file is incomplete or of another kind")
+            raise ModelError(f"{self.path.name}: tensor {name!r} is missing; the model is incomplete")
         return self.tensors[name]
 
     def expect(self, name: str, rows: int, cols: int) -> None:
@@ -118,7 +128,7 @@ class GGUFFile:
                 f"but the metadata call for {rows} x {cols}"
             )
         if rows == 1 and tensor.format != "F32":
-            raise ModelError(f"{self.path.name}: tensor {name!r} is {tensor.format}; Coterie reads vectors as F32 only")
+            raise ModelError(f"{self.path.name}: vector {name!r} is {tensor.format}; only F32 is supported")
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
         """The whole number under `key`, within [low, high]."""
@@ -130,7 +140,7 @@ class GGUFFile:
     def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
         """The finite number under `key`, within [low, high]."""
         value = self.metadata.get(key, default)
-        if type(value) not in (int, float) or not (math.isfinite(value) and low <= value <= high):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
             raise self._wrong(key, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
@@ -153,7 +163,7 @@ class GGUFFile:
     def __enter__(self) -> "GGUFFile":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -232,7 +242,8 @@ class _Header:
         count = self.count(self.elements_left, size, f"elements in {key[:60]!r}")
         self.elements_left -= count
         if kind != STRING:
-            return np.frombuffer(self.take(count * size), np.dtype(SCALARS[kind])).tolist()
+            numbers: list[Any] = np.frombuffer(self.take(count * size), np.dtype(SCALARS[kind])).tolist()
+            return numbers
         return self.strings(count)
 
     def strings(self, count: int) -> list[str]:
@@ -266,19 +277,20 @@ class _Header:
             number, offset = self.scalar("<I"), self.scalar("<Q")
             if number not in FORMATS:
                 raise self.broken(
-                    f"tensor {name[:60]!r} has weight format number {number}; supported are {', '.join(BLOCKS)}"
+                    f"tensor {name[:60]!r} has weight format {number}; supported are {', '.join(BLOCKS)}"
                 )
             format_name, block, block_bytes = FORMATS[number]
             if min(rows, cols) < 1 or cols % block:
-                raise self.broken(f"tensor {name[:60]!r} of {rows} x {cols} does not divide into {format_name} blocks")
-            relative.append(TensorInfo(name, format_name, rows, cols, offset, rows * (cols // block) * block_bytes))
+                raise self.broken(f"tensor {name[:60]!r}: {rows} x {cols} are no {format_name} blocks")
+            nbytes = rows * (cols // block) * block_bytes
+            relative.append(TensorInfo(name, format_name, rows, cols, offset, nbytes))
         return self.place(relative)
 
     def place(self, relative: list[TensorInfo]) -> dict[str, TensorInfo]:
-        """Turn offsets from the data section into offsets in the file, and prove that the tensors lie apart in it."""
+        """Make offsets in the data section offsets in the file; prove that tensors lie in it, apart."""
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise self.broken(f"general.alignment is {str(alignment)[:40]}, but must be a power of two from 8")
+            raise self.broken(f"general.alignment is {str(alignment)[:40]}; it must be a power of two from 8")
         start = -(-(self.size - self.left) // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
         end = 0

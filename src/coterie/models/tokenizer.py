@@ -1,7 +1,7 @@
 """Text to tokens and back, from the vocabulary inside a GGUF file.
 
-Two kinds: byte-level BPE ("gpt2": SmolLM2, Llama 3) and SentencePiece ("llama": Gemma, Mistral, Llama 2). The
-merging is done by the `tokenizers` package; special tokens are cut out before, in the order llama.cpp does it.
+Two kinds: byte-level BPE ("gpt2": SmolLM2, Llama 3) and SentencePiece ("llama": Gemma, Mistral, Llama 2).
+The merging is done by the `tokenizers` package; special tokens are cut out before, as llama.cpp does it.
 """
 
 import math
@@ -29,7 +29,7 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How text is cut into words before merging, by tokenizer.ggml.pre. Each pattern cuts what the one before left.
+# How text is cut into words before merging, by tokenizer.ggml.pre. Each pattern cuts what is left.
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), (GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (r"\p{N}", GPT2)),
@@ -38,7 +38,7 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "tekken": (TEKKEN,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-# Families whose words that are tokens themselves are not merged, and that begin with BOS unless told otherwise.
+# Families that take a word which is a token as it is, and that begin with BOS unless told otherwise.
 WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"}
 
 END_TEXTS = (
@@ -48,7 +48,7 @@ END_TEXTS = (
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where Latin-1 prints it, else a character from U+0100."""
+    """GPT-2's printable stand-ins for bytes: themselves where Latin-1 prints them, else from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
@@ -68,7 +68,7 @@ class Tokenizer:
     def __init__(self, metadata: dict[str, Any]) -> None:
         kind = metadata.get("tokenizer.ggml.model")
         if kind not in ("gpt2", "llama"):
-            raise ModelError(f"tokenizer kind {str(kind)[:40]!r} is not supported; Coterie reads 'gpt2' and 'llama'")
+            raise ModelError(f"tokenizer kind {str(kind)[:40]!r} is not supported, only 'gpt2' and 'llama'")
         self.sentencepiece = kind == "llama"
         self._tokens: list[str] = _list(metadata, "tokens", str)
         self.vocab_size = len(self._tokens)
@@ -82,7 +82,7 @@ class Tokenizer:
         for end in ends:
             self._types[end] = CONTROL
 
-        pre = metadata.get("tokenizer.ggml.pre", "default")
+        pre = str(metadata.get("tokenizer.ggml.pre", "default"))
         begins = self.sentencepiece or pre in WHOLE_WORDS
         self.bos = self._special_id(metadata, "bos", 1 if self.sentencepiece else None)
         self.eos = self._special_id(metadata, "eos", 2 if self.sentencepiece else None)
@@ -93,17 +93,16 @@ class Tokenizer:
         self._space_prefix = self.sentencepiece and _flag(metadata, "add_space_prefix", True)
 
         # Longest first: "<|end|>" must not be taken out of a longer special token.
-        special = sorted(
-            (i for i, kind in enumerate(self._types) if kind in (CONTROL, UNKNOWN, USER_DEFINED) and self._tokens[i]),
-            key=lambda i: -len(self._tokens[i].encode()),
-        )
+        cut_out = (CONTROL, UNKNOWN, USER_DEFINED)
+        special = [i for i, kind in enumerate(self._types) if kind in cut_out and self._tokens[i]]
+        special.sort(key=lambda i: -len(self._tokens[i].encode()))
         self._special = [(self._tokens[i], i) for i in special]
         self._user_defined = [(self._tokens[i], i) for i in special if self._types[i] == USER_DEFINED]
         if self.sentencepiece:
             self._unknown = self._special_id(metadata, "unknown", 0)
             self._scores: list[float] = _list(metadata, "scores", float, self.vocab_size)
             if not all(map(math.isfinite, self._scores)):
-                raise ModelError("tokenizer.ggml.scores holds a score that is not a number; the file is damaged")
+                raise ModelError("tokenizer.ggml.scores holds one that is not a number; the file is damaged")
             self._merger = self._score_merger(ascii_only=True)
             self._ascii_only = True
         else:
@@ -113,15 +112,17 @@ class Tokenizer:
         """Token ids of `text`.
 
         `add_bos`: begin with BOS; None does what the model says (also about EOS at the end). Without
-        `parse_special`, text such as "<|im_end|>" is text and not a control token. UsageError for text that is
-        not Unicode, or longer than any context.
+        `parse_special`, text such as "<|im_end|>" is text and not a control token. UsageError for text that
+        is not Unicode, or longer than any context.
         """
         if len(text) > MAX_PROMPT_CHARS:
             raise UsageError(f"the text has {len(text)} characters; give at most {MAX_PROMPT_CHARS}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UsageError(f"the text is not valid Unicode at character {error.start}; check its encoding") from None
+            raise UsageError(
+                f"the text is not Unicode at character {error.start}; check its encoding"
+            ) from None
         ids: list[int] = []
         if self.bos is not None and (self._add_bos if add_bos is None else add_bos):
             ids.append(self.bos)
@@ -165,7 +166,7 @@ class Tokenizer:
     def _merge(self, text: str) -> list[int]:
         if self.sentencepiece:
             text = text.replace(" ", "▁")
-            if self._ascii_only and not text.replace("▁", "").isascii():
+            if self._ascii_only and not _is_ascii(text):
                 self._merger, self._ascii_only = self._score_merger(ascii_only=False), False
         ids: list[int] = self._merger.encode(text, add_special_tokens=False).ids
         return ids
@@ -174,41 +175,43 @@ class Tokenizer:
         key = f"tokenizer.ggml.{name}_token_id"
         id = metadata.get(key, default if default is not None and default < self.vocab_size else None)
         if id is not None and (type(id) is not int or not 0 <= id < self.vocab_size):
-            raise ModelError(f"{key} is {str(id)[:40]!r}, which is no token of the vocabulary of {self.vocab_size}")
+            raise ModelError(f"{key} is {str(id)[:40]!r}, which is none of the {self.vocab_size} tokens")
         return id
 
-    def _rank_merger(self, pre: object, lines: list[str]) -> "tokenizers.Tokenizer":
+    def _rank_merger(self, pre: str, lines: list[str]) -> "tokenizers.Tokenizer":
         """Byte-level BPE: merges come in the order of their rank."""
         import tokenizers
         from tokenizers import models, pre_tokenizers
 
-        if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
-            raise ModelError(f"pre-tokenizer {str(pre)[:40]!r} is not supported; known: {', '.join(PRE_TOKENIZERS)}")
+        if pre not in PRE_TOKENIZERS:
+            raise ModelError(
+                f"pre-tokenizer {pre[:40]!r} is not supported; known are {', '.join(PRE_TOKENIZERS)}"
+            )
         pairs: dict[tuple[str, str], None] = {}
         for line in lines:
             left, _, right = line.partition(" ")
             if not (left in self._ids and right in self._ids and left + right in self._ids):
-                raise ModelError(f"the tokenizer's merge {line[:60]!r} is not of known tokens; the file is damaged")
+                raise ModelError(f"the merge {line[:60]!r} is not of known tokens; the file is damaged")
             pairs[left, right] = None
         merger = tokenizers.Tokenizer(models.BPE(self._ids, list(pairs), ignore_merges=pre in WHOLE_WORDS))
         cuts: Sequence[pre_tokenizers.PreTokenizer] = [
             pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]
         ]
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        merger.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])  # type: ignore[assignment]
+        merger.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
         return merger
 
     def _score_merger(self, ascii_only: bool) -> "tokenizers.Tokenizer":
         """SentencePiece as BPE: each way to put a token together from two is a merge, best score first.
 
-        With `ascii_only`, tokens that ASCII text cannot contain are left out: the result is the same for such text,
-        and a vocabulary of 262,144 is ready in a fifth of the time.
+        With `ascii_only`, tokens that ASCII text cannot contain are left out: the result is the same for
+        such text, and a vocabulary of 262,144 is ready in a third of the time.
         """
         import tokenizers
         from tokenizers import models
 
         ids = self._ids
-        chosen = [i for i, token in enumerate(self._tokens) if not ascii_only or token.replace("▁", "").isascii()]
+        chosen = [i for i, token in enumerate(self._tokens) if not ascii_only or _is_ascii(token)]
         chosen.sort(key=lambda i: -self._scores[i])
         merges = [
             (token[:cut], token[cut:])
@@ -242,6 +245,10 @@ def _cut_out(text: str, special: list[tuple[str, int]]) -> list[str | int]:
     return pieces
 
 
+def _is_ascii(text: str) -> bool:
+    return text.replace("▁", "").isascii()
+
+
 def _byte_of(text: str) -> bytes:
     """The byte that "<0x0A>" stands for."""
     try:
@@ -250,21 +257,23 @@ def _byte_of(text: str) -> bytes:
         return text.encode()
 
 
-def _list(metadata: dict[str, Any], name: str, kind: type, size: int | None = None, default: Any = None) -> list[Any]:
+def _list(
+    metadata: dict[str, Any], name: str, kind: type, size: int | None = None, default: Any = None
+) -> list[Any]:
     """The array tokenizer.ggml.<name>: elements of `kind`, `size` of them; or `size` times the default."""
     key = f"tokenizer.ggml.{name}"
     values = metadata.get(key)
     if values is None and default is not None and size is not None:
         return [default] * size
     if not isinstance(values, list) or not set(map(type, values)) <= {kind}:
-        raise ModelError(f"metadata {key!r} is missing or not an array of {kind.__name__}; the file is damaged")
+        raise ModelError(f"metadata {key!r} is no array of {kind.__name__}; the file is damaged")
     if size is not None and len(values) != size:
-        raise ModelError(f"metadata {key!r} has {len(values)} elements for {size} tokens; the file is damaged")
+        raise ModelError(f"metadata {key!r} has {len(values)} values for {size} tokens; the file is damaged")
     return values.copy()
 
 
 def _flag(metadata: dict[str, Any], name: str, default: bool) -> bool:
     value = metadata.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(value, bool):
-        raise ModelError(f"metadata 'tokenizer.ggml.{name}' is {str(value)[:40]!r}, but must be true or false")
+        raise ModelError(f"metadata 'tokenizer.ggml.{name}' is {str(value)[:40]!r}, not true or false")
     return value

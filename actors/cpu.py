@@ -1,0 +1,187 @@
+"""The CPU unit: lanes of compiled code. The thread that asks for a step is lane 0; the others are its own."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.actors import lane as lanes_code
+from coterie.errors import UnitError
+from coterie.kernels import record as r
+from coterie.kernels import target
+from coterie.kernels import attention, ffn, matmul, rows  # noqa: F401  (they register their kernels)
+from coterie.kernels.compiled import load_kernel
+from coterie.scheduler.program import Program
+from coterie.storage.arena import Arena, BufferRef
+from coterie.storage.unit import CONTROL_LINES, TRACE_EVENTS, UnitBuffers
+
+SLICE = 0.1  # seconds of a step after which lane 0 looks for signals, between two instructions
+SPIN = 0.002  # seconds a lane spins inside a step; instructions take microseconds to milliseconds
+IDLE_SPIN = 0.0005  # seconds a lane spins for the next step: longer than Python needs between two tokens
+NAP = 50_000_000  # nanoseconds
+
+
+@cache
+def cycles_per_second() -> float:
+    """The rate of the cycle counter, measured for some milliseconds."""
+    count, start = lanes_code.compiled().cycles(), time.perf_counter()
+    while time.perf_counter() - start < 0.005:
+        pass
+    return float((lanes_code.compiled().cycles() - count) / (time.perf_counter() - start))
+
+
+class CpuUnit:
+    """Runs programs in `arena` with `lanes` lanes; `buffers` are its own."""
+
+    def __init__(self, arena: Arena, lanes: int, buffers: UnitBuffers) -> None:
+        self.arena, self.lanes, self.buffers = arena, lanes, buffers
+        self._code = lanes_code.compiled()
+        self._programs: dict[str, tuple[Program, int]] = {}
+        self._lock = threading.Lock()
+        self._epoch = 0
+        self._closed = False
+        self._header = arena.numpy(buffers.header)
+        self._rows = {word: arena.numpy(ref) for word, ref in buffers.rows.items()}
+        self._fill_header()
+        self._threads = [
+            threading.Thread(target=self._serve, args=(i,), name=f"coterie-lane-{i}", daemon=True)
+            for i in range(1, lanes)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _fill_header(self) -> None:
+        arena, buffers, header = self.arena, self.buffers, self._header
+        control = arena.address(buffers.control)
+        self._go, self._abort, self._never = (control + i * r.LINE for i in range(CONTROL_LINES))
+        self._parked = [control + (CONTROL_LINES + i) * r.LINE for i in range(self.lanes)]
+        self._abort_word = arena.numpy(buffers.control)[1]
+        arena.numpy(buffers.nap)[:] = 0, NAP
+        self._nap = arena.address(buffers.nap)
+        # More spinners than cores would only hold each other up.
+        self._spinning = self.lanes <= len(os.sched_getaffinity(0))
+        self._spin = int(SPIN * cycles_per_second()) if self._spinning else 0
+        header[r.LANES_COUNT], header[r.ABORT], header[r.NEVER] = self.lanes, self._abort, self._never
+        header[r.SPIN], header[r.NAP] = self._spin, self._nap
+        for word, ref in buffers.rows.items():
+            header[word] = arena.address(ref)
+        if buffers.rings is not None:
+            arena.numpy(buffers.rings)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS
+            header[r.TRACE], header[r.TRACE_STRIDE] = arena.address(buffers.rings), buffers.rings.shape[1]
+
+    def _serve(self, lane: int) -> None:
+        """A lane's thread: pinned to its core if there are enough, and never back in Python until the end."""
+        idle = int(IDLE_SPIN * cycles_per_second()) if self._spinning else 0
+        if self._spinning:
+            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[lane]})
+        header = self.arena.address(self.buffers.header)
+        self._code.worker(header, self._step(lane), lane, self._go, self._parked[lane], 0, idle)
+
+    def _step(self, lane: int) -> int:
+        return self.arena.address(self.buffers.steps) + lane * r.HEADER_BYTES
+
+    def describe(self) -> dict[str, Any]:
+        return {"unit": "cpu", "runtime": f"numba kernels, {target.path()}", "lanes": self.lanes, "real": True}
+
+    def cycles_per_second(self) -> float:
+        """The rate of the counter that trace events carry."""
+        return cycles_per_second()
+
+    def load(self, program: Program, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Compile what the program needs (`progress` is told how many kernels are ready), and put its records
+        into the arena."""
+        kernels = {}
+        for name in dict.fromkeys(program.kernels):
+            progress(len(kernels))
+            kernels[name] = load_kernel(name).address
+        table = self.arena.allocate("programs", program.words.shape, np.int64)
+        address = self.arena.address(table)
+        self.arena.numpy(table)[:] = program.bound(self.arena.base, address, kernels)
+        self._programs[program.name] = program, address
+
+    def run(
+        self,
+        name: str,
+        ids: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        tables: npt.ArrayLike,
+        outputs: npt.ArrayLike = (),
+    ) -> None:
+        """Run a loaded program for one step.
+
+        ids, positions: int32[rows]; tables: int64[rows], addresses of KV block tables; outputs: int32[n], rows
+        that want logits. A KeyboardInterrupt takes effect between two instructions; the step is then abandoned
+        and may be run again. Raises UnitError if a kernel complains.
+        """
+        with self._lock:
+            if self._closed:
+                raise UnitError("this model has been closed")
+            program, address = self._programs[name]
+            header = self._header
+            for word, values in ((r.IDS, ids), (r.POSITIONS, positions), (r.TABLES, tables), (r.OUTPUT_ROWS, outputs)):
+                array = np.asarray(values)
+                self._rows[word][: array.size] = array
+                if word == r.IDS:
+                    header[r.TOKENS] = array.size
+            header[r.OUTPUTS] = np.size(outputs)
+            header[r.PROGRAM], header[r.RECORDS] = address, program.length
+            try:
+                self._raise_go()
+                self._take_part(program)
+            except BaseException:
+                self._abandon()
+                raise
+            self._check(program)
+
+    def _raise_go(self) -> None:
+        self._epoch += 1
+        self._header[r.EPOCH] = self._epoch
+        self.arena.numpy(self.buffers.steps)[0] = self._header
+        self._code.post(self._go, self._epoch)
+
+    def _take_part(self, program: Program) -> None:
+        """Be lane 0 until the step is done; Python's signal handlers run between slices."""
+        step, at = self._step(0), 0
+        length = int(SLICE * cycles_per_second())
+        while at < program.length:
+            at = self._code.part(step, 0, at, self._code.cycles() + length)
+            if at < 0:
+                raise UnitError("the step was abandoned")
+        if not self._code.wait(self.arena.base + program.done, self._epoch, self._spin, self._abort, self._nap):
+            raise UnitError("the step was abandoned")
+
+    def _abandon(self) -> None:
+        """Call the lanes off, and make the counters ready for another try."""
+        self._abort_word[0] = 1
+        for lane in range(1, self.lanes):
+            self._code.wait(self._parked[lane], self._epoch, 0, self._never, self._nap)
+        for program, _ in self._programs.values():
+            for offset in program.words[: program.length, r.DONE]:
+                self._word(int(offset))[0] = 0
+        self._abort_word[0] = 0
+
+    def _word(self, offset: int) -> npt.NDArray[np.int64]:
+        words: npt.NDArray[np.int64] = self.arena.numpy(BufferRef("flags", offset, 8, "<i8", (1,)))
+        return words
+
+    def _check(self, program: Program) -> None:
+        error = self._word(int(program.words[0, r.ERROR]))
+        if error[0]:
+            code, error[0] = int(error[0]), 0
+            raise UnitError(f"a kernel of program {program.name} reported error {code}")
+
+    def close(self) -> None:
+        """Stop the lanes; a second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._header[r.STOP] = 1
+            self._raise_go()
+        for thread in self._threads:
+            thread.join()

@@ -1,0 +1,150 @@
+"""The compiled loop of a lane: wait for a step, run its program, wait for the next (design sections 5 and 6).
+
+A lane never returns to Python between steps. It knows no kernel: it calls the address in each record.
+"""
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import register_jitable
+
+from coterie.kernels.atomics import acquire, call_kernel, cycles
+from coterie.kernels.compiled import WORD, compile_function
+from coterie.kernels.record import (
+    ABORT,
+    EPOCH,
+    EVENT,
+    HEADER_WORDS,
+    KERNEL,
+    NAP,
+    NEVER,
+    OPCODE,
+    PROGRAM,
+    RECORD_BYTES,
+    RECORDS,
+    RING_HEADER,
+    SPIN,
+    STOP,
+    TRACE,
+    TRACE_STRIDE,
+    WAIT,
+)
+from coterie.kernels.sync import post, reached, wait_flag, word
+from coterie.kernels.vector import i64_at, set_i32, set_i64
+
+EVENT_BYTES = EVENT.itemsize
+ABANDONED = -1
+# Fields of an event are written by their offsets.
+_START, _END, _WAITED, _EPOCH, _OPCODE, _PIECES = (
+    EVENT.fields[name][1] for name in ("start", "end", "waited", "epoch", "opcode", "pieces")
+)
+
+
+@register_jitable
+def record_event(step, lane, instruction, waiting, start, pieces):  # type: ignore[no-untyped-def]
+    """Write one event into the lane's ring; the oldest is overwritten when it is full."""
+    ring = word(step, TRACE) + lane * word(step, TRACE_STRIDE)
+    count = i64_at(ring)
+    at = ring + RING_HEADER + count % i64_at(ring + 8) * EVENT_BYTES
+    set_i64(at + _START, start)
+    set_i64(at + _END, cycles())
+    set_i32(at + _WAITED, np.int32(start - waiting))
+    set_i32(at + _EPOCH, np.int32(word(step, EPOCH)))
+    set_i32(at + _OPCODE, np.int32(word(instruction, OPCODE)))  # opcode and layer
+    set_i32(at + _PIECES, np.int32(pieces))
+    set_i64(ring, count + 1)
+
+
+@register_jitable
+def run_program(step, lane, first, deadline):  # type: ignore[no-untyped-def]
+    """Run records from number `first` on until the end, or until the cycle counter passes `deadline`.
+
+    Returns the number of the record to go on with (the program's length at its end), or ABANDONED.
+    """
+    count, abort = word(step, RECORDS), word(step, ABORT)
+    spin, nap = word(step, SPIN), word(step, NAP)
+    tracing = word(step, TRACE) != 0
+    for number in range(first, count):
+        instruction = word(step, PROGRAM) + number * RECORD_BYTES
+        waiting = cycles()
+        if waiting > deadline:
+            return number
+        for flag in range(WAIT, WAIT + 2):
+            awaited = word(instruction, flag)
+            if awaited != 0 and not wait_flag(awaited, word(step, EPOCH), spin, abort, nap):
+                return ABANDONED
+        if i64_at(abort) != 0:
+            return ABANDONED
+        start = cycles() if tracing else waiting
+        pieces = call_kernel(word(instruction, KERNEL), instruction, step, lane)
+        if tracing and pieces > 0:
+            record_event(step, lane, instruction, waiting, start, pieces)
+    return count
+
+
+@register_jitable
+def take_step(header, step, go, seen, idle):  # type: ignore[no-untyped-def]
+    """Wait for the go flag to pass `seen`, and copy the header whole; returns the epoch."""
+    while True:
+        wait_flag(go, seen + 1, idle, word(header, NEVER), word(header, NAP))
+        epoch = acquire(go)
+        for i in range(HEADER_WORDS):
+            set_i64(step + 8 * i, i64_at(header + 8 * i))
+        fence = acquire(go)
+        if fence == epoch and word(step, EPOCH) == epoch and reached(epoch, seen + 1):
+            return epoch
+
+
+def _worker(header, step, lane, go, parked, seen, idle):  # type: ignore[no-untyped-def]
+    """Serve steps after number `seen` until one says STOP. `header`: the unit's; `step`: this lane's copy;
+    `parked`: the flag that tells which step the lane has left; `idle`: cycles to spin before sleeping."""
+    epoch = seen
+    while True:
+        epoch = take_step(header, step, go, epoch, idle)
+        if word(step, STOP) != 0:
+            return epoch
+        run_program(step, lane, 0, np.int64(0x7FFFFFFFFFFFFFFF))
+        post(parked, epoch)
+
+
+def _part(step, lane, first, deadline):  # type: ignore[no-untyped-def]
+    return run_program(step, lane, first, deadline)
+
+
+def _post(flag, value):  # type: ignore[no-untyped-def]
+    post(flag, value)
+    return value
+
+
+def _wait(flag, value, spin, abort, nap):  # type: ignore[no-untyped-def]
+    return 1 if wait_flag(flag, value, spin, abort, nap) else 0
+
+
+def _cycles():  # type: ignore[no-untyped-def]
+    return cycles()
+
+
+class Compiled:
+    """The compiled entry points; calling them releases the GIL."""
+
+    def __init__(self) -> None:
+        self._keep: list[Any] = []
+        self.worker = self._made("worker", _worker, 7)
+        self.part = self._made("part", _part, 4)
+        self.post = self._made("post", _post, 2)
+        self.wait = self._made("wait", _wait, 5)
+        self.cycles = self._made("cycles", _cycles, 0)
+
+    def _made(self, name: str, function: Any, arguments: int) -> Any:
+        compiled = compile_function(f"lane-{name}", function, types.int64(*[WORD] * arguments))
+        self._keep.append(compiled)
+        return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)(compiled.address)
+
+
+@cache
+def compiled() -> Compiled:
+    """The lane functions, compiled or loaded once a process."""
+    return Compiled()

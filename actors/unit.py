@@ -1,0 +1,31 @@
+"""What every compute unit can do; one file a unit implements it (design section 7)."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.scheduler.program import Program
+
+
+class Unit(Protocol):
+    """A compute unit: an actor with lanes that run programs."""
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, truthfully: name, runtime, whether it is real hardware."""
+
+    def load(self, program: Program) -> None:
+        """Get ready to run a program."""
+
+    def run(
+        self,
+        name: str,
+        ids: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        tables: npt.ArrayLike,
+        outputs: npt.ArrayLike,
+    ) -> None:
+        """Run a loaded program for one step, and come back when it is done."""
+
+    def close(self) -> None:
+        """Stop the lanes."""

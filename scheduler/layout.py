@@ -1,0 +1,60 @@
+"""Lay a model out: the same walk counts bytes in a ledger for the plan, and cuts buffers from the arena."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from coterie.kernels.attention import SPAN
+from coterie.kernels.formats import COLUMNS
+from coterie.kernels.record import LINE
+from coterie.models.gguf_file import GGUFFile
+from coterie.models.spec import ModelSpec
+from coterie.scheduler.lower import Lowering, Shared
+from coterie.scheduler.program import Program
+from coterie.storage.arena import Ledger, round_up
+from coterie.storage.weights import Weights, lay_out
+
+BATCH = 8  # rows of a decode batch
+OUTPUT_ROWS = 16  # rows whose logits are computed together
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """A model's buffers and programs. Programs by name: `decode` (one row), `batch` (2 to 8 rows of different
+    sequences), `prefill` (a chunk of one sequence, no logits), `head` (logits of chosen rows of a prefill)."""
+
+    weights: Weights
+    shared: Shared
+    programs: dict[str, Program]
+
+
+def lay_out_model(
+    ledger: Ledger, file: GGUFFile, spec: ModelSpec, *, lanes: int, context: int, chunk: int, tile: int
+) -> ModelLayout:
+    """Cut everything but KV blocks and trace rings, in a fixed order."""
+    weights = lay_out(file, spec, ledger)
+    ropes = {
+        rope: ledger.allocate("state", (context, 2, rope.dims // 2), np.float32)
+        for rope in dict.fromkeys(layer.rope for layer in spec.layers)
+    }
+    outputs = round_up(OUTPUT_ROWS, tile)
+    logits = ledger.allocate("activations", (outputs, round_up(spec.vocab, COLUMNS)), np.float32)
+    shared = Shared(lanes, context, ledger.allocate("flags", LINE), ropes, logits)
+
+    def lowering(mode: str, rows: int, tile: int) -> Lowering:
+        kind = "decode" if mode == "decode" else "prefill"
+        return Lowering(spec, weights, shared, ledger, mode=kind, rows=rows, tile=tile)  # type: ignore[arg-type]
+
+    prefill = lowering("prefill", chunk, tile)
+    programs = [
+        lowering("decode", 1, 1).whole("decode"),
+        lowering("decode", BATCH, tile).whole("batch"),
+        prefill.body("prefill"),
+        prefill.head("head"),
+    ]
+    return ModelLayout(weights, shared, {p.name: p for p in programs})
+
+
+def block_table_bytes(context: int) -> int:
+    """Bytes of a sequence's KV block table."""
+    return round_up(-(-context // SPAN) * 8, LINE)

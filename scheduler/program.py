@@ -1,0 +1,129 @@
+"""Programs: what the scheduler compiles and a unit runs (design section 6, docs/instruction-record.md).
+
+A program names kernels and arena offsets; a unit that loads it puts in its own addresses. So the same program
+serves every process that maps the arena.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.kernels import record as r
+from coterie.storage.arena import BufferRef, Ledger
+
+Operand = int | float | BufferRef | None
+NO_LAYER = 0xFFFF
+
+
+@dataclass
+class Program:
+    """A table of instruction records, int64[n, WORDS].
+
+    Words marked in `relocate` are offsets into the arena. `kernels[i]` is the kernel of record i.
+    `length` records are the program; those behind it are preparations, reached through PREPARE words.
+    """
+
+    name: str
+    words: npt.NDArray[np.int64]
+    relocate: npt.NDArray[np.bool_]
+    kernels: list[str]
+    length: int
+    done: int  # arena offset of the flag that the last instruction sets
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the loaded table, rounded up to lines."""
+        return -(-self.words.nbytes // r.LINE) * r.LINE
+
+    def bound(self, base: int, address: int, kernel_addresses: dict[str, int]) -> npt.NDArray[np.int64]:
+        """The records as lanes read them: for an arena mapped at `base` and a table at `address`."""
+        words = self.words + np.where(self.relocate, base, 0)
+        for i, name in enumerate(self.kernels):
+            words[i, r.KERNEL] = kernel_addresses[name]
+        prepared = words[:, r.PREPARE] != 0
+        words[prepared, r.PREPARE] = address + self.words[prepared, r.PREPARE] * r.RECORD_BYTES
+        return words
+
+
+@dataclass
+class Draft:
+    """An instruction while its program is being built; flag, claim and done are arena offsets."""
+
+    kernel: str
+    opcode: r.Opcode
+    layer: int
+    operands: dict[int, Operand]
+    waits: list[int]
+    shared: bool
+    flag: int = 0
+    claim: int = 0
+    done: int = 0
+    prepare: "Draft | None" = None
+
+
+@dataclass
+class ProgramBuilder:
+    """Collects instructions; each waits for the one before it, unless told what to wait for."""
+
+    name: str
+    arena: Ledger
+    lanes: int
+    error: BufferRef
+    drafts: list[Draft] = field(default_factory=list)
+
+    def add(
+        self,
+        kernel: str,
+        opcode: r.Opcode,
+        operands: dict[int, Operand],
+        *,
+        layer: int = NO_LAYER,
+        waits: "list[int] | None" = None,
+        prepare: Draft | None = None,
+    ) -> int:
+        """Append an instruction; returns its number, for others to wait for."""
+        if waits is None:
+            waits = [len(self.drafts) - 1] if self.drafts else []
+        draft = Draft(kernel, opcode, layer, operands, waits, shared=True, prepare=prepare)
+        draft.flag = self.arena.allocate("flags", r.LINE).offset
+        draft.claim = self.arena.allocate("flags", r.LINE * self.lanes).offset
+        draft.done = self.arena.allocate("flags", r.LINE).offset
+        self.drafts.append(draft)
+        return len(self.drafts) - 1
+
+    def preparation(
+        self, kernel: str, opcode: r.Opcode, operands: dict[int, Operand], *, layer: int = NO_LAYER
+    ) -> Draft:
+        """An instruction that a lane runs for itself, given to `add` as `prepare` of one or more others."""
+        draft = Draft(kernel, opcode, layer, operands, [], shared=False)
+        draft.done = self.arena.allocate("flags", r.LINE * self.lanes).offset
+        return draft
+
+    def build(self) -> Program:
+        """The finished program."""
+        prepared = {id(d.prepare): d.prepare for d in self.drafts if d.prepare is not None}
+        everything = [*self.drafts, *prepared.values()]
+        words = np.zeros((len(everything), r.WORDS), np.int64)
+        relocate = np.zeros(words.shape, np.bool_)
+        for i, draft in enumerate(everything):
+            row, moves = words[i], relocate[i]
+            row[r.OPCODE] = draft.opcode | draft.layer << 16
+            places = {r.ERROR: self.error.offset, r.DONE: draft.done}
+            if draft.shared:
+                places |= {r.SET: draft.flag, r.CLAIM: draft.claim}
+            for n, wait in enumerate(draft.waits):
+                places[r.WAIT + n] = self.drafts[wait].flag
+            for index, offset in places.items():
+                row[index], moves[index] = offset, True
+            if draft.prepare is not None:
+                row[r.PREPARE] = next(j for j, d in enumerate(everything) if d is draft.prepare)
+            for index, operand in draft.operands.items():
+                if isinstance(operand, BufferRef):
+                    row[index], moves[index] = operand.offset, True
+                elif isinstance(operand, float):
+                    row[index] = r.float_bits(operand)
+                elif operand is not None:
+                    row[index] = operand
+        kernels = [d.kernel for d in everything]
+        return Program(self.name, words, relocate, kernels, len(self.drafts), self.drafts[-1].flag)

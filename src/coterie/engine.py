@@ -1,0 +1,145 @@
+"""The engine: token ids in, logits out. Opens a model, plans, packs, compiles, and runs one step at a time."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.actors.cpu import CpuUnit
+from coterie.errors import UsageError
+from coterie.kernels.compiled import is_cached
+from coterie.models.load import Model
+from coterie.models.rope import rope_table
+from coterie.scheduler.layout import BATCH, lay_out_model
+from coterie.scheduler.plan import Plan, make_plan
+from coterie.storage.arena import Arena
+from coterie.storage.kv import KVCache, KVLayout
+from coterie.storage.kv import Sequence as KVSequence
+from coterie.storage.unit import lay_out_unit
+from coterie.storage.weights import Packer
+from coterie.trace.chrome import write_chrome_trace
+
+Floats = npt.NDArray[np.float32]
+Progress = Callable[..., None]  # progress(label, done=0, total=0)
+
+
+class Engine:
+    """A model in memory, ready to run.
+
+    Programs are compiled when they are first needed; their machine code is cached on disk. Raises ModelError,
+    PlanError, UsageError.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        memory: int | None = None,
+        trace: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.spec, self._trace = model, model.spec, trace
+        self._progress: Progress = progress or (lambda label, done=0, total=0: None)
+        tracing = trace is not None
+        self.plan: Plan = make_plan(
+            model.file, model.spec, threads=threads, context=context, memory=memory, tracing=tracing
+        )
+        plan = self.plan
+        self.arena = Arena(plan.regions)
+        self.layout = lay_out_model(
+            self.arena, model.file, self.spec,
+            lanes=plan.lanes, context=plan.context, chunk=plan.chunk, tile=plan.tile,
+        )  # fmt: skip
+        buffers = lay_out_unit(self.arena, plan.lanes, plan.chunk, tracing=tracing)
+        self.cache = KVCache(self.arena, KVLayout.of(self.spec), plan.context, BATCH + 1)
+        self._logits: Floats = self.arena.numpy(self.layout.shared.logits)[:, : self.spec.vocab]
+        self._pack()
+        self._fill_rope_tables()
+        self.unit = CpuUnit(self.arena, plan.lanes, buffers)
+        self._loaded: set[str] = set()
+
+    def _pack(self) -> None:
+        total = sum(tensor.nbytes for tensor in self.model.file.tensors.values())
+        packer = Packer(self.model.file, self.spec, self.arena, lambda done: self._progress("packing", done, total))
+        packer.fill(self.layout.weights)
+
+    def _fill_rope_tables(self) -> None:
+        for rope, ref in self.layout.shared.ropes.items():
+            table = self.arena.numpy(ref)
+            for first in range(0, self.plan.context, 4096):
+                last = min(self.plan.context, first + 4096)
+                table[first:last] = rope_table(rope, first, last)
+
+    def _run(
+        self, name: str, ids: Sequence[int], positions: npt.ArrayLike, tables: npt.ArrayLike, outputs: npt.ArrayLike
+    ) -> None:
+        if name not in self._loaded:
+            program = self.layout.programs[name]
+            missing = [kernel for kernel in dict.fromkeys(program.kernels) if not is_cached(kernel)]
+            self.unit.load(program, lambda n: self._progress("compiling", n, len(missing)) if missing else None)
+            self._loaded.add(name)
+        self.unit.run(name, ids, positions, tables, outputs)
+
+    def sequence(self) -> KVSequence:
+        """A new, empty sequence; close it to give its memory back."""
+        return self.cache.sequence()
+
+    def check(self, tokens: Sequence[int]) -> None:
+        """Raise UsageError for ids that are no tokens of this model."""
+        wrong = [t for t in tokens if not 0 <= t < self.spec.vocab]
+        if wrong:
+            raise UsageError(f"token {wrong[0]} does not exist: this model's ids are 0 to {self.spec.vocab - 1}")
+
+    def prefill(self, sequence: KVSequence, tokens: Sequence[int], rows: Sequence[int] | None = None) -> Floats:
+        """Append tokens to a sequence, in chunks; logits float32[n, vocab] of `rows` (indices into `tokens`,
+        ascending; default: the last)."""
+        self.check(tokens)
+        if not len(tokens):
+            raise UsageError("there are no tokens to compute")
+        wanted = np.array([len(tokens) - 1] if rows is None else rows, np.int64)
+        sequence.reserve(sequence.length + len(tokens))
+        logits = np.empty((wanted.size, self.spec.vocab), np.float32)
+        done = 0
+        for first in range(0, len(tokens), self.plan.chunk):
+            ids = tokens[first : first + self.plan.chunk]
+            positions = sequence.length + np.arange(len(ids))
+            tables = np.full(len(ids), sequence.table_address)
+            self._run("prefill", ids, positions, tables, ())
+            sequence.length += len(ids)
+            here = wanted[(wanted >= first) & (wanted < first + len(ids))] - first
+            for part in range(0, here.size, self._logits.shape[0]):
+                outputs = here[part : part + self._logits.shape[0]]
+                self._run("head", ids, positions, tables, outputs)
+                logits[done : done + outputs.size] = self._logits[: outputs.size]
+                done += outputs.size
+            self._progress("prompt", first + len(ids), len(tokens))
+        return logits
+
+    def decode(self, sequences: Sequence[KVSequence], tokens: Sequence[int]) -> Floats:
+        """Append one token to each of up to BATCH different sequences; logits float32[n, vocab], a view that the
+        next step overwrites."""
+        n = len(tokens)
+        if not 1 <= n <= BATCH or n != len(sequences):
+            raise UsageError(f"a decode step takes 1 to {BATCH} sequences and a token each")
+        self.check(tokens)
+        for s in sequences:
+            s.reserve(s.length + 1)
+        positions, tables = [s.length for s in sequences], [s.table_address for s in sequences]
+        self._run("decode" if n == 1 else "batch", tokens, positions, tables, range(n))
+        for s in sequences:
+            s.length += 1
+        return self._logits[:n]
+
+    def close(self) -> None:
+        """Stop the unit, write the trace, forget the memory."""
+        self.unit.close()
+        rings = self.unit.buffers.rings
+        if self._trace is not None and rings is not None:
+            write_chrome_trace(self._trace, self.arena.numpy(rings), self.unit.cycles_per_second())
+        self.model.close()
+        self.arena.close()
+
+

@@ -1,0 +1,57 @@
+"""Opening a model: file, shape, tokenizer and chat template, each checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from coterie.errors import ModelError
+from coterie.models import gemma3, llama
+from coterie.models.gguf_file import GGUFFile
+from coterie.models.spec import ModelSpec
+from coterie.models.template import ChatTemplate
+from coterie.models.tokenizer import Tokenizer
+
+ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "gemma3": gemma3}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model file that has been opened and understood. `template` is None where the file has none."""
+
+    file: GGUFFile
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def open_model(path: str | Path) -> Model:
+    """Open a GGUF file; ModelError says what is wrong with it."""
+    file = GGUFFile(path)
+    try:
+        architecture = file.text("general.architecture")
+        if architecture not in ARCHITECTURES:
+            raise ModelError(
+                f"{file.path.name}: architecture {architecture[:40]!r} is not supported; "
+                f"Coterie runs {' and '.join(ARCHITECTURES)}"
+            )
+        spec: ModelSpec = ARCHITECTURES[architecture].read_spec(file)
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        if tokenizer.vocab_size != spec.vocab:
+            raise ModelError(
+                f"{file.path.name}: {tokenizer.vocab_size} tokens in the vocabulary, but {spec.vocab} rows "
+                "in token_embd.weight; the file is damaged"
+            )
+        return Model(file, spec, tokenizer, _chat_template(file, tokenizer))
+    except BaseException:
+        file.close()
+        raise
+
+
+def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
+    if "tokenizer.chat_template" not in file.metadata:
+        return None
+    bos, eos = ("" if id is None else tokenizer.token_text(id) for id in (tokenizer.bos, tokenizer.eos))
+    return ChatTemplate(file.text("tokenizer.chat_template"), bos, eos)
