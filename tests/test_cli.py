@@ -24,7 +24,7 @@ from coterie.commands.options import parse_size
 from coterie.commands.perplexity import chunk_losses, estimate
 from coterie.errors import CoterieError, FetchError, ModelError, PlanError, UsageError
 
-HEAVY = {"numba", "llvmlite", "gguf", "tokenizers", "jinja2", "pyarrow", "ray", "coterie.engine"}
+HEAVY = {"numba", "llvmlite", "gguf", "tokenizers", "jinja2", "pyarrow", "ray", "coterie.llm"}
 
 
 class FakeGeneration:
@@ -124,9 +124,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
         template: object | None = object()
         begin: list[int] = []  # noqa: RUF012
 
-    module = ModuleType("coterie.engine")
+    module = ModuleType("coterie.llm")
     module.LLM = LLM  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "coterie.engine", module)
+    monkeypatch.setitem(sys.modules, "coterie.llm", module)
     return LLM
 
 

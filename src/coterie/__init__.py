@@ -9,7 +9,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coterie.engine import LLM
+    from coterie.llm import LLM
 
 __all__ = ["LLM", "__version__"]
 __version__ = "0.1.0"
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import the engine when it is first asked for: it brings numba, the command's help needs none."""
     if name == "LLM":
-        from coterie.engine import LLM
+        from coterie.llm import LLM
 
         return LLM
     raise AttributeError(f"module 'coterie' has no attribute {name!r}")

@@ -83,6 +83,14 @@ class Engine:
             self._loaded.add(name)
         self.unit.run(name, ids, positions, tables, outputs)
 
+    @property
+    def weight_kind(self) -> str:
+        """The format that most weights are in."""
+        sizes: dict[str, int] = {}
+        for tensor in self.model.file.tensors.values():
+            sizes[tensor.format] = sizes.get(tensor.format, 0) + tensor.nbytes
+        return max(sizes, key=lambda name: sizes[name])
+
     def sequence(self) -> KVSequence:
         """A new, empty sequence; close it to give its memory back."""
         return self.cache.sequence()

@@ -41,7 +41,7 @@ def bench(
     if not tests:
         raise UsageError("nothing to time: -p and -n are both 0")
 
-    from coterie.engine import LLM
+    from coterie.llm import LLM
 
     context = max(max(test) for test in tests) + 1
     with (

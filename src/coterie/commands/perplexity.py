@@ -36,7 +36,7 @@ def perplexity(
         raise UsageError("which text? give -f FILE")
     text = read_text(file)
 
-    from coterie.engine import LLM
+    from coterie.llm import LLM
 
     with (
         terminal.Progress() as progress,

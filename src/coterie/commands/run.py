@@ -23,7 +23,7 @@ from coterie.errors import UsageError
 from coterie.generation import SamplingOptions
 
 if TYPE_CHECKING:
-    from coterie.engine import LLM, Generation
+    from coterie.llm import LLM, Generation
 
 
 def run(
@@ -85,7 +85,7 @@ def run(
         raise UsageError(f"--trace {trace}: there is no folder {trace.absolute().parent}")
     text = _prompt(prompt, file)
 
-    from coterie.engine import LLM
+    from coterie.llm import LLM
 
     with (
         terminal.Progress() as progress,

@@ -210,17 +210,18 @@ class Tokenizer:
         import tokenizers
         from tokenizers import models
 
-        ids = self._ids
-        chosen = [i for i, token in enumerate(self._tokens) if not ascii_only or _is_ascii(token)]
+        tokens, ids = self._tokens, self._ids
+        chosen = [i for i, token in enumerate(tokens) if not ascii_only or _is_ascii(token)]
         chosen.sort(key=lambda i: -self._scores[i])
+        # Pairs of the vocabulary's own strings, not of copies: there are half a million.
         merges = [
-            (token[:cut], token[cut:])
-            for token in map(self._tokens.__getitem__, chosen)
+            (tokens[left], tokens[right])
+            for token in map(tokens.__getitem__, chosen)
             for cut in range(len(token) - 1, 0, -1)
-            if token[:cut] in ids and token[cut:] in ids
+            if (left := ids.get(token[:cut])) is not None and (right := ids.get(token[cut:])) is not None
         ]
-        vocab = {self._tokens[i]: i for i in chosen}
-        unknown = None if self._unknown is None else self._tokens[self._unknown]
+        vocab = {tokens[i]: i for i in chosen}
+        unknown = None if self._unknown is None else tokens[self._unknown]
         if unknown is not None:
             vocab[unknown] = ids[unknown]
         return tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, byte_fallback=True))

@@ -1,0 +1,280 @@
+"""The Python API: text in, text out.
+
+>>> from coterie import LLM
+>>> with LLM("smollm2") as llm:
+...     for piece in llm.chat([{"role": "user", "content": "What is the capital of France?"}]):
+...         print(piece, end="")
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.engine import Engine
+from coterie.errors import UsageError
+from coterie.fetch import resolve
+from coterie.generation import Sampler, SamplingOptions, TextStream
+from coterie.models.load import open_model
+from coterie.models.template import ChatTemplate
+from coterie.scheduler.plan import Plan
+
+LOGITS_BYTES = 1 << 30  # logits() refuses to return more
+
+
+class LLM:
+    """A language model, ready to generate.
+
+    `model` is a path to a GGUF file or a name that `coterie pull` knows. `threads` are lanes of the CPU unit,
+    `context` the positions all open generations hold together, `memory` (bytes) a bound that is checked before
+    anything is loaded, `trace` a file that is written on close. `progress(label, done, total)` is told of slow
+    things. Raises FetchError, ModelError, PlanError, UsageError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        memory: int | None = None,
+        trace: str | Path | None = None,
+        progress: Callable[..., None] | None = None,
+    ) -> None:
+        start = time.perf_counter()
+        opened = open_model(resolve(model, progress))
+        try:
+            self._engine = Engine(
+                opened, threads=threads, context=context, memory=memory,
+                trace=None if trace is None else Path(trace), progress=progress,
+            )  # fmt: skip
+        except BaseException:
+            opened.close()
+            raise
+        self._model = opened
+        self.load_seconds = time.perf_counter() - start
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the lanes, write the trace, give the memory back. A second call does nothing."""
+        self._engine.close()
+
+    @property
+    def plan(self) -> Plan:
+        return self._engine.plan
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The model's chat template, if it has one."""
+        return self._model.template
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of plain text, begun as the model wants it; special tokens are not recognised."""
+        return self._model.tokenizer.encode(text)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        self._engine.check(ids)
+        return self._model.tokenizer.decode(ids)
+
+    def generate(
+        self, prompt: str, max_tokens: int = 256, *, stop: str | Sequence[str] = (), **sampling: Any
+    ) -> "Generation":
+        """Continue a text. `sampling` are SamplingOptions' fields; `max_tokens` -1 is until the end.
+
+        Generation ends at an end-of-turn token or a stop string ("stop"), after `max_tokens` ("length"), or when
+        the context is full ("context"): nothing is shifted out of it. Raises UsageError if the prompt does not
+        fit the context.
+        """
+        return self._generation(self.tokenize(prompt), max_tokens, stop, sampling)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int = 256,
+        *,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> "Generation":
+        """Answer a conversation of {"role", "content"} messages, as `generate` does for a text. Raises UsageError
+        for a model without a chat template."""
+        if self.template is None:
+            raise UsageError("this model has no chat template; use generate() on plain text")
+        text = self.template.render([dict(message) for message in messages])
+        tokenizer = self._model.tokenizer
+        ids = tokenizer.encode(text, parse_special=True)
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos:  # the template has written one already
+            del ids[0]
+        return self._generation(ids, max_tokens, stop, sampling)
+
+    def _generation(
+        self, ids: list[int], max_tokens: int, stop: str | Sequence[str], sampling: dict[str, Any]
+    ) -> "Generation":
+        if max_tokens < -1:
+            raise UsageError(f"max_tokens is {max_tokens}: give 0 or more, or -1 for no limit")
+        if not ids:
+            raise UsageError("the prompt is empty, and this model does not begin texts by itself; give some text")
+        if len(ids) > self.plan.context:
+            raise UsageError(
+                f"the prompt is {len(ids)} tokens, the context {self.plan.context}; shorten it, or raise -c"
+            )
+        try:
+            options = SamplingOptions(**sampling)
+        except TypeError:
+            known = ", ".join(SamplingOptions.__dataclass_fields__)
+            raise UsageError(f"unknown sampling option among {', '.join(sampling)}; there are {known}") from None
+        return Generation(self._engine, ids, max_tokens, Sampler(options), stop, self.load_seconds)
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """float32[n, vocab]: for each position, the scores of the token that comes next."""
+        size = len(tokens) * self._engine.spec.vocab * 4
+        if size > LOGITS_BYTES:
+            raise UsageError(f"{len(tokens)} rows of logits are {size >> 20} MiB; ask for fewer tokens at a time")
+        sequence = self._engine.sequence()
+        try:
+            return self._engine.prefill(sequence, list(tokens), range(len(tokens)))
+        finally:
+            sequence.close()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: planned by region, KV cache taken so far, and the process's peak ("peak_rss")."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        regions = dict(self.plan.regions)
+        return {**regions, "kv_taken": self._engine.cache.nbytes, "peak_rss": peak}
+
+    def bench(self, n_prompt: int, n_gen: int, repetitions: int = 5) -> list[dict[str, Any]]:
+        """Time prefill of `n_prompt` random tokens, or decoding of `n_gen`, as llama-bench does: a warm-up, then
+        `repetitions` runs from an empty context. One row with llama-bench's field names."""
+        self._timed(n_prompt, n_gen)
+        samples = [self._timed(n_prompt, n_gen) for _ in range(repetitions)]
+        rates = [(n_prompt + n_gen) / seconds for seconds in samples]
+        file = self._model.file
+        return [
+            {
+                "model_filename": str(file.path),
+                "model_type": f"{self.plan.architecture} {self._engine.weight_kind}",
+                "model_size": sum(tensor.nbytes for tensor in file.tensors.values()),
+                "model_n_params": sum(tensor.rows * tensor.cols for tensor in file.tensors.values()),
+                "n_threads": self.plan.lanes,
+                "n_prompt": n_prompt,
+                "n_gen": n_gen,
+                "avg_ts": float(np.mean(rates)),
+                "stddev_ts": float(np.std(rates, ddof=1)) if len(rates) > 1 else 0.0,
+                "samples_ts": rates,
+                "samples_ns": [round(seconds * 1e9) for seconds in samples],
+            }
+        ]
+
+    def _timed(self, n_prompt: int, n_gen: int) -> float:
+        engine = self._engine
+        ids = np.random.default_rng(0).integers(0, engine.spec.vocab, n_prompt + n_gen).tolist()
+        sequence = engine.sequence()
+        try:
+            start = time.perf_counter()
+            if n_prompt:
+                engine.prefill(sequence, ids[:n_prompt])
+            for token in ids[n_prompt:]:
+                engine.decode([sequence], [token])
+            return time.perf_counter() - start
+        finally:
+            sequence.close()
+
+
+class Generation:
+    """Iterate to get the answer's text as it grows; afterwards its record.
+
+    `text`, `tokens` (ids, an end-of-turn token not among them), `finish_reason` ("stop", "length", "context"; None
+    before the end) and `timings` (seconds and tokens/s). Leaving the iteration early gives the cache back.
+    """
+
+    def __init__(
+        self, engine: Engine, prompt: list[int], max_tokens: int, sampler: Sampler, stop: str | Sequence[str], load: float
+    ) -> None:
+        self.prompt_tokens, self.tokens, self.text = prompt, list[int](), ""
+        self.finish_reason: str | None = None
+        self.seed = sampler.options.seed
+        self._engine, self._sampler, self._load = engine, sampler, load
+        self._limit = max_tokens if max_tokens >= 0 else engine.plan.context
+        tokenizer = engine.model.tokenizer
+        self._end_ids = tokenizer.end_ids
+        self._stream = TextStream(tokenizer.token_bytes, stop)
+        self._prompt_seconds = self._seconds = 0.0
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._pieces.close()
+
+    @property
+    def timings(self) -> dict[str, float]:
+        def rate(n: int, seconds: float) -> float:
+            return n / seconds if seconds > 0 else 0.0
+
+        prompt, generated = len(self.prompt_tokens), len(self.tokens)
+        return {
+            "load_seconds": self._load,
+            "prompt_tokens": prompt,
+            "prompt_seconds": self._prompt_seconds,
+            "prompt_tokens_per_s": rate(prompt, self._prompt_seconds),
+            "generated_tokens": generated,
+            "generated_seconds": self._seconds,
+            "tokens_per_s": rate(generated, self._seconds),
+        }
+
+    def _run(self) -> "Any":
+        """Text pieces that are not empty."""
+        sequence = self._engine.sequence()
+        try:
+            start = time.perf_counter()
+            logits = self._engine.prefill(sequence, self.prompt_tokens)[0]
+            begun = time.perf_counter()
+            self._prompt_seconds = begun - start
+            while (reason := self._step(logits)) is None:
+                self._seconds = time.perf_counter() - begun
+                if piece := self._stream.push(self.tokens[-1]):
+                    self.text += piece
+                    yield piece
+                if self._stream.stopped:
+                    reason = "stop"
+                    break
+                if len(self.tokens) >= self._limit:
+                    reason = "length"
+                    break
+                if sequence.length >= self._engine.plan.context:
+                    reason = "context"
+                    break
+                logits = self._engine.decode([sequence], [self.tokens[-1]])[0]
+            self._seconds = time.perf_counter() - begun
+            self.finish_reason = reason
+            if piece := self._stream.finish():
+                self.text += piece
+                yield piece
+        finally:
+            sequence.close()
+
+    def _step(self, logits: npt.NDArray[np.float32]) -> str | None:
+        """Choose the next token; the reason to end, if this is one."""
+        if self._limit == 0:
+            return "length"
+        token = self._sampler.pick(logits, self.prompt_tokens + self.tokens)
+        if token in self._end_ids:
+            return "stop"
+        self.tokens.append(token)
+        return None
