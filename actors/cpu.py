@@ -14,7 +14,7 @@ from coterie.actors import lane as lanes_code
 from coterie.errors import UnitError
 from coterie.kernels import record as r
 from coterie.kernels import target
-from coterie.kernels import attention, ffn, matmul, rows  # noqa: F401  (they register their kernels)
+from coterie.kernels import attention, ffn, matmul, probe, rows  # noqa: F401  (they register their kernels)
 from coterie.kernels.compiled import load_kernel
 from coterie.scheduler.program import Program
 from coterie.storage.arena import Arena, BufferRef

@@ -4,24 +4,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from coterie.kernels import probe
 from coterie.kernels.attention import SPAN
+from coterie.kernels.compiled import kernel_name
 from coterie.kernels.formats import COLUMNS
-from coterie.kernels.record import LINE
+from coterie.kernels.record import LINE, Opcode
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.lower import Lowering, Shared
-from coterie.scheduler.program import Program
+from coterie.scheduler.program import Operand, Program, ProgramBuilder
 from coterie.storage.arena import Ledger, round_up
 from coterie.storage.weights import Weights, lay_out
 
 BATCH = 8  # rows of a decode batch
+PROBE_PIECE = 256 << 10  # bytes
 OUTPUT_ROWS = 16  # rows whose logits are computed together
 
 
 @dataclass(frozen=True)
 class ModelLayout:
     """A model's buffers and programs. Programs by name: `decode` (one row), `batch` (2 to 8 rows of different
-    sequences), `prefill` (a chunk of one sequence, no logits), `head` (logits of chosen rows of a prefill)."""
+    sequences), `prefill` (a chunk of one sequence, no logits), `head` (logits of chosen rows of a prefill), `probe` (reads the layers' weights:
+    the machine's bandwidth, with the same lanes on the same memory)."""
 
     weights: Weights
     shared: Shared
@@ -52,7 +56,22 @@ def lay_out_model(
         prefill.body("prefill"),
         prefill.head("head"),
     ]
+    programs.append(_probe(ledger, weights, shared))
     return ModelLayout(weights, shared, {p.name: p for p in programs})
+
+
+def _probe(ledger: Ledger, weights: Weights, shared: Shared) -> Program:
+    """Read what the layers' FFNs and the output matrix lie in, first buffer to last."""
+    first, last = weights.layers[0].ffn.gate_up, weights.layers[-1].ffn.down
+    builder = ProgramBuilder("probe", ledger, shared.lanes, shared.error)
+    operands: dict[int, Operand] = {
+        probe.PROBE_BASE: first,
+        probe.PROBE_BYTES: last.offset + last.nbytes - first.offset,
+        probe.PROBE_PIECE: PROBE_PIECE,
+        probe.PROBE_OUT: ledger.allocate("activations", shared.lanes * LINE),
+    }
+    builder.add(kernel_name(probe.probe), Opcode.PROBE, operands)
+    return builder.build()
 
 
 def block_table_bytes(context: int) -> int:

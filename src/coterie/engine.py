@@ -1,5 +1,6 @@
 """The engine: token ids in, logits out. Opens a model, plans, packs, compiles, and runs one step at a time."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy.typing as npt
 from coterie.actors.cpu import CpuUnit
 from coterie.errors import UsageError
 from coterie.kernels.compiled import is_cached
+from coterie.kernels.probe import PROBE_BYTES
 from coterie.models.load import Model
 from coterie.models.rope import rope_table
 from coterie.scheduler.layout import BATCH, lay_out_model
@@ -140,6 +142,14 @@ class Engine:
         for s in sequences:
             s.length += 1
         return self._logits[:n]
+
+    def read_bandwidth(self) -> float:
+        """Bytes/s at which the lanes read the layers' weights, once through."""
+        program = self.layout.programs["probe"]
+        self._run("probe", (), (), (), ())
+        start = time.perf_counter()
+        self._run("probe", (), (), (), ())
+        return float(program.words[0, PROBE_BYTES] / (time.perf_counter() - start))
 
     def close(self) -> None:
         """Stop the unit, write the trace, forget the memory."""

@@ -27,7 +27,7 @@ from coterie.kernels.tile import (
     cluster_tile_op,
     tile_op,
 )
-from coterie.kernels.vector import floats_at, i32_at, i64_at, mul
+from coterie.kernels.vector import floats_at, i32_at, i64_at, mul, prefetch
 
 VECTOR = 4 * ROWS
 
@@ -175,7 +175,11 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
                 for c in range(clusters):
                     cluster = i32_at(ids + 4 * c)
                     w = i64_at(table + cluster * CLUSTER_ROW + CLUSTER_DOWN)
+                    following = i32_at(ids + 4 * min(c + 1, clusters - 1))
+                    ahead = i64_at(table + following * CLUSTER_ROW + CLUSTER_DOWN) - w
                     for g in range(first_group, last_group):
+                        for line in range(0, block_bytes, 64):  # the next cluster's run starts elsewhere
+                            prefetch(w + ahead + g * block_bytes + line)
                         tile(w + g * block_bytes, x + cluster * x_block, y + g * VECTOR, y_row, 1, c)
             else:
                 for first in range(0, clusters, panel):

@@ -35,6 +35,7 @@ class Opcode(IntEnum):
     MERGE = 6
     FFN_UP = 7
     FFN_DOWN = 8
+    PROBE = 9
 
 
 # Words of the step header. Each lane works on its own copy, taken when the go flag rose, so that a lane which

@@ -1,0 +1,137 @@
+"""A bench for kernels: a small arena, a CPU unit, and programs put together by hand."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.actors.cpu import CpuUnit
+from coterie.kernels import attention, matmul
+from coterie.kernels.compiled import kernel_name
+from coterie.kernels.formats import FORMATS, ROWS
+from coterie.kernels.record import LINE, Opcode
+from coterie.kernels.tile import FLOAT_TOKEN, INT8_TOKEN
+from coterie.scheduler.program import Draft, Operand, ProgramBuilder
+from coterie.storage.arena import Arena, BufferRef, round_up
+from coterie.storage.pack import pack, packed_bytes, padded_columns
+from coterie.storage.unit import lay_out_unit
+
+REGIONS = ("weights", "activations", "state", "flags", "programs", "kv", "trace")
+
+
+class Machine:
+    """An arena with a unit of `lanes` lanes that takes steps of up to `rows` rows."""
+
+    def __init__(self, lanes: int = 1, *, rows: int = 64, size: int = 64 << 20, tracing: bool = False) -> None:
+        self.arena = Arena(dict.fromkeys(REGIONS, size))
+        self.lanes, self.rows = lanes, rows
+        self.unit = CpuUnit(self.arena, lanes, lay_out_unit(self.arena, lanes, rows, tracing=tracing))
+        self.error = self.arena.allocate("flags", LINE)
+        self._programs = 0
+
+    def room(self, shape: int | tuple[int, ...], kind: npt.DTypeLike = np.uint8, region: str = "activations") -> BufferRef:
+        return self.arena.allocate(region, shape, kind)
+
+    def put(self, values: npt.ArrayLike, region: str = "activations") -> BufferRef:
+        """A buffer with a copy of `values`."""
+        array = np.asarray(values)
+        ref = self.arena.allocate(region, array.shape, array.dtype)
+        self.arena.numpy(ref)[...] = array
+        return ref
+
+    def look(self, ref: BufferRef) -> npt.NDArray[Any]:
+        return self.arena.numpy(ref)
+
+    def builder(self, name: str = "") -> ProgramBuilder:
+        """A new program; without a name it gets one of its own."""
+        self._programs += 1
+        return ProgramBuilder(name or f"program {self._programs}", self.arena, self.lanes, self.error)
+
+    def load(self, builder: ProgramBuilder) -> str:
+        """Build and load a program; returns its name."""
+        self.unit.load(builder.build())
+        return builder.name
+
+    def step(
+        self, name: str, rows: int, *, positions: npt.ArrayLike = (), tables: npt.ArrayLike = (), outputs: npt.ArrayLike = ()
+    ) -> None:
+        self.unit.run(name, np.zeros(rows, np.int32), positions, tables, outputs)
+
+    # --- matrices -----------------------------------------------------------------------------------
+
+    def pack(self, name: str, raw: npt.NDArray[np.uint8], columns: int) -> BufferRef:
+        """Raw GGUF rows as a packed matrix."""
+        groups, blocks = -(-len(raw) // ROWS), padded_columns(name, columns) // FORMATS[name].columns
+        ref = self.room(packed_bytes(name, len(raw), columns), region="weights")
+        pack(name, raw, self.look(ref).reshape(groups, blocks, FORMATS[name].block))
+        return ref
+
+    def tiles(self, is_float: bool, subs: int, *, private: bool = False) -> BufferRef:
+        """Room for activation tiles of all rows."""
+        row = subs * (FLOAT_TOKEN if is_float else INT8_TOKEN)
+        return self.room((self.lanes if private else 1, round_up(self.rows, 8) * row))
+
+    def emit(self, x: BufferRef, subs: int, tile: int, ints: BufferRef | None, floats: BufferRef | None) -> dict[int, Operand]:
+        """Operands of `merge` that only turn rows float32[rows][columns] into tiles of `subs` sub-blocks a row."""
+        return {
+            attention.MERGE_ROWS: x,
+            attention.MERGE_ROWS_ROW: 4 * x.shape[1],
+            attention.MERGE_SUBS: x.shape[1] // 32,
+            attention.MERGE_TILE: tile,
+            attention.MERGE_OUT: ints,
+            attention.MERGE_OUT_LANE: 0 if ints is None else ints.nbytes // ints.shape[0] * (ints.shape[0] > 1),
+            attention.MERGE_FLOAT_OUT: floats,
+            attention.MERGE_FLOAT_LANE: 0 if floats is None else floats.nbytes // floats.shape[0] * (floats.shape[0] > 1),
+            attention.MERGE_TILE_SUBS: subs,
+        }
+
+    def matmul(
+        self,
+        builder: ProgramBuilder,
+        name: str,
+        weights: BufferRef,
+        rows: int,
+        columns: int,
+        x: BufferRef,
+        tile: int,
+        *,
+        panel: int = 1 << 20,
+        chunk: int = 1,
+        prepare: Draft | None = None,
+    ) -> BufferRef:
+        """Add y = W x on tiles `x` to a program; returns y, float32[steps' rows][rows, padded]."""
+        f = FORMATS[name]
+        groups, blocks = -(-rows // ROWS), padded_columns(name, columns) // f.columns
+        y = self.room((round_up(self.rows, 8), groups * ROWS), np.float32)
+        self.look(y)[...] = np.nan  # what is not written is seen
+        operands: dict[int, Operand] = {
+            matmul.MATMUL_WEIGHTS: weights,
+            matmul.MATMUL_GROUP: f.group_bytes(blocks * f.columns),
+            matmul.MATMUL_GROUPS: groups,
+            matmul.MATMUL_BLOCKS: blocks,
+            matmul.MATMUL_X: x,
+            matmul.MATMUL_X_LANE: x.nbytes // x.shape[0] * (x.shape[0] > 1),
+            matmul.MATMUL_Y: y,
+            matmul.MATMUL_Y_ROW: 4 * groups * ROWS,
+            matmul.MATMUL_CHUNK: chunk,
+            matmul.MATMUL_PANEL: panel,
+            matmul.MATMUL_OUTPUTS: 0,
+            matmul.MATMUL_X_SUBS: blocks * f.subs,
+        }
+        builder.add(kernel_name(matmul.matmul, name, tile), Opcode.MATMUL, operands, prepare=prepare)
+        return y
+
+    def close(self) -> None:
+        self.unit.close()
+        self.arena.close()
+
+
+@contextmanager
+def machine(lanes: int = 1, **options: Any) -> Iterator[Machine]:
+    made = Machine(lanes, **options)
+    try:
+        yield made
+    finally:
+        made.close()
