@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coterie.actors import lane as lanes_code
 from coterie.errors import UnitError
+from coterie.kernels import library, target
 from coterie.kernels import record as r
-from coterie.kernels import target
-from coterie.kernels import attention, ffn, matmul, probe, rows  # noqa: F401  (they register their kernels)
-from coterie.kernels.compiled import load_kernel
 from coterie.scheduler.program import Program
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.unit import CONTROL_LINES, TRACE_EVENTS, UnitBuffers
@@ -29,10 +26,11 @@ NAP = 50_000_000  # nanoseconds
 @cache
 def cycles_per_second() -> float:
     """The rate of the cycle counter, measured for some milliseconds."""
-    count, start = lanes_code.compiled().cycles(), time.perf_counter()
+    cycles = library.function("lane_cycles", 0)
+    count, start = cycles(), time.perf_counter()
     while time.perf_counter() - start < 0.005:
         pass
-    return float((lanes_code.compiled().cycles() - count) / (time.perf_counter() - start))
+    return (cycles() - count) / (time.perf_counter() - start)
 
 
 class CpuUnit:
@@ -40,12 +38,14 @@ class CpuUnit:
 
     def __init__(self, arena: Arena, lanes: int, buffers: UnitBuffers) -> None:
         self.arena, self.lanes, self.buffers = arena, lanes, buffers
-        self._code = lanes_code.compiled()
+        self._worker, self._part = library.function("lane_worker", 7), library.function("lane_part", 4)
+        self._begin, self._wait = library.function("lane_begin", 3), library.function("lane_wait", 5)
+        self._cycles = library.function("lane_cycles", 0)
         self._programs: dict[str, tuple[Program, int]] = {}
         self._lock = threading.Lock()
         self._epoch = 0
         self._closed = False
-        self._header = arena.numpy(buffers.header)
+        self._header: npt.NDArray[np.int64] = arena.numpy(buffers.steps)[0]  # lane 0's copy
         self._rows = {word: arena.numpy(ref) for word, ref in buffers.rows.items()}
         self._fill_header()
         self._threads = [
@@ -73,6 +73,7 @@ class CpuUnit:
         if buffers.rings is not None:
             arena.numpy(buffers.rings)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS
             header[r.TRACE], header[r.TRACE_STRIDE] = arena.address(buffers.rings), buffers.rings.shape[1]
+        arena.numpy(buffers.header)[:] = header
 
     def _serve(self, lane: int) -> None:
         """A lane's thread: pinned to its core if there are enough, and never back in Python until the end."""
@@ -80,13 +81,18 @@ class CpuUnit:
         if self._spinning:
             os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[lane]})
         header = self.arena.address(self.buffers.header)
-        self._code.worker(header, self._step(lane), lane, self._go, self._parked[lane], 0, idle)
+        self._worker(header, self._step(lane), lane, self._go, self._parked[lane], 0, idle)
 
     def _step(self, lane: int) -> int:
         return self.arena.address(self.buffers.steps) + lane * r.HEADER_BYTES
 
     def describe(self) -> dict[str, Any]:
-        return {"unit": "cpu", "runtime": f"numba kernels, {target.path()}", "lanes": self.lanes, "real": True}
+        return {
+            "unit": "cpu",
+            "runtime": f"numba kernels, {target.path()}",
+            "lanes": self.lanes,
+            "real": True,
+        }
 
     def cycles_per_second(self) -> float:
         """The rate of the counter that trace events carry."""
@@ -98,7 +104,7 @@ class CpuUnit:
         kernels = {}
         for name in dict.fromkeys(program.kernels):
             progress(len(kernels))
-            kernels[name] = load_kernel(name).address
+            kernels[name] = library.address(name)
         table = self.arena.allocate("programs", program.words.shape, np.int64)
         address = self.arena.address(table)
         self.arena.numpy(table)[:] = program.bound(self.arena.base, address, kernels)
@@ -123,7 +129,12 @@ class CpuUnit:
                 raise UnitError("this model has been closed")
             program, address = self._programs[name]
             header = self._header
-            for word, values in ((r.IDS, ids), (r.POSITIONS, positions), (r.TABLES, tables), (r.OUTPUT_ROWS, outputs)):
+            for word, values in (
+                (r.IDS, ids),
+                (r.POSITIONS, positions),
+                (r.TABLES, tables),
+                (r.OUTPUT_ROWS, outputs),
+            ):
                 array = np.asarray(values)
                 self._rows[word][: array.size] = array
                 if word == r.IDS:
@@ -141,25 +152,24 @@ class CpuUnit:
     def _raise_go(self) -> None:
         self._epoch += 1
         self._header[r.EPOCH] = self._epoch
-        self.arena.numpy(self.buffers.steps)[0] = self._header
-        self._code.post(self._go, self._epoch)
+        self._begin(self.arena.address(self.buffers.header), self._step(0), self._go)
 
     def _take_part(self, program: Program) -> None:
         """Be lane 0 until the step is done; Python's signal handlers run between slices."""
         step, at = self._step(0), 0
         length = int(SLICE * cycles_per_second())
         while at < program.length:
-            at = self._code.part(step, 0, at, self._code.cycles() + length)
+            at = self._part(step, 0, at, self._cycles() + length)
             if at < 0:
                 raise UnitError("the step was abandoned")
-        if not self._code.wait(self.arena.base + program.done, self._epoch, self._spin, self._abort, self._nap):
+        if not self._wait(self.arena.base + program.done, self._epoch, self._spin, self._abort, self._nap):
             raise UnitError("the step was abandoned")
 
     def _abandon(self) -> None:
         """Call the lanes off, and make the counters ready for another try."""
         self._abort_word[0] = 1
         for lane in range(1, self.lanes):
-            self._code.wait(self._parked[lane], self._epoch, 0, self._never, self._nap)
+            self._wait(self._parked[lane], self._epoch, 0, self._never, self._nap)
         for program, _ in self._programs.values():
             for offset in program.words[: program.length, r.DONE]:
                 self._word(int(offset))[0] = 0

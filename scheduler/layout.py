@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coterie.kernels import probe
-from coterie.kernels.attention import SPAN
-from coterie.kernels.compiled import kernel_name
+from coterie.kernels import operands as o
 from coterie.kernels.formats import COLUMNS
+from coterie.kernels.library import kernel_name
 from coterie.kernels.record import LINE, Opcode
+from coterie.kernels.shapes import SPAN
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.lower import Lowering, Shared
@@ -65,12 +65,12 @@ def _probe(ledger: Ledger, weights: Weights, shared: Shared) -> Program:
     first, last = weights.layers[0].ffn.gate_up, weights.layers[-1].ffn.down
     builder = ProgramBuilder("probe", ledger, shared.lanes, shared.error)
     operands: dict[int, Operand] = {
-        probe.PROBE_BASE: first,
-        probe.PROBE_BYTES: last.offset + last.nbytes - first.offset,
-        probe.PROBE_PIECE: PROBE_PIECE,
-        probe.PROBE_OUT: ledger.allocate("activations", shared.lanes * LINE),
+        o.PROBE_BASE: first,
+        o.PROBE_BYTES: last.offset + last.nbytes - first.offset,
+        o.PROBE_PIECE: PROBE_PIECE,
+        o.PROBE_OUT: ledger.allocate("activations", shared.lanes * LINE),
     }
-    builder.add(kernel_name(probe.probe), Opcode.PROBE, operands)
+    builder.add(kernel_name("probe"), Opcode.PROBE, operands)
     return builder.build()
 
 

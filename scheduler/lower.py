@@ -10,14 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from coterie.kernels import attention as a
-from coterie.kernels import ffn as f
-from coterie.kernels import matmul as m
-from coterie.kernels import rows as rw
-from coterie.kernels.compiled import kernel_name
+from coterie.kernels import operands as o
+from coterie.kernels import shapes
 from coterie.kernels.formats import COLUMNS, Format
+from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
-from coterie.kernels.tile import FLOAT_TOKEN, INT8_TOKEN
+from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN
 from coterie.models.spec import ModelSpec, Rope
 from coterie.scheduler.program import Draft, Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
@@ -96,7 +94,9 @@ class Lowering:
         readers = [m.format for layer in layers for m in layer.projections]
         readers += [g for layer in layers for g in (layer.ffn.layout.gate, layer.ffn.layout.up)]
         self.normed = self._tiles(spec.dim, rows, readers)
-        self.attended = self._tiles(spec.n_heads * spec.head_dim, rows, [layer.output.format for layer in layers])
+        self.attended = self._tiles(
+            spec.n_heads * spec.head_dim, rows, [layer.output.format for layer in layers]
+        )
         private = self._private
         self.attention = self._floats(private, rows, self.heads_width)
         hidden = max(layer.ffn.layout.clusters * layer.ffn.layout.neurons for layer in layers)
@@ -104,14 +104,14 @@ class Lowering:
         self.output_rows = self.shared.logits.shape[0]
         self.final = self._tiles(spec.dim, self.output_rows, [self.weights.output.format])
         share = spec.n_heads // spec.n_kv_heads
-        self.attend_lane = round_up(a.attend_scratch(share, spec.head_dim, a.QUERY_TOKENS), 64)
+        self.attend_lane = round_up(shapes.attend_scratch(share, spec.head_dim, shapes.QUERY_TOKENS), 64)
         self.attend_scratch = self.ledger.allocate("activations", self.lanes * self.attend_lane)
         neurons = max(layer.ffn.layout.neurons for layer in layers)
         self.ffn_lane = rows * 2 * neurons * 4
         self.ffn_scratch = self.ledger.allocate("activations", self.lanes * self.ffn_lane)
-        self.unpack_scratch = self.ledger.allocate("activations", self.lanes * rw.UNPACKED)
-        self.spans = -(-self.shared.context // a.SPAN) + 1
-        self.state_row = spec.n_heads * self.spans * (a.HEAD + 4 * spec.head_dim)
+        self.unpack_scratch = self.ledger.allocate("activations", self.lanes * shapes.UNPACKED)
+        self.spans = -(-self.shared.context // shapes.SPAN) + 1
+        self.state_row = spec.n_heads * self.spans * (shapes.HEAD + 4 * spec.head_dim)
         states = rows * self.state_row if self.mode == "decode" else 64
         self.states = self.ledger.allocate("activations", states)
 
@@ -127,7 +127,9 @@ class Lowering:
         refs: list[BufferRef | None] = []
         for is_float, token in ((False, INT8_TOKEN), (True, FLOAT_TOKEN)):
             wanted = any(reader.is_float == is_float for reader in readers)
-            refs.append(self.ledger.allocate("activations", (copies, rows * subs * token)) if wanted else None)
+            refs.append(
+                self.ledger.allocate("activations", (copies, rows * subs * token)) if wanted else None
+            )
         step = 0 if shared or self.mode == "prefill" else rows * subs
         return Tiles(refs[0], refs[1], subs, step * INT8_TOKEN, step * FLOAT_TOKEN)
 
@@ -155,13 +157,17 @@ class Lowering:
             post = self.weights.layers[i - 1].norms.get("post_ffw_norm") if i else None
             ready = self._norm(b, i, layer.norms["attn_norm"], self.normed, i > 0, post)
             self._attend(b, i, layer, self._project(b, i, layer, ready))
-            ready = self._norm(b, i, layer.norms["ffn_norm"], self.normed, True, layer.norms.get("post_attention_norm"))
+            ready = self._norm(
+                b, i, layer.norms["ffn_norm"], self.normed, True, layer.norms.get("post_attention_norm")
+            )
             self._ffn(b, i, layer, ready)
         return b
 
     def _head(self, b: ProgramBuilder) -> ProgramBuilder:
         post = self.weights.layers[-1].norms.get("post_ffw_norm")
-        ready = self._norm(b, len(self.weights.layers), self.weights.output_norm, self.final, True, post, select=True)
+        ready = self._norm(
+            b, len(self.weights.layers), self.weights.output_norm, self.final, True, post, select=True
+        )
         logits = self.shared.logits
         self._matmul(
             b, len(self.weights.layers), self.weights.output, self.final, logits, 0, logits.shape[1],
@@ -174,16 +180,16 @@ class Lowering:
     def _embed(self, b: ProgramBuilder) -> None:
         e = self.weights.embedding
         b.add(
-            kernel_name(rw.embed, e.format.name),
+            kernel_name("embed", e.format.name),
             Opcode.EMBED,
             {
-                rw.EMBED_WEIGHTS: e.ref,
-                rw.EMBED_GROUP: e.group_bytes,
-                rw.EMBED_BLOCKS: e.blocks,
-                rw.EMBED_X: self.x[0],
-                rw.EMBED_ROW: 4 * self.width,
-                rw.EMBED_SCALE: float(self.spec.embedding_scale),
-                rw.EMBED_SCRATCH: self.unpack_scratch,
+                o.EMBED_WEIGHTS: e.ref,
+                o.EMBED_GROUP: e.group_bytes,
+                o.EMBED_BLOCKS: e.blocks,
+                o.EMBED_X: self.x[0],
+                o.EMBED_ROW: 4 * self.width,
+                o.EMBED_SCALE: float(self.spec.embedding_scale),
+                o.EMBED_SCRATCH: self.unpack_scratch,
             },
         )
 
@@ -204,25 +210,25 @@ class Lowering:
         if self.mode == "decode" and add:
             self._at = 1 - self._at
         operands: dict[int, Operand] = {
-            rw.NORM_X: source,
-            rw.NORM_X_OUT: self.x[self._at],
-            rw.NORM_ROW: 4 * self.width,
-            rw.NORM_Y: self.y if add else None,
-            rw.NORM_POST: post,
-            rw.NORM_WEIGHT: weight,
-            rw.NORM_DIM: self.spec.dim,
-            rw.NORM_SUBS: self.width // COLUMNS,
-            rw.NORM_EPS: float(self.spec.norm_eps),
-            rw.NORM_OUT: out.ints,
-            rw.NORM_OUT_LANE: out.int_lane,
-            rw.NORM_FLOAT_OUT: out.floats,
-            rw.NORM_FLOAT_LANE: out.float_lane,
-            rw.NORM_TILE: self.tile,
-            rw.NORM_SELECT: int(select),
-            rw.NORM_Y_ROW: 4 * self.width,
-            rw.NORM_TILE_SUBS: out.subs,
+            o.NORM_X: source,
+            o.NORM_X_OUT: self.x[self._at],
+            o.NORM_ROW: 4 * self.width,
+            o.NORM_Y: self.y if add else None,
+            o.NORM_POST: post,
+            o.NORM_WEIGHT: weight,
+            o.NORM_DIM: self.spec.dim,
+            o.NORM_SUBS: self.width // COLUMNS,
+            o.NORM_EPS: float(self.spec.norm_eps),
+            o.NORM_OUT: out.ints,
+            o.NORM_OUT_LANE: out.int_lane,
+            o.NORM_FLOAT_OUT: out.floats,
+            o.NORM_FLOAT_LANE: out.float_lane,
+            o.NORM_TILE: self.tile,
+            o.NORM_SELECT: int(select),
+            o.NORM_Y_ROW: 4 * self.width,
+            o.NORM_TILE_SUBS: out.subs,
         }
-        return self._row_wise(b, kernel_name(rw.norm), Opcode.NORM, operands, layer)
+        return self._row_wise(b, kernel_name("norm"), Opcode.NORM, operands, layer)
 
     def _row_wise(
         self, b: ProgramBuilder, kernel: str, opcode: Opcode, operands: dict[int, Operand], layer: int
@@ -253,21 +259,23 @@ class Lowering:
         rows = self.output_rows if outputs else self.rows
         panel = max(1, PANEL_BYTES // (rows * token * matrix.format.subs))
         return b.add(
-            kernel_name(m.matmul, matrix.format.name, self.tile),
+            kernel_name("matmul", matrix.format.name, self.tile),
             Opcode.MATMUL,
             {
-                m.MATMUL_WEIGHTS: matrix.ref,
-                m.MATMUL_GROUP: matrix.group_bytes,
-                m.MATMUL_GROUPS: matrix.groups,
-                m.MATMUL_BLOCKS: matrix.blocks,
-                m.MATMUL_X: tiles,
-                m.MATMUL_X_LANE: lane,
-                m.MATMUL_Y: BufferRef(y.region, y.offset + 4 * column, y.nbytes - 4 * column, y.dtype, y.shape),
-                m.MATMUL_Y_ROW: 4 * width,
-                m.MATMUL_CHUNK: self._chunk(matrix.groups, matrix.group_bytes),
-                m.MATMUL_PANEL: panel,
-                m.MATMUL_OUTPUTS: int(outputs),
-                m.MATMUL_X_SUBS: x.subs,
+                o.MATMUL_WEIGHTS: matrix.ref,
+                o.MATMUL_GROUP: matrix.group_bytes,
+                o.MATMUL_GROUPS: matrix.groups,
+                o.MATMUL_BLOCKS: matrix.blocks,
+                o.MATMUL_X: tiles,
+                o.MATMUL_X_LANE: lane,
+                o.MATMUL_Y: BufferRef(
+                    y.region, y.offset + 4 * column, y.nbytes - 4 * column, y.dtype, y.shape
+                ),
+                o.MATMUL_Y_ROW: 4 * width,
+                o.MATMUL_CHUNK: self._chunk(matrix.groups, matrix.group_bytes),
+                o.MATMUL_PANEL: panel,
+                o.MATMUL_OUTPUTS: int(outputs),
+                o.MATMUL_X_SUBS: x.subs,
             },
             layer=layer,
             waits=waits,
@@ -285,7 +293,14 @@ class Lowering:
         for matrix in layer.projections:
             numbers.append(
                 self._matmul(
-                    b, i, matrix, self.normed, self.qkv, column, self.qkv_width, prepare=ready,
+                    b,
+                    i,
+                    matrix,
+                    self.normed,
+                    self.qkv,
+                    column,
+                    self.qkv_width,
+                    prepare=ready,
                     waits=waits if len(numbers) < 2 else numbers[:1],
                 )  # fmt: skip
             )
@@ -296,52 +311,52 @@ class Lowering:
         spec, at = self.spec, self.spec.layers[i]
         decode = self.mode == "decode"
         operands: dict[int, Operand] = {
-            a.A_QKV: self.qkv,
-            a.A_QKV_ROW: 4 * self.qkv_width,
-            a.A_HEADS: spec.n_heads,
-            a.A_KV_HEADS: spec.n_kv_heads,
-            a.A_DIM: spec.head_dim,
-            a.A_WINDOW: at.window,
-            a.A_LAYER: self.kv.layer(i),
-            a.A_VALUES: self.kv.values,
-            a.A_ROPE: self.shared.ropes[at.rope],
-            a.A_HALF: at.rope.dims // 2,
-            a.A_QUERY_NORM: layer.norms.get("attn_q_norm"),
-            a.A_KEY_NORM: layer.norms.get("attn_k_norm"),
-            a.A_EPS: float(spec.norm_eps),
-            a.A_SCALE: float(spec.attention_scale),
-            a.A_OUT: self.states if decode else self.attention,
-            a.A_OUT_ROW: self.state_row if decode else 4 * self.heads_width,
-            a.A_SPANS: self.spans,
-            a.A_SCRATCH: self.attend_scratch,
-            a.A_SCRATCH_LANE: self.attend_lane,
+            o.A_QKV: self.qkv,
+            o.A_QKV_ROW: 4 * self.qkv_width,
+            o.A_HEADS: spec.n_heads,
+            o.A_KV_HEADS: spec.n_kv_heads,
+            o.A_DIM: spec.head_dim,
+            o.A_WINDOW: at.window,
+            o.A_LAYER: self.kv.layer(i),
+            o.A_VALUES: self.kv.values,
+            o.A_ROPE: self.shared.ropes[at.rope],
+            o.A_HALF: at.rope.dims // 2,
+            o.A_QUERY_NORM: layer.norms.get("attn_q_norm"),
+            o.A_KEY_NORM: layer.norms.get("attn_k_norm"),
+            o.A_EPS: float(spec.norm_eps),
+            o.A_SCALE: float(spec.attention_scale),
+            o.A_OUT: self.states if decode else self.attention,
+            o.A_OUT_ROW: self.state_row if decode else 4 * self.heads_width,
+            o.A_SPANS: self.spans,
+            o.A_SCRATCH: self.attend_scratch,
+            o.A_SCRATCH_LANE: self.attend_lane,
         }
         merge: dict[int, Operand] = {
-            a.MERGE_STATES: self.states if decode else None,
-            a.MERGE_STATES_ROW: self.state_row,
-            a.MERGE_SPANS: self.spans,
-            a.MERGE_HEADS: spec.n_heads,
-            a.MERGE_DIM: spec.head_dim,
-            a.MERGE_WINDOW: at.window,
-            a.MERGE_ROWS: self.attention,
-            a.MERGE_ROWS_LANE: 4 * self.rows * self.heads_width if decode else 0,
-            a.MERGE_ROWS_ROW: 4 * self.heads_width,
-            a.MERGE_SUBS: self.heads_width // COLUMNS,
-            a.MERGE_TILE: self.tile,
-            a.MERGE_OUT: self.attended.ints,
-            a.MERGE_OUT_LANE: self.attended.int_lane,
-            a.MERGE_FLOAT_OUT: self.attended.floats,
-            a.MERGE_FLOAT_LANE: self.attended.float_lane,
-            a.MERGE_SCRATCH: self.attend_scratch,
-            a.MERGE_SCRATCH_LANE: self.attend_lane,
-            a.MERGE_TILE_SUBS: self.attended.subs,
+            o.MERGE_STATES: self.states if decode else None,
+            o.MERGE_STATES_ROW: self.state_row,
+            o.MERGE_SPANS: self.spans,
+            o.MERGE_HEADS: spec.n_heads,
+            o.MERGE_DIM: spec.head_dim,
+            o.MERGE_WINDOW: at.window,
+            o.MERGE_ROWS: self.attention,
+            o.MERGE_ROWS_LANE: 4 * self.rows * self.heads_width if decode else 0,
+            o.MERGE_ROWS_ROW: 4 * self.heads_width,
+            o.MERGE_SUBS: self.heads_width // COLUMNS,
+            o.MERGE_TILE: self.tile,
+            o.MERGE_OUT: self.attended.ints,
+            o.MERGE_OUT_LANE: self.attended.int_lane,
+            o.MERGE_FLOAT_OUT: self.attended.floats,
+            o.MERGE_FLOAT_LANE: self.attended.float_lane,
+            o.MERGE_SCRATCH: self.attend_scratch,
+            o.MERGE_SCRATCH_LANE: self.attend_lane,
+            o.MERGE_TILE_SUBS: self.attended.subs,
         }
         if decode:
-            b.add(kernel_name(a.attend_one), Opcode.ATTEND, operands, layer=i, waits=waits)
+            b.add(kernel_name("attend_one"), Opcode.ATTEND, operands, layer=i, waits=waits)
         else:
-            b.add(kernel_name(a.rope), Opcode.ROPE, operands, layer=i, waits=waits)
-            b.add(kernel_name(a.attend), Opcode.ATTEND, operands, layer=i)
-        ready = self._row_wise(b, kernel_name(a.merge), Opcode.MERGE, merge, i)
+            b.add(kernel_name("rope"), Opcode.ROPE, operands, layer=i, waits=waits)
+            b.add(kernel_name("attend"), Opcode.ATTEND, operands, layer=i)
+        ready = self._row_wise(b, kernel_name("merge"), Opcode.MERGE, merge, i)
         self._matmul(b, i, layer.output, self.attended, self.y, 0, self.width, prepare=ready)
 
     def _ffn(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> None:
@@ -352,34 +367,33 @@ class Lowering:
         hidden_token = FLOAT_TOKEN if layout.down.is_float else INT8_TOKEN
         blocks = round_up(layout.dim, layout.gate.columns) // layout.gate.columns
         up: dict[int, Operand] = {
-            f.UP_TABLE: layer.ffn.table,
-            f.UP_LIST: layer.ffn.list,
-            f.UP_NEURONS: layout.neurons,
-            f.UP_BLOCKS: blocks,
-            f.UP_X: x,
-            f.UP_X_LANE: x_lane,
-            f.UP_X_SUBS: self.normed.subs,
-            f.UP_OUT: hidden,
-            f.UP_OUT_SUBS: self.hidden.subs,
-            f.UP_OUT_FLOAT: int(layout.down.is_float),
-            f.UP_CHUNK: self._chunk(layout.clusters, layout.gate_up_stride),
-            f.UP_PANEL: max(1, PANEL_BYTES // (self.rows * token * layout.gate.subs)),
-            f.UP_SCRATCH: self.ffn_scratch,
-            f.UP_SCRATCH_LANE: self.ffn_lane,
-            f.UP_UP_OFFSET: layout.gate_bytes,
+            o.UP_TABLE: layer.ffn.table,
+            o.UP_LIST: layer.ffn.list,
+            o.UP_NEURONS: layout.neurons,
+            o.UP_BLOCKS: blocks,
+            o.UP_X: x,
+            o.UP_X_LANE: x_lane,
+            o.UP_X_SUBS: self.normed.subs,
+            o.UP_OUT: hidden,
+            o.UP_OUT_SUBS: self.hidden.subs,
+            o.UP_OUT_FLOAT: int(layout.down.is_float),
+            o.UP_CHUNK: self._chunk(layout.clusters, layout.gate_up_stride),
+            o.UP_PANEL: max(1, PANEL_BYTES // (self.rows * token * layout.gate.subs)),
+            o.UP_SCRATCH: self.ffn_scratch,
+            o.UP_SCRATCH_LANE: self.ffn_lane,
+            o.UP_UP_OFFSET: layout.gate_bytes,
         }
         down: dict[int, Operand] = {
-            f.DOWN_TABLE: layer.ffn.table,
-            f.DOWN_LIST: layer.ffn.list,
-            f.DOWN_GROUPS: layout.down_groups,
-            f.DOWN_X: hidden,
-            f.DOWN_X_SUBS: self.hidden.subs,
-            f.DOWN_Y: self.y,
-            f.DOWN_Y_ROW: 4 * self.width,
-            f.DOWN_CHUNK: max(1, layout.down_groups // (PIECES * self.lanes)),
-            f.DOWN_PANEL: max(1, PANEL_BYTES // (self.rows * hidden_token * layout.down.subs)),
+            o.DOWN_TABLE: layer.ffn.table,
+            o.DOWN_LIST: layer.ffn.list,
+            o.DOWN_GROUPS: layout.down_groups,
+            o.DOWN_X: hidden,
+            o.DOWN_X_SUBS: self.hidden.subs,
+            o.DOWN_Y: self.y,
+            o.DOWN_Y_ROW: 4 * self.width,
+            o.DOWN_CHUNK: max(1, layout.down_groups // (PIECES * self.lanes)),
+            o.DOWN_PANEL: max(1, PANEL_BYTES // (self.rows * hidden_token * layout.down.subs)),
         }
         names = layout.gate.name, layout.up.name, self.spec.activation, tile
-        b.add(kernel_name(f.ffn_up, *names), Opcode.FFN_UP, up, layer=i, prepare=ready)
-        b.add(kernel_name(f.ffn_down, layout.down.name, tile), Opcode.FFN_DOWN, down, layer=i)
-
+        b.add(kernel_name("ffn_up", *names), Opcode.FFN_UP, up, layer=i, prepare=ready)
+        b.add(kernel_name("ffn_down", layout.down.name, tile), Opcode.FFN_DOWN, down, layer=i)

@@ -55,7 +55,9 @@ class Plan:
         """For people, before the first token."""
         mib = {name: size / (1 << 20) for name, size in self.regions.items()}
         rest = sum(size for name, size in mib.items() if name not in ("weights", "kv"))
-        said = ", ".join(f"{name} from {source}" for name, source in self.sources.items() if source != "automatic")
+        said = ", ".join(
+            f"{name} from {source}" for name, source in self.sources.items() if source != "automatic"
+        )
         return [
             f"{self.model}: {self.architecture}, all weights {self.residency} ({mib['weights']:.0f} MiB), "
             f"numerics {self.numerics}",
@@ -125,7 +127,11 @@ def make_plan(
 def _check_shapes(file: GGUFFile, spec: ModelSpec) -> None:
     """What the kernels cannot do is said here."""
     if spec.head_dim % 16:
-        raise PlanError(f"{file.path.name}: heads of {spec.head_dim} dimensions are not supported (multiples of 16 are)")
+        raise PlanError(
+            f"{file.path.name}: heads of {spec.head_dim} dimensions are not supported (multiples of 16 are)"
+        )
     for layer in spec.layers:
         if layer.rope.dims % 16 or layer.rope.dims > spec.head_dim:
-            raise PlanError(f"{file.path.name}: a rotary embedding of {layer.rope.dims} dimensions is not supported")
+            raise PlanError(
+                f"{file.path.name}: a rotary embedding of {layer.rope.dims} dimensions is not supported"
+            )

@@ -200,6 +200,11 @@ def _punch_hole(fd: int, offset: int, size: int) -> None:
 
     keep_size, punch = 1, 2
     libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (ctypes.c_int(fd), ctypes.c_int(keep_size | punch), ctypes.c_long(offset), ctypes.c_long(size))
+    arguments = (
+        ctypes.c_int(fd),
+        ctypes.c_int(keep_size | punch),
+        ctypes.c_long(offset),
+        ctypes.c_long(size),
+    )
     if libc.fallocate(*arguments) != 0:
         raise PlanError(f"cannot shrink shared memory: {os.strerror(ctypes.get_errno())}")

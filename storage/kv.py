@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.errors import UsageError
-from coterie.kernels.attention import SPAN
+from coterie.kernels.shapes import SPAN
 from coterie.models.spec import ModelSpec
 from coterie.storage.arena import HUGE, Arena, BufferRef, round_up
 
@@ -87,7 +87,9 @@ class Sequence:
     def reserve(self, positions: int) -> None:
         """Make room for the first `positions` positions."""
         if positions > self.cache.positions:
-            raise UsageError(f"{positions} positions do not fit the context of {self.cache.positions}; raise -c")
+            raise UsageError(
+                f"{positions} positions do not fit the context of {self.cache.positions}; raise -c"
+            )
         while len(self._blocks) * SPAN < positions:
             block = self.cache.take()
             self._table[len(self._blocks)] = self.cache.arena.address(block)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.kernels.formats import COLUMNS, FORMATS, ROWS
+from coterie.kernels.library import function, kernel_name
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -165,11 +166,9 @@ def pack(name: str, raw: Bytes, out: Bytes) -> None:
 def unpack(name: str, packed: Bytes) -> npt.NDArray[np.float32]:
     """Dequantise packed groups uint8[groups, blocks, block bytes] to float32[16 groups, columns], by the very
     code that kernels unpack with; for tests and tools."""
-    from coterie.kernels.rows import unpack_function
-
     f = FORMATS[name]
     groups, blocks, _ = packed.shape
     packed = np.ascontiguousarray(packed)
     out = np.empty((groups, blocks, f.subs, COLUMNS, ROWS), np.float32)
-    unpack_function(name)(packed.ctypes.data, out.ctypes.data, groups * blocks)
+    function(kernel_name("unpack_blocks", name), 3)(packed.ctypes.data, out.ctypes.data, groups * blocks)
     return out.reshape(groups, blocks * f.columns, ROWS).transpose(0, 2, 1).reshape(groups * ROWS, -1)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from coterie.errors import PlanError
 from coterie.kernels.formats import COLUMNS, FORMATS, ROWS, Format
-from coterie.kernels.tile import CLUSTER_DOWN, CLUSTER_GATE_UP, CLUSTER_ROW
+from coterie.kernels.shapes import CLUSTER_DOWN, CLUSTER_GATE_UP, CLUSTER_ROW
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.spec import ModelSpec
 from coterie.storage.arena import LINE, Arena, BufferRef, Ledger, round_up
@@ -157,7 +157,9 @@ def lay_out(file: GGUFFile, spec: ModelSpec, ledger: Ledger) -> Weights:
         names = (f"blk.{i}.ffn_{part}.weight" for part in ("gate", "up", "down"))
         gate, up, down = (FORMATS[file.tensors[name].format] for name in names)
         if gate.subs != up.subs or gate.is_float != up.is_float:
-            raise PlanError(f"{file.path.name}: layer {i} mixes Gate {gate.name} with Up {up.name}: not supported")
+            raise PlanError(
+                f"{file.path.name}: layer {i} mixes Gate {gate.name} with Up {up.name}: not supported"
+            )
         layout = ClusterLayout(gate, up, down, spec.dim, spec.ffn_dim)
         return FFN(
             layout,

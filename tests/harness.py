@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
-from coterie.kernels import attention, matmul
-from coterie.kernels.compiled import kernel_name
+from coterie.kernels import operands as o
+from coterie.kernels.library import kernel_name
 from coterie.kernels.formats import FORMATS, ROWS
 from coterie.kernels.record import LINE, Opcode
-from coterie.kernels.tile import FLOAT_TOKEN, INT8_TOKEN
+from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN
 from coterie.scheduler.program import Draft, Operand, ProgramBuilder
 from coterie.storage.arena import Arena, BufferRef, round_up
 from coterie.storage.pack import pack, packed_bytes, padded_columns
@@ -76,15 +76,15 @@ class Machine:
     def emit(self, x: BufferRef, subs: int, tile: int, ints: BufferRef | None, floats: BufferRef | None) -> dict[int, Operand]:
         """Operands of `merge` that only turn rows float32[rows][columns] into tiles of `subs` sub-blocks a row."""
         return {
-            attention.MERGE_ROWS: x,
-            attention.MERGE_ROWS_ROW: 4 * x.shape[1],
-            attention.MERGE_SUBS: x.shape[1] // 32,
-            attention.MERGE_TILE: tile,
-            attention.MERGE_OUT: ints,
-            attention.MERGE_OUT_LANE: 0 if ints is None else ints.nbytes // ints.shape[0] * (ints.shape[0] > 1),
-            attention.MERGE_FLOAT_OUT: floats,
-            attention.MERGE_FLOAT_LANE: 0 if floats is None else floats.nbytes // floats.shape[0] * (floats.shape[0] > 1),
-            attention.MERGE_TILE_SUBS: subs,
+            o.MERGE_ROWS: x,
+            o.MERGE_ROWS_ROW: 4 * x.shape[1],
+            o.MERGE_SUBS: x.shape[1] // 32,
+            o.MERGE_TILE: tile,
+            o.MERGE_OUT: ints,
+            o.MERGE_OUT_LANE: 0 if ints is None else ints.nbytes // ints.shape[0] * (ints.shape[0] > 1),
+            o.MERGE_FLOAT_OUT: floats,
+            o.MERGE_FLOAT_LANE: 0 if floats is None else floats.nbytes // floats.shape[0] * (floats.shape[0] > 1),
+            o.MERGE_TILE_SUBS: subs,
         }
 
     def matmul(
@@ -107,20 +107,20 @@ class Machine:
         y = self.room((round_up(self.rows, 8), groups * ROWS), np.float32)
         self.look(y)[...] = np.nan  # what is not written is seen
         operands: dict[int, Operand] = {
-            matmul.MATMUL_WEIGHTS: weights,
-            matmul.MATMUL_GROUP: f.group_bytes(blocks * f.columns),
-            matmul.MATMUL_GROUPS: groups,
-            matmul.MATMUL_BLOCKS: blocks,
-            matmul.MATMUL_X: x,
-            matmul.MATMUL_X_LANE: x.nbytes // x.shape[0] * (x.shape[0] > 1),
-            matmul.MATMUL_Y: y,
-            matmul.MATMUL_Y_ROW: 4 * groups * ROWS,
-            matmul.MATMUL_CHUNK: chunk,
-            matmul.MATMUL_PANEL: panel,
-            matmul.MATMUL_OUTPUTS: 0,
-            matmul.MATMUL_X_SUBS: blocks * f.subs,
+            o.MATMUL_WEIGHTS: weights,
+            o.MATMUL_GROUP: f.group_bytes(blocks * f.columns),
+            o.MATMUL_GROUPS: groups,
+            o.MATMUL_BLOCKS: blocks,
+            o.MATMUL_X: x,
+            o.MATMUL_X_LANE: x.nbytes // x.shape[0] * (x.shape[0] > 1),
+            o.MATMUL_Y: y,
+            o.MATMUL_Y_ROW: 4 * groups * ROWS,
+            o.MATMUL_CHUNK: chunk,
+            o.MATMUL_PANEL: panel,
+            o.MATMUL_OUTPUTS: 0,
+            o.MATMUL_X_SUBS: blocks * f.subs,
         }
-        builder.add(kernel_name(matmul.matmul, name, tile), Opcode.MATMUL, operands, prepare=prepare)
+        builder.add(kernel_name("matmul", name, tile), Opcode.MATMUL, operands, prepare=prepare)
         return y
 
     def close(self) -> None:

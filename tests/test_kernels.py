@@ -1,37 +1,410 @@
-"""Matrix kernels bit by bit against reference.py; activations, norms, exp and rope against doubles."""
+"""Matrix kernels bit by bit against reference.py; activations, norms, exp and rope against better numbers."""
+
+from collections.abc import Callable
+from decimal import Decimal, getcontext
+from typing import Any
 
 import numpy as np
 import pytest
-import reference
 from harness import Machine, machine
-from reference import FLOAT_FORMATS, FORMATS, INTEGER_FORMATS, Bytes, Floats
+from numba import cfunc, types
+from reference import (
+    BLOCK,
+    FLOAT_FORMATS,
+    FORMATS,
+    INTEGER_FORMATS,
+    SCALES,
+    Bytes,
+    Doubles,
+    Floats,
+    floats_of,
+    fma,
+    nmse,
+    product,
+    quantise,
+    random_raw,
+    same_bits,
+    set_scales,
+)
 
-from coterie.kernels import attention, target
-from coterie.kernels.compiled import kernel_name
+from coterie.kernels import mathematics, target
+from coterie.kernels import operands as o
+from coterie.kernels.library import kernel_name
 from coterie.kernels.formats import FORMATS as PACKED
 from coterie.kernels.record import Opcode
+from coterie.kernels.shapes import INT8_TOKEN, UNPACKED
+from coterie.kernels.vector import floats_at, set_floats
+from coterie.models.rope import cos_sin, frequencies, rope_table
+from coterie.models.spec import Rope
+from coterie.scheduler.program import Operand
 
 TILE = target.tile_tokens()
-TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33)
 
 
 def run_matmul(
-    m: Machine, name: str, raw: Bytes, x: Floats, tile: int, *, panel: int = 1 << 20, chunk: int = 1, private: bool = False
+    m: Machine,
+    name: str,
+    raw: Bytes,
+    x: Floats,
+    tile: int,
+    *,
+    panel: int = 1 << 20,
+    chunk: int = 1,
+    private: bool = False,
 ) -> Floats:
     """W x by the kernels: rows to tiles (by each lane for itself if `private`), then the matrix."""
-    rows, (n, columns) = len(raw), x.shape
+    count, (n, columns) = len(raw), x.shape
     f = PACKED[name]
-    padded = -(-columns // f.columns) * f.columns
+    subs = -(-columns // f.columns) * f.subs
     source = m.room((m.rows, -(-columns // 32) * 32), np.float32)
     m.look(source)[:n, :columns] = x
-    tiles = m.tiles(f.is_float, padded // 32, private=private)
-    emit = m.emit(source, padded // 32, tile, None if f.is_float else tiles, tiles if f.is_float else None)
-    b = m.builder()
-    prepare = None
-    if private:
-        prepare = b.preparation(kernel_name(attention.merge), Opcode.MERGE, emit)
-    else:
-        b.add(kernel_name(attention.merge), Opcode.MERGE, emit)
-    y = m.matmul(b, name, m.pack(name, raw, columns), rows, columns, tiles, tile, panel=panel, chunk=chunk, prepare=prepare)
+    tiles = m.tiles(f.is_float, subs, private=private)
+    emit = m.emit(source, subs, tile, None if f.is_float else tiles, tiles if f.is_float else None)
+    b, kernel = m.builder(), kernel_name("merge")
+    prepare = b.preparation(kernel, Opcode.MERGE, emit) if private else None
+    if not private:
+        b.add(kernel, Opcode.MERGE, emit)
+    weights = m.pack(name, raw, columns)
+    y = m.matmul(b, name, weights, count, columns, tiles, tile, panel=panel, chunk=chunk, prepare=prepare)
     m.step(m.load(b), n)
-    return np.ascontiguousarray(m.look(y)[:n, :rows])
+    return np.ascontiguousarray(m.look(y)[:n, :count])
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids="{} lanes".format)
+def bench(request: pytest.FixtureRequest) -> Any:
+    with machine(request.param) as m:
+        yield m
+
+
+# --- the reference itself ----------------------------------------------------------------------------
+
+
+def test_fma_rounds_once() -> None:
+    one, ulp = np.float32(1), np.float32(2.0**-23)
+    x = np.array([1 + ulp, 1 + ulp, 3, 2.0**-75, 1e30, -0.0, 1 + ulp], np.float32)
+    y = np.array([1 - ulp, 1 - ulp, 1 / 3, 2.0**-75, 1e30, 0.0, 1 - ulp], np.float32)
+    z = np.array([-1, 0, -1, 0, 1, -0.0, ulp / 2 + 2 * ulp**2], np.float32)
+    # (1 + u)(1 - u) = 1 - u**2 exactly
+    expected = [-(ulp**2), one, 2.0**-25, 2.0**-149 / 2, np.inf, -0.0, None]
+    got = fma(x, y, z)
+    for value, wanted in zip(got, expected, strict=True):
+        if wanted is not None:
+            assert same_bits(np.float32([value]), np.float32([wanted]))
+    assert got[-1] == one + ulp  # just above half a unit: a sum that was rounded before would go to even
+
+
+def test_reference_reads_blocks_as_gguf_does() -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    for name in FORMATS:
+        raw = random_raw(np.random.default_rng(1), name, 5, 512)
+        np.testing.assert_array_equal(floats_of(name, raw), dequantize(raw, GGMLQuantizationType[name]))
+
+
+# --- matrices ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_matrices_equal_the_reference_bit_by_bit(name: str, bench: Machine) -> None:
+    rng = np.random.default_rng(2)
+    unit = PACKED[name].columns
+    shapes = [(1, unit), (15, unit), (16, 2 * unit), (37, 3 * unit), (70, 5 * unit)]
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33]
+    for case in range(len(tokens)):
+        (count, columns), n = shapes[case % len(shapes)], tokens[case]
+        raw = random_raw(rng, name, count, columns)
+        x = rng.standard_normal((n, columns), np.float32) * np.float32(10.0 ** (case % 5 - 2))
+        expected = product(name, raw, x)
+        for tile, panel, chunk, private in ((1, 2, 1, True), (TILE, 2, 2, False)):
+            got = run_matmul(bench, name, raw, x, tile, panel=panel, chunk=chunk, private=private)
+            assert same_bits(got, expected), (count, columns, n, tile)
+
+
+@pytest.mark.parametrize("name", FLOAT_FORMATS)
+def test_float_columns_need_not_fill_blocks(name: str, bench: Machine) -> None:
+    rng = np.random.default_rng(3)
+    for columns in (1, 31, 33, 100):
+        raw, x = random_raw(rng, name, 19, columns), rng.standard_normal((5, columns), np.float32)
+        assert same_bits(run_matmul(bench, name, raw, x, TILE), product(name, raw, x)), columns
+
+
+@pytest.mark.parametrize("name", INTEGER_FORMATS)
+def test_extreme_weights_and_activations(name: str, bench: Machine) -> None:
+    rng = np.random.default_rng(4)
+    count, columns = 23, 4 * PACKED[name].columns
+    raw = random_raw(rng, name, count, columns)
+    blocks = raw.reshape(count, -1, BLOCK[name][0])
+    special = np.array([0, -0.0, 2.0**-24, -(2.0**-24), 1000 * 2.0**-24, 65504, -65504, 1], np.float16)
+    set_scales(name, blocks, rng.choice(special, (*blocks.shape[:2], 2)))
+    fields = [i for i in range(BLOCK[name][0]) if not any(at <= i < at + 2 for at in SCALES[name])]
+    for row, byte in ((0, 0x00), (1, 0xFF), (2, 0x80), (3, 0x7F)):  # all quants least, most, -128, 127
+        for field in fields:
+            blocks[row, :, field] = byte
+    x = rng.standard_normal((9, columns), np.float32)
+    x[0] = 0
+    x[1, :32] = 0
+    x[2] = -0.0
+    x[3] = np.where(np.arange(columns) % 2, 3e20, -3e20)  # all +-127
+    x[4] = 1e-38  # smallest block whose inverse scale is finite is about 4e-37
+    x[5, ::7] = 1e-42
+    x[6] = 127
+    x[7] = rng.integers(-254, 255, columns) / np.float32(2)  # ties of rounding
+    x[7, ::32] = 127
+    expected = product(name, raw, x)
+    assert np.isfinite(expected).all()
+    for tile in (1, TILE):
+        assert same_bits(run_matmul(bench, name, raw, x, tile), expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_error_to_the_float_product(name: str, bench: Machine) -> None:
+    """8-bit activations cost about 3e-5 whatever the weights; float formats only round."""
+    rng = np.random.default_rng(5)
+    raw, x = random_raw(rng, name, 64, 1024), rng.standard_normal((16, 1024), np.float32)
+    exact = x.astype(np.float64) @ floats_of(name, raw).astype(np.float64).T
+    assert nmse(run_matmul(bench, name, raw, x, TILE), exact) <= (1e-12 if name in FLOAT_FORMATS else 2e-4)
+
+
+# --- activations -------------------------------------------------------------------------------------
+
+
+def read_tiles(data: Bytes, tile: int, subs: int, n: int) -> tuple[Any, ...]:
+    """Values int8[n, subs, 32] and the four words [n, subs] of int8 tiles (tile.py draws the layout)."""
+    tiles = data.reshape(-1)[: -(-n // tile) * subs * tile * INT8_TOKEN].reshape(-1, subs, tile * INT8_TOKEN)
+    values = tiles[..., : 32 * tile].view(np.int8).reshape(-1, subs, tile, 32).swapaxes(1, 2)
+    words = tiles[..., 32 * tile :].reshape(-1, subs, 4, tile, 4).transpose(2, 0, 3, 1, 4)
+    floats = np.ascontiguousarray(words[:2]).view(np.float32).reshape(2, -1, subs)
+    ints = np.ascontiguousarray(words[2:]).view(np.int32).reshape(2, -1, subs)
+    return values.reshape(-1, subs, 32)[:n], *(floats[:, :n]), *(ints[:, :n])
+
+
+def check_tiles(data: Bytes, tile: int, x: Floats) -> None:
+    """Whether tiles hold what the reference makes of float32[n, columns]."""
+    q, scale = quantise(x)
+    values, scales, sums, negated, heads = read_tiles(data, tile, q.shape[1], len(q))
+    np.testing.assert_array_equal(values, q)
+    assert same_bits(scales, scale)
+    assert same_bits(sums, scale * q.sum(-1).astype(np.float32))
+    np.testing.assert_array_equal(negated, -q.sum(-1))
+    np.testing.assert_array_equal(heads, -q[..., :16].sum(-1))
+
+
+def reference_norm(x: Floats, weight: Floats, dim: int, eps: float) -> Floats:
+    """RMS norm of float32[n, columns] in the kernels' order: 16 running sums, then these by halves."""
+    squares = np.zeros((len(x), 16), np.float32)
+    for first in range(0, x.shape[1], 16):
+        squares = fma(x[:, first : first + 16], x[:, first : first + 16], squares)
+    while squares.shape[1] > 1:
+        half = squares.shape[1] // 2
+        squares = squares[:, :half] + squares[:, half:]
+    factor = np.float32(1) / np.sqrt(squares / np.float32(dim) + np.float32(eps))
+    normed: Floats = x * factor * weight
+    return normed
+
+
+@pytest.mark.parametrize("add", ["nothing", "y", "normed y"])
+@pytest.mark.parametrize("dim", [32, 100, 576])
+def test_norm_adds_normalises_and_quantises(add: str, dim: int, bench: Machine) -> None:
+    rng, m = np.random.default_rng(6), bench
+    n, width, eps = 11, -(-dim // 32) * 32, 1e-5
+    x, y = (np.zeros((m.rows, width), np.float32) for _ in range(2))
+    weight, post = (np.zeros(width, np.float32) for _ in range(2))
+    for part in (x, y, weight, post):
+        part[..., :dim] = rng.standard_normal((*part.shape[:-1], dim))
+    chosen = [0, 3, 4, 10]  # as the rows that want logits are
+    ref = {"x": m.put(x), "y": m.put(y), "weight": m.put(weight), "post": m.put(post)}
+    x_out, tiles, floats = m.room(x.shape, np.float32), m.tiles(False, width // 32), m.tiles(True, width // 32)
+    operands: dict[int, Operand] = {
+        o.NORM_X: ref["x"],
+        o.NORM_X_OUT: x_out,
+        o.NORM_ROW: 4 * width,
+        o.NORM_Y: None if add == "nothing" else ref["y"],
+        o.NORM_POST: ref["post"] if add == "normed y" else None,
+        o.NORM_WEIGHT: ref["weight"],
+        o.NORM_DIM: dim,
+        o.NORM_SUBS: width // 32,
+        o.NORM_EPS: eps,
+        o.NORM_OUT: tiles,
+        o.NORM_FLOAT_OUT: floats,
+        o.NORM_TILE: 4,
+        o.NORM_SELECT: 0,
+        o.NORM_Y_ROW: 4 * width,
+        o.NORM_TILE_SUBS: width // 32,
+    }
+    change = reference_norm(y, post, dim, eps) if add == "normed y" else y
+    residual = x if add == "nothing" else x + change
+    for select in (False, True):
+        b = m.builder()
+        b.add(kernel_name("norm"), Opcode.NORM, operands | {o.NORM_SELECT: int(select)})
+        m.step(m.load(b), n, outputs=chosen if select else ())
+        picked = np.array(chosen) if select else np.arange(n)
+        if add != "nothing":
+            assert same_bits(m.look(x_out)[picked], residual[picked])
+        expected = reference_norm(residual[picked], weight, dim, eps)
+        exact = residual[picked].astype(np.float64)
+        exact *= weight / np.sqrt(np.square(exact).sum(-1, keepdims=True) / dim + eps)
+        np.testing.assert_allclose(expected, exact, rtol=1e-6, atol=1e-30)
+        check_tiles(m.look(tiles), 4, expected)
+        groups = m.look(floats).reshape(-1).view(np.float32)[: -(-len(picked) // 4) * 4 * width]
+        got = groups.reshape(-1, width // 32, 4, 32).swapaxes(1, 2).reshape(-1, width)[: len(picked)]
+        assert same_bits(np.ascontiguousarray(got), expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_embedding_rows_are_the_dequantised_weights(name: str, bench: Machine) -> None:
+    rng, m = np.random.default_rng(7), bench
+    vocab, columns = 43, 2 * PACKED[name].columns
+    raw, ids = random_raw(rng, name, vocab, columns), np.array([42, 0, 17, 17, 16, 15, 31], np.int32)
+    x = m.room((m.rows, columns), np.float32)
+    b = m.builder()
+    operands: dict[int, Operand] = {
+        o.EMBED_WEIGHTS: m.pack(name, raw, columns),
+        o.EMBED_GROUP: PACKED[name].group_bytes(columns),
+        o.EMBED_BLOCKS: columns // PACKED[name].columns,
+        o.EMBED_X: x,
+        o.EMBED_ROW: 4 * columns,
+        o.EMBED_SCALE: 1.7,
+        o.EMBED_SCRATCH: m.room(m.lanes * UNPACKED),
+    }
+    b.add(kernel_name("embed", name), Opcode.EMBED, operands)
+    m.unit.run(m.load(b), ids, (), ())
+    assert same_bits(m.look(x)[: len(ids)], (floats_of(name, raw) * np.float32(1.7))[ids])
+
+
+# --- exp and its users -------------------------------------------------------------------------------
+
+
+def lanewise(operation: Any) -> Callable[[Floats], Floats]:
+    """A vector operation of the kernels as a function of float32 arrays."""
+
+    @cfunc(types.void(types.intp, types.intp, types.intp))  # type: ignore[untyped-decorator]
+    def run(x, out, count):  # type: ignore[no-untyped-def]
+        for at in range(0, 4 * count, 64):
+            set_floats(out + at, operation(floats_at(x + at)))
+
+    def call(x: Floats) -> Floats:
+        padded = np.zeros(-(-x.size // 16) * 16, np.float32)
+        padded[: x.size] = x
+        out = np.empty_like(padded)
+        run.ctypes(padded.ctypes.data, out.ctypes.data, padded.size)
+        return out[: x.size]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def functions() -> dict[str, Callable[[Floats], Floats]]:
+    return {
+        name: lanewise(operation) for name, operation in (mathematics.ACTIVATIONS | {"exp": mathematics.exp}).items()
+    }
+
+
+def ulps(got: Floats, exact: Doubles) -> float:
+    """The largest error in units in the last place of float32."""
+    units = np.spacing(np.maximum(np.abs(exact), 2.0**-126).astype(np.float32)).astype(np.float64)
+    return float((np.abs(got - exact) / units).max())
+
+
+GRID = np.unique(np.concatenate([np.linspace(-87, 88, 2_000_001), np.geomspace(1e-30, 87, 100_001), [0.0]]))
+GRID = np.unique(np.concatenate([GRID, -GRID[(0 < GRID) & (GRID < 87)]])).astype(np.float32)
+
+
+def test_exp_is_within_two_units(functions: dict[str, Callable[[Floats], Floats]]) -> None:
+    assert ulps(functions["exp"](GRID), np.exp(GRID.astype(np.float64))) <= 2
+
+
+def test_exp_at_special_values(functions: dict[str, Callable[[Floats], Floats]]) -> None:
+    top = functions["exp"](np.float32([88]))[0]
+    x = np.float32([0, -0.0, -np.inf, -87.00001, -1e30, 88.1, 1e30, np.inf, np.nan])
+    assert functions["exp"](x).tolist() == [1, 1, 0, 0, 0, top, top, top, top]  # NaN counts as large
+
+
+def silu(x: Doubles) -> Doubles:
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x: Doubles) -> Doubles:
+    cubed: Doubles = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return cubed
+
+
+def test_activations_are_near_the_exact_functions(functions: dict[str, Callable[[Floats], Floats]]) -> None:
+    x = GRID.astype(np.float64)
+    assert ulps(functions["silu"](GRID), silu(x)) <= 4
+    middle = np.abs(x) <= 4  # beyond, the error of z in exp(-2z) counts z-fold
+    assert ulps(functions["gelu"](GRID[middle]), gelu(x)[middle]) <= 64
+    np.testing.assert_allclose(functions["gelu"](GRID), gelu(x), rtol=2e-6, atol=1e-7)
+    np.testing.assert_array_equal(functions["relu"](GRID), np.maximum(GRID, 0))
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu"])
+def test_activations_at_special_values(name: str, functions: dict[str, Callable[[Floats], Floats]]) -> None:
+    x = np.float32([0, 100, 1e10, np.inf, -100, -1e10, np.nan])
+    got = functions[name](x)
+    assert got[:4].tolist() == [0, 100, np.float32(1e10), np.inf]
+    assert np.abs(got[4:6]).max() < 1e-27
+    assert np.isnan(got[6])
+
+
+# --- rotary tables -----------------------------------------------------------------------------------
+
+PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
+
+
+def exact_cos_sin(angle: Decimal) -> tuple[Decimal, Decimal]:
+    """By Taylor's series, to 50 digits."""
+    x = angle % (2 * PI)
+    sums, term = [Decimal(0), Decimal(0)], Decimal(1)
+    for i in range(80):
+        sums[i % 2] += term if i % 4 < 2 else -term
+        term *= x / (i + 1)
+    return sums[0], sums[1]
+
+
+def test_cos_sin_against_fifty_digits() -> None:
+    getcontext().prec = 60
+    rng = np.random.default_rng(8)
+    angles = np.concatenate([rng.uniform(0, 1.5e6, 300), np.arange(60) * (np.pi / 4), [0.0, 1e-12, 131071.0]])
+    cos, sin = cos_sin(angles)
+    for angle, c, s in zip(angles, cos, sin, strict=True):
+        exact = exact_cos_sin(Decimal(float(angle)))
+        assert abs(Decimal(float(c)) - exact[0]) < Decimal(2) ** -52
+        assert abs(Decimal(float(s)) - exact[1]) < Decimal(2) ** -52
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [Rope(10_000.0, 64), Rope(1e6, 256), Rope(5e5, 32, scale=0.125, factors=tuple(np.linspace(1, 8, 16).tolist()))],
+    ids=["llama", "gemma3", "scaled"],
+)
+def test_rope_table_against_fifty_digits(rope: Rope) -> None:
+    getcontext().prec = 60
+    exact_frequencies = []
+    for i in range(rope.dims // 2):
+        power = (Decimal(rope.base).ln() * (-2 * i) / rope.dims).exp()
+        exact_frequencies.append(power * Decimal(rope.scale) / Decimal(rope.factors[i] if rope.factors else 1))
+    np.testing.assert_allclose(frequencies(rope), [float(f) for f in exact_frequencies], rtol=3e-16)
+    for first in (0, 1000, 131_000):
+        table = rope_table(rope, first, first + 2)
+        for position, i in ((first, 0), (first + 1, 1), (first + 1, rope.dims // 2 - 1)):
+            exact = exact_cos_sin(position * exact_frequencies[i])
+            for got, wanted in zip(table[position - first, :, i], exact, strict=True):
+                # a float32 in [-1, 1], and an angle rounded to float64
+                error = abs(Decimal(float(got)) - wanted)
+                assert error <= Decimal(2) ** -25 + position * Decimal(2) ** -52
+
+
+# --- memory of the kernels ---------------------------------------------------------------------------
+
+
+def test_nothing_is_written_beyond_the_rows_and_columns() -> None:
+    rng = np.random.default_rng(9)
+    with machine(2) as m:
+        raw, x = random_raw(rng, "Q4_0", 20, 64), rng.standard_normal((3, 64), np.float32)
+        run_matmul(m, "Q4_0", raw, x, 1)
+        y = m.arena.numpy(m.arena.allocate("activations", 0))  # what follows the last buffer is untouched
+        assert y.size == 0
+        tail = m.arena.regions["activations"]
+        used = m.arena._bytes[tail.offset + tail.used : tail.offset + tail.used + 4096]
+        assert not used.any()

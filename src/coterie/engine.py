@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
 from coterie.errors import UsageError
-from coterie.kernels.compiled import is_cached
-from coterie.kernels.probe import PROBE_BYTES
+from coterie.kernels.library import is_cached
+from coterie.kernels.operands import PROBE_BYTES
 from coterie.models.load import Model
 from coterie.models.rope import rope_table
 from coterie.scheduler.layout import BATCH, lay_out_model
@@ -65,7 +65,9 @@ class Engine:
 
     def _pack(self) -> None:
         total = sum(tensor.nbytes for tensor in self.model.file.tensors.values())
-        packer = Packer(self.model.file, self.spec, self.arena, lambda done: self._progress("packing", done, total))
+        packer = Packer(
+            self.model.file, self.spec, self.arena, lambda done: self._progress("packing", done, total)
+        )
         packer.fill(self.layout.weights)
 
     def _fill_rope_tables(self) -> None:
@@ -76,12 +78,19 @@ class Engine:
                 table[first:last] = rope_table(rope, first, last)
 
     def _run(
-        self, name: str, ids: Sequence[int], positions: npt.ArrayLike, tables: npt.ArrayLike, outputs: npt.ArrayLike
+        self,
+        name: str,
+        ids: Sequence[int],
+        positions: npt.ArrayLike,
+        tables: npt.ArrayLike,
+        outputs: npt.ArrayLike,
     ) -> None:
         if name not in self._loaded:
             program = self.layout.programs[name]
             missing = [kernel for kernel in dict.fromkeys(program.kernels) if not is_cached(kernel)]
-            self.unit.load(program, lambda n: self._progress("compiling", n, len(missing)) if missing else None)
+            self.unit.load(
+                program, lambda n: self._progress("compiling", n, len(missing)) if missing else None
+            )
             self._loaded.add(name)
         self.unit.run(name, ids, positions, tables, outputs)
 
@@ -101,9 +110,13 @@ class Engine:
         """Raise UsageError for ids that are no tokens of this model."""
         wrong = [t for t in tokens if not 0 <= t < self.spec.vocab]
         if wrong:
-            raise UsageError(f"token {wrong[0]} does not exist: this model's ids are 0 to {self.spec.vocab - 1}")
+            raise UsageError(
+                f"token {wrong[0]} does not exist: this model's ids are 0 to {self.spec.vocab - 1}"
+            )
 
-    def prefill(self, sequence: KVSequence, tokens: Sequence[int], rows: Sequence[int] | None = None) -> Floats:
+    def prefill(
+        self, sequence: KVSequence, tokens: Sequence[int], rows: Sequence[int] | None = None
+    ) -> Floats:
         """Append tokens to a sequence, in chunks; logits float32[n, vocab] of `rows` (indices into `tokens`,
         ascending; default: the last)."""
         self.check(tokens)
@@ -159,5 +172,3 @@ class Engine:
             write_chrome_trace(self._trace, self.arena.numpy(rings), self.unit.cycles_per_second())
         self.model.close()
         self.arena.close()
-
-

@@ -63,3 +63,7 @@ def call_kernel(b, kernel, record, step, lane):  # type: ignore[no-untyped-def]
     return b.call(b.inttoptr(kernel, kind.as_pointer()), [record, step, lane])
 
 
+@op(types.void)
+def fence(b):  # type: ignore[no-untyped-def]
+    """Order everything before against everything after."""
+    b.fence("seq_cst")

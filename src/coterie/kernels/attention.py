@@ -17,22 +17,61 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import register_jitable
 
-from coterie.kernels.compiled import kernel
+from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import COLUMNS
 from coterie.kernels.mathematics import exp
-from coterie.kernels.record import CLAIM, OPERANDS, POSITIONS, TABLES, TOKENS
+from coterie.kernels.operands import (
+    A_DIM,
+    A_EPS,
+    A_HALF,
+    A_HEADS,
+    A_KEY_NORM,
+    A_KV_HEADS,
+    A_LAYER,
+    A_OUT,
+    A_OUT_ROW,
+    A_QKV,
+    A_QKV_ROW,
+    A_QUERY_NORM,
+    A_ROPE,
+    A_SCALE,
+    A_SCRATCH,
+    A_SCRATCH_LANE,
+    A_SPANS,
+    A_VALUES,
+    A_WINDOW,
+    MERGE_DIM,
+    MERGE_FLOAT_LANE,
+    MERGE_FLOAT_OUT,
+    MERGE_HEADS,
+    MERGE_OUT,
+    MERGE_OUT_LANE,
+    MERGE_ROWS,
+    MERGE_ROWS_LANE,
+    MERGE_ROWS_ROW,
+    MERGE_SCRATCH,
+    MERGE_SCRATCH_LANE,
+    MERGE_SPANS,
+    MERGE_STATES,
+    MERGE_STATES_ROW,
+    MERGE_SUBS,
+    MERGE_TILE,
+    MERGE_TILE_SUBS,
+    MERGE_WINDOW,
+)
+from coterie.kernels.record import CLAIM, POSITIONS, TABLES, TOKENS
 from coterie.kernels.rows import bits_to_float, emit_block, inverse_rms
+from coterie.kernels.shapes import HEAD, QUERY_ROWS, QUERY_TOKENS, SPAN, TILE
 from coterie.kernels.sync import claim, finish, word
 from coterie.kernels.vector import (
     ADDRESS,
     F16,
     F32,
     FLOATS,
-    F32x16,
     I32,
-    I32x16,
     I64,
     LANES,
+    F32x16,
     add,
     const,
     div,
@@ -58,19 +97,16 @@ from coterie.kernels.vector import (
     vec,
 )
 
-SPAN = 256  # positions of a KV block
-TILE = 64  # positions of a softmax tile
-ROWS = 4  # query rows taken together
-QUERY_TOKENS = 8  # tokens of a prefill piece
 NOTHING = np.float32(-1e30)  # the maximum of no scores
-HEAD = 64  # bytes before the values in a softmax state: maximum, sum, and room for alignment
 
 
 @op(types.void, ADDRESS, types.intp, ADDRESS, types.intp, ADDRESS)
 def scores(b, q, q_row, k, dim, out):  # type: ignore[no-untyped-def]
     """out[4][64] = q[4][dim] . keys of 64 positions: one fused multiply-add a dimension, ascending."""
     groups = TILE // LANES
-    sums = [[cgutils.alloca_once_value(b, const(F32x16, 0.0)) for _ in range(groups)] for _ in range(ROWS)]
+    sums = [
+        [cgutils.alloca_once_value(b, const(F32x16, 0.0)) for _ in range(groups)] for _ in range(QUERY_ROWS)
+    ]
     for row in sums:
         for s in row:
             b.store(const(F32x16, 0.0), s)
@@ -78,12 +114,12 @@ def scores(b, q, q_row, k, dim, out):  # type: ignore[no-untyped-def]
     with cgutils.for_range(b, dim, intp=I64) as loop:
         at = b.add(k, b.mul(loop.index, const(I64, 2 * LANES)))
         keys = [halves_to_floats(b, b.add(at, b.mul(group_bytes, const(I64, g)))) for g in range(groups)]
-        for r in range(ROWS):
+        for r in range(QUERY_ROWS):
             at_q = b.add(b.add(q, b.mul(q_row, const(I64, r))), b.mul(loop.index, const(I64, 4)))
             query = splat(b, load(b, at_q, F32))
             for g in range(groups):
                 b.store(fma(b, query, keys[g], b.load(sums[r][g])), sums[r][g])
-    for r in range(ROWS):
+    for r in range(QUERY_ROWS):
         for g in range(groups):
             store(b, out, b.load(sums[r][g]), 4 * (TILE * r + LANES * g))
 
@@ -96,7 +132,7 @@ def weigh_op(vectors: int) -> Any:
     def weigh(b, p, v, v_row, count, out, out_row):  # type: ignore[no-untyped-def]
         places = [
             [b.add(out, b.add(b.mul(out_row, const(I64, r)), const(I64, 64 * d))) for d in range(vectors)]
-            for r in range(ROWS)
+            for r in range(QUERY_ROWS)
         ]
         sums = [[cgutils.alloca_once_value(b, const(F32x16, 0.0)) for _ in row] for row in places]
         for row, row_sums in zip(places, sums, strict=True):
@@ -105,7 +141,7 @@ def weigh_op(vectors: int) -> Any:
         with cgutils.for_range(b, count, intp=I64) as loop:
             at = b.add(v, b.mul(loop.index, v_row))
             values = [halves_to_floats(b, at, 2 * LANES * d) for d in range(vectors)]
-            for r in range(ROWS):
+            for r in range(QUERY_ROWS):
                 weight = splat(b, load(b, b.add(p, b.mul(loop.index, const(I64, 4))), F32, 4 * TILE * r))
                 for d in range(vectors):
                     b.store(fma(b, weight, values[d], b.load(sums[r][d])), sums[r][d])
@@ -200,12 +236,12 @@ def attend_span(q, rows, bounds, keys, values, dim, first, state, weights):  # t
         if base + TILE <= begin:
             continue
         slot = base - first
-        for r in range(0, rows, ROWS):
+        for r in range(0, rows, QUERY_ROWS):
             scores(q + r * 4 * dim, 4 * dim, keys + slot * 2 * dim, dim, weights + r * 4 * TILE)
         for r in range(rows):
             soften(weights + r * 4 * TILE, base, bounds + 8 * r, state + r * stride, stride)
         count = min(TILE, end - base)
-        for r in range(0, rows, ROWS):
+        for r in range(0, rows, QUERY_ROWS):
             out, p = state + r * stride + HEAD, weights + r * 4 * TILE
             v = values + slot * 2 * dim
             c = 0
@@ -226,7 +262,10 @@ def soften(s, base, bounds, state, stride):  # type: ignore[no-untyped-def]
             set_floats(s + c, floats(np.float32(0)))
         return
     v0, v1 = masked(floats_at(s), base, low, high), masked(floats_at(s + 64), base + 16, low, high)
-    v2, v3 = masked(floats_at(s + 128), base + 32, low, high), masked(floats_at(s + 192), base + 48, low, high)
+    v2, v3 = (
+        masked(floats_at(s + 128), base + 32, low, high),
+        masked(floats_at(s + 192), base + 48, low, high),
+    )
     old = f32_at(state)
     new = max(old, largest(larger(larger(v0, v1), larger(v2, v3))))
     shift = floats(-new)
@@ -260,36 +299,6 @@ def clear_state(state, dim):  # type: ignore[no-untyped-def]
     set_f32(state + 4, np.float32(0))
     for c in range(HEAD, HEAD + 4 * dim, 64):
         set_floats(state + c, floats(np.float32(0)))
-
-
-# Operands of `rope`, `attend` and `attend_one`
-(
-    A_QKV,  # float32[row][heads + 2 kv heads][dim]
-    A_QKV_ROW,
-    A_HEADS,
-    A_KV_HEADS,
-    A_DIM,
-    A_WINDOW,  # 0: all positions
-    A_LAYER,  # bytes from a KV block's start to this layer's keys
-    A_VALUES,  # bytes from a layer's keys to its values
-    A_ROPE,  # float32[position][cos half, sin half]
-    A_HALF,
-    A_QUERY_NORM,  # float32[dim] or 0
-    A_KEY_NORM,
-    A_EPS,
-    A_SCALE,  # multiplies queries
-    A_OUT,  # attend: float32[row][heads * dim]; attend_one: softmax states [row][head][span]
-    A_OUT_ROW,
-    A_SPANS,  # attend_one: spans there is room for
-    A_SCRATCH,
-    A_SCRATCH_LANE,
-) = range(OPERANDS, OPERANDS + 19)
-
-
-def attend_scratch(heads_per_kv: int, dim: int, tokens: int) -> int:
-    """Bytes of scratch a lane needs: queries, a new key, bounds, weights and two softmax states a row."""
-    rows = -(-tokens * heads_per_kv // ROWS) * ROWS
-    return rows * (4 * dim + 8 + 4 * TILE + 2 * (HEAD + 4 * dim)) + 4 * dim + 256
 
 
 @register_jitable
@@ -348,7 +357,7 @@ def attend() -> Callable[..., Any]:
         heads, kv_heads, dim = word(record, A_HEADS), word(record, A_KV_HEADS), word(record, A_DIM)
         share, window = heads // kv_heads, word(record, A_WINDOW)
         stride = HEAD + 4 * dim
-        capacity = (QUERY_TOKENS * share + ROWS - 1) // ROWS * ROWS
+        capacity = (QUERY_TOKENS * share + QUERY_ROWS - 1) // QUERY_ROWS * QUERY_ROWS
         q = word(record, A_SCRATCH) + lane * word(record, A_SCRATCH_LANE)
         state = q + capacity * 4 * dim
         running = state + capacity * stride
@@ -360,7 +369,7 @@ def attend() -> Callable[..., Any]:
         while piece >= 0:
             first, h = piece // kv_heads * QUERY_TOKENS, piece % kv_heads
             count = min(QUERY_TOKENS, n - first)
-            rows = (count * share + ROWS - 1) // ROWS * ROWS
+            rows = (count * share + QUERY_ROWS - 1) // QUERY_ROWS * QUERY_ROWS
             low = high = np.int64(0)
             for r in range(rows):
                 t = first + min(r // share, count - 1)  # rows of padding repeat the last token
@@ -379,7 +388,10 @@ def attend() -> Callable[..., Any]:
                 values = keys + word(record, A_VALUES)
                 attend_span(q, rows, bounds, keys, values, dim, span * SPAN, state, weights)
                 for r in range(rows):
-                    if i32_at(bounds + 8 * r) < (span + 1) * SPAN and i32_at(bounds + 8 * r + 4) > span * SPAN:
+                    if (
+                        i32_at(bounds + 8 * r) < (span + 1) * SPAN
+                        and i32_at(bounds + 8 * r + 4) > span * SPAN
+                    ):
                         merge_state(running + r * stride, state + r * stride, dim)
             for r in range(count * share):
                 out = word(record, A_OUT) + (first + r // share) * word(record, A_OUT_ROW)
@@ -408,7 +420,7 @@ def attend_one() -> Callable[..., Any]:
         share, window, half = heads // kv_heads, word(record, A_WINDOW), word(record, A_HALF)
         eps = bits_to_float(word(record, A_EPS))
         stride = HEAD + 4 * dim
-        rows = (share + ROWS - 1) // ROWS * ROWS
+        rows = (share + QUERY_ROWS - 1) // QUERY_ROWS * QUERY_ROWS
         q = word(record, A_SCRATCH) + lane * word(record, A_SCRATCH_LANE)
         state = q + rows * 4 * dim
         weights = state + 2 * rows * stride
@@ -456,28 +468,6 @@ def attend_one() -> Callable[..., Any]:
     return run
 
 
-(
-    MERGE_STATES,  # softmax states [row][head][span], or 0: MERGE_ROWS is complete
-    MERGE_STATES_ROW,
-    MERGE_SPANS,
-    MERGE_HEADS,
-    MERGE_DIM,
-    MERGE_WINDOW,
-    MERGE_ROWS,  # float32[row][heads * dim, padded]
-    MERGE_ROWS_LANE,
-    MERGE_ROWS_ROW,
-    MERGE_SUBS,
-    MERGE_TILE,
-    MERGE_OUT,
-    MERGE_OUT_LANE,
-    MERGE_FLOAT_OUT,
-    MERGE_FLOAT_LANE,
-    MERGE_SCRATCH,  # one softmax state a lane
-    MERGE_SCRATCH_LANE,
-    MERGE_TILE_SUBS,  # sub-blocks of a row of tiles
-) = range(OPERANDS, OPERANDS + 18)
-
-
 @kernel
 def merge() -> Callable[..., Any]:
     """Merge the spans' softmax states, and prepare the output projection's input as tiles."""
@@ -492,12 +482,18 @@ def merge() -> Callable[..., Any]:
         pieces = 0
         row = claim(record, step, lane, n) if shared else 0
         while 0 <= row < n:
-            x = word(record, MERGE_ROWS) + lane * word(record, MERGE_ROWS_LANE) + row * word(record, MERGE_ROWS_ROW)
+            x = (
+                word(record, MERGE_ROWS)
+                + lane * word(record, MERGE_ROWS_LANE)
+                + row * word(record, MERGE_ROWS_ROW)
+            )
             if states != 0:
                 position = np.int64(i32_at(word(step, POSITIONS) + 4 * row))
                 spans = position // SPAN - first_visible(position, word(record, MERGE_WINDOW)) // SPAN + 1
                 for h in range(heads):
-                    at = states + row * word(record, MERGE_STATES_ROW) + h * word(record, MERGE_SPANS) * stride
+                    at = (
+                        states + row * word(record, MERGE_STATES_ROW) + h * word(record, MERGE_SPANS) * stride
+                    )
                     clear_state(state, dim)
                     for s in range(spans):
                         merge_state(state, at + s * stride, dim)

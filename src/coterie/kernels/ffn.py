@@ -11,55 +11,48 @@ from typing import Any
 from numba.extending import register_jitable
 
 from coterie.kernels import formats
-from coterie.kernels.compiled import kernel
+from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import ROWS
 from coterie.kernels.mathematics import ACTIVATIONS
-from coterie.kernels.record import ABORT, NAP, OPERANDS, SPIN, TOKENS
+from coterie.kernels.operands import (
+    DOWN_CHUNK,
+    DOWN_GROUPS,
+    DOWN_LIST,
+    DOWN_PANEL,
+    DOWN_TABLE,
+    DOWN_X,
+    DOWN_X_SUBS,
+    DOWN_Y,
+    DOWN_Y_ROW,
+    UP_BLOCKS,
+    UP_CHUNK,
+    UP_LIST,
+    UP_NEURONS,
+    UP_OUT,
+    UP_OUT_FLOAT,
+    UP_OUT_SUBS,
+    UP_PANEL,
+    UP_SCRATCH,
+    UP_SCRATCH_LANE,
+    UP_TABLE,
+    UP_UP_OFFSET,
+    UP_X,
+    UP_X_LANE,
+    UP_X_SUBS,
+)
+from coterie.kernels.record import ABORT, NAP, SPIN, TOKENS
 from coterie.kernels.rows import emit_block
-from coterie.kernels.sync import claim, finish, prepare, wait_flag, word
-from coterie.kernels.tile import (
+from coterie.kernels.shapes import (
     CLUSTER_DOWN,
     CLUSTER_FLAG,
     CLUSTER_GATE_UP,
     CLUSTER_ROW,
     CLUSTER_WANTED,
-    Tile,
-    cluster_tile_op,
-    tile_op,
+    VECTOR,
 )
+from coterie.kernels.sync import claim, finish, prepare, wait_flag, word
+from coterie.kernels.tile import Tile, cluster_tile_op, tile_op
 from coterie.kernels.vector import floats_at, i32_at, i64_at, mul, prefetch
-
-VECTOR = 4 * ROWS
-
-(
-    UP_TABLE,  # cluster table
-    UP_LIST,  # int32: how many clusters run; their ids follow, ascending
-    UP_NEURONS,  # neurons of a cluster, a multiple of 32
-    UP_BLOCKS,  # blocks in a Gate or Up row
-    UP_X,
-    UP_X_LANE,
-    UP_OUT,  # tiles of the hidden activations
-    UP_OUT_SUBS,  # sub-blocks of a whole hidden row
-    UP_OUT_FLOAT,  # 1: Down's weights are floats
-    UP_CHUNK,  # clusters in a piece
-    UP_PANEL,
-    UP_SCRATCH,
-    UP_SCRATCH_LANE,
-    UP_UP_OFFSET,  # from a cluster's Gate groups to its Up groups, bytes
-    UP_X_SUBS,  # sub-blocks of a row of input tiles
-) = range(OPERANDS, OPERANDS + 15)
-
-(
-    DOWN_TABLE,
-    DOWN_LIST,
-    DOWN_GROUPS,  # row groups of the output
-    DOWN_X,
-    DOWN_X_SUBS,
-    DOWN_Y,
-    DOWN_Y_ROW,
-    DOWN_CHUNK,  # row groups in a piece
-    DOWN_PANEL,  # clusters in a panel
-) = range(OPERANDS, OPERANDS + 9)
 
 
 @register_jitable
@@ -68,7 +61,9 @@ def arrived(entry, step):  # type: ignore[no-untyped-def]
     flag = i64_at(entry + CLUSTER_FLAG)
     if flag == 0:
         return True
-    return wait_flag(flag, i64_at(entry + CLUSTER_WANTED), word(step, SPIN), word(step, ABORT), word(step, NAP))
+    return wait_flag(
+        flag, i64_at(entry + CLUSTER_WANTED), word(step, SPIN), word(step, ABORT), word(step, NAP)
+    )
 
 
 @kernel
@@ -188,7 +183,9 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
                         for i in range(tiles):
                             x_at = x + i * word(record, DOWN_X_SUBS) * x_sub
                             y_at = y + i * tile_tokens * y_row + g * VECTOR
-                            cluster_tile(table, ids + 4 * first, count, g * block_bytes, x_at, y_at, y_row, first)
+                            cluster_tile(
+                                table, ids + 4 * first, count, g * block_bytes, x_at, y_at, y_row, first
+                            )
             pieces += 1
             piece = claim(record, step, lane, total)
         return finish(record, step, pieces, total)

@@ -4,27 +4,25 @@ from collections.abc import Callable
 from typing import Any
 
 from coterie.kernels import formats
-from coterie.kernels.compiled import kernel
-from coterie.kernels.formats import ROWS
-from coterie.kernels.record import OPERANDS, OUTPUTS, TOKENS
-from coterie.kernels.sync import claim, finish, prepare, word
-from coterie.kernels.tile import Tile, tile_op
-
-(
-    MATMUL_WEIGHTS,
-    MATMUL_GROUP,  # bytes of a 16-row group
+from coterie.kernels.compiler import kernel
+from coterie.kernels.operands import (
+    MATMUL_BLOCKS,
+    MATMUL_CHUNK,
+    MATMUL_GROUP,
     MATMUL_GROUPS,
-    MATMUL_BLOCKS,  # blocks in a row
+    MATMUL_OUTPUTS,
+    MATMUL_PANEL,
+    MATMUL_WEIGHTS,
     MATMUL_X,
     MATMUL_X_LANE,
+    MATMUL_X_SUBS,
     MATMUL_Y,
     MATMUL_Y_ROW,
-    MATMUL_CHUNK,  # groups in a piece
-    MATMUL_PANEL,  # blocks whose activations stay in the second-level cache
-    MATMUL_OUTPUTS,  # 1: the rows are those that want logits
-    MATMUL_X_SUBS,  # sub-blocks of a row of tiles
-) = range(OPERANDS, OPERANDS + 12)
-VECTOR = 4 * ROWS
+)
+from coterie.kernels.record import OUTPUTS, TOKENS
+from coterie.kernels.shapes import VECTOR
+from coterie.kernels.sync import claim, finish, prepare, word
+from coterie.kernels.tile import Tile, tile_op
 
 
 @kernel
@@ -40,7 +38,11 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
     def run(record, step, lane):  # type: ignore[no-untyped-def]
         n = word(step, OUTPUTS) if word(record, MATMUL_OUTPUTS) != 0 else word(step, TOKENS)
         tiles = (n + tile_tokens - 1) // tile_tokens
-        groups, chunk, blocks = word(record, MATMUL_GROUPS), word(record, MATMUL_CHUNK), word(record, MATMUL_BLOCKS)
+        groups, chunk, blocks = (
+            word(record, MATMUL_GROUPS),
+            word(record, MATMUL_CHUNK),
+            word(record, MATMUL_BLOCKS),
+        )
         panel = word(record, MATMUL_PANEL) if tiles > 1 else blocks
         x = word(record, MATMUL_X) + lane * word(record, MATMUL_X_LANE)
         y, y_row = word(record, MATMUL_Y), word(record, MATMUL_Y_ROW)
@@ -55,7 +57,11 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
             for first_block in range(0, blocks, panel):
                 count = min(panel, blocks - first_block)
                 for g in range(piece * chunk, last):
-                    w = word(record, MATMUL_WEIGHTS) + g * word(record, MATMUL_GROUP) + first_block * block_bytes
+                    w = (
+                        word(record, MATMUL_WEIGHTS)
+                        + g * word(record, MATMUL_GROUP)
+                        + first_block * block_bytes
+                    )
                     for i in range(tiles):
                         x_at = x + i * x_tile + first_block * subs * x_sub
                         y_at = y + i * tile_tokens * y_row + g * VECTOR

@@ -7,12 +7,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from coterie.kernels.compiled import kernel
-from coterie.kernels.record import OPERANDS
+from coterie.kernels.compiler import kernel
+from coterie.kernels.operands import PROBE_BASE, PROBE_BYTES, PROBE_OUT, PROBE_PIECE
 from coterie.kernels.sync import claim, finish, word
 from coterie.kernels.vector import ADDRESS, I64, I32x16, const, load, op, store
 
-PROBE_BASE, PROBE_BYTES, PROBE_PIECE, PROBE_OUT = range(OPERANDS, OPERANDS + 4)
 UNROLL = 8  # vectors an iteration
 
 
@@ -43,7 +42,11 @@ def probe() -> Callable[..., Any]:
         piece = claim(record, step, lane, total)
         while piece >= 0:
             first = piece * size
-            read_range(word(record, PROBE_BASE) + first, min(size, nbytes - first), word(record, PROBE_OUT) + 64 * lane)
+            read_range(
+                word(record, PROBE_BASE) + first,
+                min(size, nbytes - first),
+                word(record, PROBE_OUT) + 64 * lane,
+            )
             pieces += 1
             piece = claim(record, step, lane, total)
         return finish(record, step, pieces, total)

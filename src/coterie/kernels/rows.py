@@ -9,25 +9,51 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import register_jitable
 
 from coterie.kernels import formats
-from coterie.kernels.compiled import compile_function, kernel
+from coterie.kernels import unpack as unpacking
+from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import COLUMNS
-from coterie.kernels.record import CLAIM, IDS, OPERANDS, OUTPUT_ROWS, OUTPUTS, TOKENS
+from coterie.kernels.operands import (
+    EMBED_BLOCKS,
+    EMBED_GROUP,
+    EMBED_ROW,
+    EMBED_SCALE,
+    EMBED_SCRATCH,
+    EMBED_WEIGHTS,
+    EMBED_X,
+    NORM_DIM,
+    NORM_EPS,
+    NORM_FLOAT_LANE,
+    NORM_FLOAT_OUT,
+    NORM_OUT,
+    NORM_OUT_LANE,
+    NORM_POST,
+    NORM_ROW,
+    NORM_SELECT,
+    NORM_SUBS,
+    NORM_TILE,
+    NORM_TILE_SUBS,
+    NORM_WEIGHT,
+    NORM_X,
+    NORM_X_OUT,
+    NORM_Y,
+    NORM_Y_ROW,
+)
+from coterie.kernels.record import CLAIM, IDS, OUTPUT_ROWS, OUTPUTS, TOKENS
+from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN, UNPACKED
 from coterie.kernels.sync import claim, finish, word
-from coterie.kernels.tile import FLOAT_TOKEN, INT8_TOKEN
 from coterie.kernels.vector import (
     ADDRESS,
     F32,
     FLOATS,
-    I8x16,
     I32,
-    I32x16,
-    F32x16,
     I64,
+    F32x16,
+    I8x16,
+    I32x16,
     across,
     add,
     call,
@@ -111,12 +137,12 @@ def unpack_op(name: str) -> Any:
         at = b.add(b.add(block, const(I64, f.header)), b.mul(sub, const(I64, f.sub)))
         if f.is_float:
             for c in range(COLUMNS):
-                store(b, out, formats.column(b, f, at, c), 64 * c)
+                store(b, out, unpacking.column(b, f, at, c), 64 * c)
             return
-        shared = formats.header(b, f, block)
-        scale, low = formats.scales(b, f, at, shared)
-        half = formats.half_scales(b, at) if f.split_scales else None
-        for k, quad in enumerate(formats.quads(b, f, at)):
+        shared = unpacking.header(b, f, block)
+        scale, low = unpacking.scales(b, f, at, shared)
+        half = unpacking.half_scales(b, at) if f.split_scales else None
+        for k, quad in enumerate(unpacking.quads(b, f, at)):
             lanes = b.bitcast(quad, I32x16)
             for i in range(4):
                 value = b.and_(b.lshr(lanes, const(I32x16, 8 * i)), const(I32x16, 255))
@@ -130,13 +156,6 @@ def unpack_op(name: str) -> Any:
                 store(b, out, weight, 64 * (4 * k + i))
 
     return unpack
-
-
-# Operands of `embed`
-EMBED_WEIGHTS, EMBED_GROUP, EMBED_BLOCKS, EMBED_X, EMBED_ROW, EMBED_SCALE, EMBED_SCRATCH = range(
-    OPERANDS, OPERANDS + 7
-)
-UNPACKED = 4 * COLUMNS * formats.ROWS  # bytes of scratch a lane needs to unpack a sub-block
 
 
 @kernel
@@ -167,28 +186,6 @@ def embed(name: str) -> Callable[..., Any]:
         return finish(record, step, pieces, n)
 
     return run
-
-
-# Operands of `norm`
-(
-    NORM_X,
-    NORM_X_OUT,  # where the new residual goes; a preparation must not overwrite what it reads
-    NORM_ROW,
-    NORM_Y,
-    NORM_POST,
-    NORM_WEIGHT,
-    NORM_DIM,
-    NORM_SUBS,
-    NORM_EPS,
-    NORM_OUT,
-    NORM_OUT_LANE,
-    NORM_FLOAT_OUT,
-    NORM_FLOAT_LANE,
-    NORM_TILE,
-    NORM_SELECT,
-    NORM_Y_ROW,
-    NORM_TILE_SUBS,  # sub-blocks of a row of tiles: some readers want more columns than there are
-) = range(OPERANDS, OPERANDS + 17)
 
 
 @kernel
@@ -247,12 +244,11 @@ def norm() -> Callable[..., Any]:
     return run
 
 
-@cache
-def unpack_function(name: str) -> Any:
-    """unpack(packed, out, blocks): whole blocks as float32[blocks][sub-blocks][32 columns][16 rows]."""
+@kernel
+def unpack_blocks(name: str) -> Callable[..., Any]:
+    """run(packed, out, blocks): whole blocks as float32[blocks][sub-blocks][32 columns][16 rows]."""
     unpack = unpack_op(name)
-    f = formats.FORMATS[name]
-    block_bytes, subs = f.block, f.subs
+    block_bytes, subs = formats.FORMATS[name].block, formats.FORMATS[name].subs
 
     def run(packed, out, blocks):  # type: ignore[no-untyped-def]
         for block in range(blocks):
@@ -260,4 +256,4 @@ def unpack_function(name: str) -> Any:
                 unpack(packed + block * block_bytes, sub, out + (block * subs + sub) * UNPACKED)
         return blocks
 
-    return compile_function(f"unpack:{name}", run).ctypes
+    return run

@@ -24,7 +24,7 @@ from coterie.kernels.atomics import (
     pause,
     release,
 )
-from coterie.kernels.record import ABORT, CLAIM, DONE, EPOCH, KERNEL, LANES_COUNT, LINE, PREPARE, SET
+from coterie.kernels.record import CLAIM, DONE, EPOCH, KERNEL, LANES_COUNT, LINE, PREPARE, SET
 from coterie.kernels.vector import i64_at, set_i64
 
 SLEEPERS = 8  # offset of the count of sleepers in a flag's line

@@ -4,6 +4,7 @@ LLVM aborts the process when asked for an instruction that the target lacks, so 
 from the features numba compiles for: the host's, or NUMBA_CPU_NAME and NUMBA_CPU_FEATURES.
 """
 
+import os
 import platform
 from functools import cache
 from typing import Literal
@@ -19,12 +20,20 @@ REQUIRED = {"x86_64": {"avx2", "fma", "f16c"}, "aarch64": {"dotprod"}}
 def features() -> frozenset[str]:
     """Features that numba generates code for, in LLVM's spelling ("avx2", "dotprod")."""
     import llvmlite.binding as llvm
-    from numba.core import config
 
-    flags = config.CPU_FEATURES
+    flags = os.environ.get("NUMBA_CPU_FEATURES")
     if flags is None:
         flags = llvm.get_host_cpu_features().flatten()
     return frozenset(flag[1:] for flag in flags.split(",") if flag.startswith("+"))
+
+
+@cache
+def cpu_name() -> str:
+    """The CPU that numba generates code for, in LLVM's spelling."""
+    import llvmlite.binding as llvm
+
+    chosen = os.environ.get("NUMBA_CPU_NAME")
+    return str(llvm.get_host_cpu_name()) if chosen in (None, "host") else str(chosen)
 
 
 @cache
@@ -35,7 +44,9 @@ def path() -> Path:
         raise UnitError(f"the CPU unit runs on x86_64 and aarch64, not on {machine}")
     missing = REQUIRED[machine] - features()
     if missing:
-        raise UnitError(f"this {machine} CPU lacks {', '.join(sorted(missing))}, which Coterie's kernels need")
+        raise UnitError(
+            f"this {machine} CPU lacks {', '.join(sorted(missing))}, which Coterie's kernels need"
+        )
     if machine == "aarch64":
         return "dotprod"
     return "vnni" if {"avx512vnni", "avx512bw", "avx512vl"} <= features() else "avx2"

@@ -22,16 +22,17 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from coterie.kernels import formats
+from coterie.kernels import formats, unpack
 from coterie.kernels.formats import COLUMNS, QUADS, Format
+from coterie.kernels.shapes import CLUSTER_DOWN, CLUSTER_ROW, token_bytes
 from coterie.kernels.vector import (
     ADDRESS,
     F32,
+    I32,
+    I64,
     F32x16,
     I8x64,
-    I32,
     I32x16,
-    I64,
     const,
     dot4,
     fma,
@@ -40,19 +41,6 @@ from coterie.kernels.vector import (
     splat,
     store,
 )
-
-INT8_TOKEN = COLUMNS + 16  # bytes of one token's sub-block: values and four words
-FLOAT_TOKEN = 4 * COLUMNS
-VECTOR = 64  # bytes of one row group's sums
-
-# A row of the cluster table (design section 6): where a neuron cluster's weights are, and its arrival flag.
-CLUSTER_ROW = 32
-CLUSTER_GATE_UP, CLUSTER_DOWN, CLUSTER_FLAG, CLUSTER_WANTED = 0, 8, 16, 24
-
-
-def token_bytes(f: Format) -> int:
-    """Bytes of one token's sub-block of activations for weights of format `f`."""
-    return FLOAT_TOKEN if f.is_float else INT8_TOKEN
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ def _int_sub_block(
     def word(kind: int, t: int, ty: ir.Type) -> ir.Value:
         return splat(b, load(b, x, ty, words + 4 * (kind * n + t)))
 
-    scale, low = formats.scales(b, f, w, shared)
+    scale, low = unpack.scales(b, f, w, shared)
     zero = const(I32x16, 0)
     dots = [zero] * n
     uppers = [zero] * n
@@ -91,7 +79,7 @@ def _int_sub_block(
                 uppers[t] = b.shl(b.sub(word(2, t, I32), head), shift)
             else:
                 dots[t] = b.shl(word(2, t, I32), shift)
-    for k, quad in enumerate(formats.quads(b, f, w)):
+    for k, quad in enumerate(unpack.quads(b, f, w)):
         for t in range(n):
             four = b.bitcast(splat(b, load(b, x, I32, COLUMNS * t + 4 * k)), I8x64)
             if f.split_scales and k >= QUADS // 2:
@@ -99,7 +87,7 @@ def _int_sub_block(
             else:
                 dots[t] = dot4(b, dots[t], quad, four, f.narrow)
     if f.split_scales:
-        first, second = formats.half_scales(b, w)
+        first, second = unpack.half_scales(b, w)
         dots = [b.add(b.mul(d, first), b.mul(u, second)) for d, u in zip(dots, uppers, strict=True)]
     for t in range(n):
         total = fma(b, b.sitofp(dots[t], F32x16), b.fmul(scale, word(0, t, F32)), b.load(sums[t]))
@@ -108,13 +96,11 @@ def _int_sub_block(
         b.store(total, sums[t])
 
 
-def _float_sub_block(
-    b: ir.IRBuilder, tile: Tile, w: ir.Value, x: ir.Value, sums: list[ir.Value]
-) -> None:
+def _float_sub_block(b: ir.IRBuilder, tile: Tile, w: ir.Value, x: ir.Value, sums: list[ir.Value]) -> None:
     """Add one sub-block of a float format into the sums."""
     totals = [b.load(s) for s in sums]
     for c in range(COLUMNS):
-        weights = formats.column(b, tile.f, w, c)
+        weights = unpack.column(b, tile.f, w, c)
         for t in range(tile.tokens):
             totals[t] = fma(b, weights, splat(b, load(b, x, F32, 4 * (COLUMNS * t + c))), totals[t])
     for s, total in zip(sums, totals, strict=True):
@@ -129,13 +115,15 @@ def _block(b: ir.IRBuilder, tile: Tile, w: ir.Value, x: ir.Value, sums: list[ir.
     elif f.subs == 1:
         _int_sub_block(b, tile, w, x, (None, None), sums)
     else:
-        shared = formats.header(b, f, w)
+        shared = unpack.header(b, f, w)
         with cgutils.for_range(b, const(I64, f.subs), intp=I64) as loop:
             at = b.add(w, b.add(b.mul(loop.index, const(I64, f.sub)), const(I64, f.header)))
             _int_sub_block(b, tile, at, b.add(x, b.mul(loop.index, const(I64, tile.x_sub))), shared, sums)
 
 
-def _with_sums(b: ir.IRBuilder, tile: Tile, y: ir.Value, y_stride: ir.Value, keep: ir.Value, body: Any) -> None:
+def _with_sums(
+    b: ir.IRBuilder, tile: Tile, y: ir.Value, y_stride: ir.Value, keep: ir.Value, body: Any
+) -> None:
     """Run `body(sums)` on sums that start at zero, or at what `y` holds if `keep` is not 0, and store them."""
     at = [b.add(y, b.mul(y_stride, const(I64, t))) for t in range(tile.tokens)]
     sums = [cgutils.alloca_once_value(b, const(F32x16, 0.0)) for _ in at]

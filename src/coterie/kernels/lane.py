@@ -3,16 +3,14 @@
 A lane never returns to Python between steps. It knows no kernel: it calls the address in each record.
 """
 
-import ctypes
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import types
 from numba.extending import register_jitable
 
-from coterie.kernels.atomics import acquire, call_kernel, cycles
-from coterie.kernels.compiled import WORD, compile_function
+from coterie.kernels.atomics import acquire, call_kernel, cycles, fence, pause, release
+from coterie.kernels.compiler import kernel
 from coterie.kernels.record import (
     ABORT,
     EPOCH,
@@ -87,64 +85,82 @@ def run_program(step, lane, first, deadline):  # type: ignore[no-untyped-def]
 
 @register_jitable
 def take_step(header, step, go, seen, idle):  # type: ignore[no-untyped-def]
-    """Wait for the go flag to pass `seen`, and copy the header whole; returns the epoch."""
+    """Wait for the go flag to pass `seen`, and copy the header whole; returns the epoch.
+
+    The header's epoch is its sequence lock: `lane_begin` clears it first and writes it last.
+    """
     while True:
         wait_flag(go, seen + 1, idle, word(header, NEVER), word(header, NAP))
-        epoch = acquire(go)
+        epoch = acquire(header + 8 * EPOCH)
         for i in range(HEADER_WORDS):
             set_i64(step + 8 * i, i64_at(header + 8 * i))
-        fence = acquire(go)
-        if fence == epoch and word(step, EPOCH) == epoch and reached(epoch, seen + 1):
+        fence()
+        if epoch != 0 and acquire(header + 8 * EPOCH) == epoch and reached(epoch, seen + 1):
+            set_i64(step + 8 * EPOCH, epoch)
             return epoch
+        pause()
 
 
-def _worker(header, step, lane, go, parked, seen, idle):  # type: ignore[no-untyped-def]
+@kernel
+def lane_begin() -> Callable[..., Any]:
+    """Publish a step: put the words at `source` into the header that lanes watch, and raise the go flag."""
+
+    def run(header, source, go):  # type: ignore[no-untyped-def]
+        release(header + 8 * EPOCH, 0)
+        fence()
+        for i in range(HEADER_WORDS):
+            if i != EPOCH:
+                set_i64(header + 8 * i, i64_at(source + 8 * i))
+        epoch = word(source, EPOCH)
+        release(header + 8 * EPOCH, epoch)
+        post(go, epoch)
+        return epoch
+
+    return run
+
+
+@kernel
+def lane_worker() -> Callable[..., Any]:
     """Serve steps after number `seen` until one says STOP. `header`: the unit's; `step`: this lane's copy;
     `parked`: the flag that tells which step the lane has left; `idle`: cycles to spin before sleeping."""
-    epoch = seen
-    while True:
-        epoch = take_step(header, step, go, epoch, idle)
-        if word(step, STOP) != 0:
-            return epoch
-        run_program(step, lane, 0, np.int64(0x7FFFFFFFFFFFFFFF))
-        post(parked, epoch)
+
+    def run(header, step, lane, go, parked, seen, idle):  # type: ignore[no-untyped-def]
+        epoch = seen
+        while True:
+            epoch = take_step(header, step, go, epoch, idle)
+            if word(step, STOP) != 0:
+                return epoch
+            run_program(step, lane, 0, np.int64(0x7FFFFFFFFFFFFFFF))
+            post(parked, epoch)
+
+    return run
 
 
-def _part(step, lane, first, deadline):  # type: ignore[no-untyped-def]
-    return run_program(step, lane, first, deadline)
+@kernel
+def lane_part() -> Callable[..., Any]:
+    """A slice of a program: see run_program."""
+
+    def run(step, lane, first, deadline):  # type: ignore[no-untyped-def]
+        return run_program(step, lane, first, deadline)
+
+    return run
 
 
-def _post(flag, value):  # type: ignore[no-untyped-def]
-    post(flag, value)
-    return value
+@kernel
+def lane_wait() -> Callable[..., Any]:
+    """1 when the flag has come to `value`, 0 when the step was abandoned first."""
+
+    def run(flag, value, spin, abort, nap):  # type: ignore[no-untyped-def]
+        return 1 if wait_flag(flag, value, spin, abort, nap) else 0
+
+    return run
 
 
-def _wait(flag, value, spin, abort, nap):  # type: ignore[no-untyped-def]
-    return 1 if wait_flag(flag, value, spin, abort, nap) else 0
+@kernel
+def lane_cycles() -> Callable[..., Any]:
+    """The counter that trace events carry."""
 
+    def run():  # type: ignore[no-untyped-def]
+        return cycles()
 
-def _cycles():  # type: ignore[no-untyped-def]
-    return cycles()
-
-
-class Compiled:
-    """The compiled entry points; calling them releases the GIL."""
-
-    def __init__(self) -> None:
-        self._keep: list[Any] = []
-        self.worker = self._made("worker", _worker, 7)
-        self.part = self._made("part", _part, 4)
-        self.post = self._made("post", _post, 2)
-        self.wait = self._made("wait", _wait, 5)
-        self.cycles = self._made("cycles", _cycles, 0)
-
-    def _made(self, name: str, function: Any, arguments: int) -> Any:
-        compiled = compile_function(f"lane-{name}", function, types.int64(*[WORD] * arguments))
-        self._keep.append(compiled)
-        return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arguments)(compiled.address)
-
-
-@cache
-def compiled() -> Compiled:
-    """The lane functions, compiled or loaded once a process."""
-    return Compiled()
+    return run

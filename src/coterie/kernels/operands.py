@@ -1,0 +1,125 @@
+"""Operands of every kernel: which words of an instruction record mean what (docs/instruction-record.md)."""
+
+from coterie.kernels.record import OPERANDS
+
+# Operands of `embed`
+EMBED_WEIGHTS, EMBED_GROUP, EMBED_BLOCKS, EMBED_X, EMBED_ROW, EMBED_SCALE, EMBED_SCRATCH = range(
+    OPERANDS, OPERANDS + 7
+)
+
+# Operands of `norm`
+(
+    NORM_X,
+    NORM_X_OUT,  # where the new residual goes; a preparation must not overwrite what it reads
+    NORM_ROW,
+    NORM_Y,
+    NORM_POST,
+    NORM_WEIGHT,
+    NORM_DIM,
+    NORM_SUBS,
+    NORM_EPS,
+    NORM_OUT,
+    NORM_OUT_LANE,
+    NORM_FLOAT_OUT,
+    NORM_FLOAT_LANE,
+    NORM_TILE,
+    NORM_SELECT,
+    NORM_Y_ROW,
+    NORM_TILE_SUBS,  # sub-blocks of a row of tiles: some readers want more columns than there are
+) = range(OPERANDS, OPERANDS + 17)
+
+# `matmul`
+(
+    MATMUL_WEIGHTS,
+    MATMUL_GROUP,  # bytes of a 16-row group
+    MATMUL_GROUPS,
+    MATMUL_BLOCKS,  # blocks in a row
+    MATMUL_X,
+    MATMUL_X_LANE,
+    MATMUL_Y,
+    MATMUL_Y_ROW,
+    MATMUL_CHUNK,  # groups in a piece
+    MATMUL_PANEL,  # blocks whose activations stay in the second-level cache
+    MATMUL_OUTPUTS,  # 1: the rows are those that want logits
+    MATMUL_X_SUBS,  # sub-blocks of a row of tiles
+) = range(OPERANDS, OPERANDS + 12)
+
+# Operands of `rope`, `attend` and `attend_one`
+(
+    A_QKV,  # float32[row][heads + 2 kv heads][dim]
+    A_QKV_ROW,
+    A_HEADS,
+    A_KV_HEADS,
+    A_DIM,
+    A_WINDOW,  # 0: all positions
+    A_LAYER,  # bytes from a KV block's start to this layer's keys
+    A_VALUES,  # bytes from a layer's keys to its values
+    A_ROPE,  # float32[position][cos half, sin half]
+    A_HALF,
+    A_QUERY_NORM,  # float32[dim] or 0
+    A_KEY_NORM,
+    A_EPS,
+    A_SCALE,  # multiplies queries
+    A_OUT,  # attend: float32[row][heads * dim]; attend_one: softmax states [row][head][span]
+    A_OUT_ROW,
+    A_SPANS,  # attend_one: spans there is room for
+    A_SCRATCH,
+    A_SCRATCH_LANE,
+) = range(OPERANDS, OPERANDS + 19)
+
+# `merge`
+(
+    MERGE_STATES,  # softmax states [row][head][span], or 0: MERGE_ROWS is complete
+    MERGE_STATES_ROW,
+    MERGE_SPANS,
+    MERGE_HEADS,
+    MERGE_DIM,
+    MERGE_WINDOW,
+    MERGE_ROWS,  # float32[row][heads * dim, padded]
+    MERGE_ROWS_LANE,
+    MERGE_ROWS_ROW,
+    MERGE_SUBS,
+    MERGE_TILE,
+    MERGE_OUT,
+    MERGE_OUT_LANE,
+    MERGE_FLOAT_OUT,
+    MERGE_FLOAT_LANE,
+    MERGE_SCRATCH,  # one softmax state a lane
+    MERGE_SCRATCH_LANE,
+    MERGE_TILE_SUBS,  # sub-blocks of a row of tiles
+) = range(OPERANDS, OPERANDS + 18)
+
+# `ffn_up`
+(
+    UP_TABLE,  # cluster table
+    UP_LIST,  # int32: how many clusters run; their ids follow, ascending
+    UP_NEURONS,  # neurons of a cluster, a multiple of 32
+    UP_BLOCKS,  # blocks in a Gate or Up row
+    UP_X,
+    UP_X_LANE,
+    UP_OUT,  # tiles of the hidden activations
+    UP_OUT_SUBS,  # sub-blocks of a whole hidden row
+    UP_OUT_FLOAT,  # 1: Down's weights are floats
+    UP_CHUNK,  # clusters in a piece
+    UP_PANEL,
+    UP_SCRATCH,
+    UP_SCRATCH_LANE,
+    UP_UP_OFFSET,  # from a cluster's Gate groups to its Up groups, bytes
+    UP_X_SUBS,  # sub-blocks of a row of input tiles
+) = range(OPERANDS, OPERANDS + 15)
+
+# `ffn_down`
+(
+    DOWN_TABLE,
+    DOWN_LIST,
+    DOWN_GROUPS,  # row groups of the output
+    DOWN_X,
+    DOWN_X_SUBS,
+    DOWN_Y,
+    DOWN_Y_ROW,
+    DOWN_CHUNK,  # row groups in a piece
+    DOWN_PANEL,  # clusters in a panel
+) = range(OPERANDS, OPERANDS + 9)
+
+# `probe`
+PROBE_BASE, PROBE_BYTES, PROBE_PIECE, PROBE_OUT = range(OPERANDS, OPERANDS + 4)

@@ -1,0 +1,30 @@
+"""Sizes that kernels and those who lay out their buffers agree on."""
+
+from coterie.kernels.formats import COLUMNS, Format
+from coterie.kernels.formats import ROWS as GROUP_ROWS
+
+SPAN = 256  # positions of a KV block
+TILE = 64  # positions of a softmax tile
+QUERY_ROWS = 4  # query rows taken together
+QUERY_TOKENS = 8  # tokens of a prefill piece
+HEAD = 64  # bytes before the values in a softmax state: maximum, sum, and room for alignment
+
+INT8_TOKEN = COLUMNS + 16  # bytes of one token's sub-block: values and four words
+FLOAT_TOKEN = 4 * COLUMNS
+UNPACKED = 4 * COLUMNS * GROUP_ROWS  # bytes of scratch a lane needs to unpack a sub-block
+VECTOR = 64  # bytes of one row group's sums
+
+# A row of the cluster table (design section 6): where a neuron cluster's weights are, and its arrival flag.
+CLUSTER_ROW = 32
+CLUSTER_GATE_UP, CLUSTER_DOWN, CLUSTER_FLAG, CLUSTER_WANTED = 0, 8, 16, 24
+
+
+def token_bytes(f: Format) -> int:
+    """Bytes of one token's sub-block of activations for weights of format `f`."""
+    return FLOAT_TOKEN if f.is_float else INT8_TOKEN
+
+
+def attend_scratch(heads_per_kv: int, dim: int, tokens: int) -> int:
+    """Bytes of scratch a lane needs: queries, a new key, bounds, weights and two softmax states a row."""
+    rows = -(-tokens * heads_per_kv // QUERY_ROWS) * QUERY_ROWS
+    return rows * (4 * dim + 8 + 4 * TILE + 2 * (HEAD + 4 * dim)) + 4 * dim + 256
