@@ -139,18 +139,19 @@ class CpuUnit:
                 self._rows[word][: array.size] = array
                 if word == r.IDS:
                     header[r.TOKENS] = array.size
-            header[r.OUTPUTS] = np.size(outputs)
+            header[r.OUTPUTS], header[r.LAST] = np.size(outputs), np.max(positions, initial=0)
             header[r.PROGRAM], header[r.RECORDS] = address, program.length
             try:
-                self._raise_go()
+                self._epoch += 1
+                self._publish()
                 self._take_part(program)
             except BaseException:
                 self._abandon()
                 raise
             self._check(program)
 
-    def _raise_go(self) -> None:
-        self._epoch += 1
+    def _publish(self) -> None:
+        """Show the lanes the step's header, and raise the go flag."""
         self._header[r.EPOCH] = self._epoch
         self._begin(self.arena.address(self.buffers.header), self._step(0), self._go)
 
@@ -168,6 +169,8 @@ class CpuUnit:
     def _abandon(self) -> None:
         """Call the lanes off, and make the counters ready for another try."""
         self._abort_word[0] = 1
+        self._publish()  # again, in case an interrupt came before: each lane must see the step to leave it
+        self._publish()  # an interrupt may have come before the lanes heard of the step
         for lane in range(1, self.lanes):
             self._wait(self._parked[lane], self._epoch, 0, self._never, self._nap)
         for program, _ in self._programs.values():
@@ -192,6 +195,7 @@ class CpuUnit:
                 return
             self._closed = True
             self._header[r.STOP] = 1
-            self._raise_go()
+            self._epoch += 1
+            self._publish()
         for thread in self._threads:
             thread.join()

@@ -32,14 +32,9 @@ RAW = {
 
 def _interleave(to: Bytes, source: Bytes, kind: str) -> None:
     """to[..., block, item, row] = source[..., row, block, item], items of type `kind`."""
-    items = np.ascontiguousarray(source).view(kind)  # [..., 16, blocks, items]
-    count = items.shape[-1]
-    out = to.view(kind).reshape(*to.shape[:-1], count, ROWS) if to.flags.c_contiguous else None
-    moved = np.moveaxis(items, -3, -1)
-    if out is not None:
-        out[...] = moved
-    else:
-        to[...] = np.ascontiguousarray(moved).view(np.uint8).reshape(to.shape)
+    items = source.view(kind)  # [..., 16, blocks, items]
+    out = to.view(kind).reshape(*to.shape[:-1], items.shape[-1], ROWS)  # both are views: one copy in all
+    out[...] = np.moveaxis(items, -3, -1)
 
 
 def _bit_planes(bits: Bytes) -> Bytes:

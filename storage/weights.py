@@ -1,20 +1,23 @@
 """A model's weights in the arena: packed matrices, norm vectors, and neuron clusters with their tables."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
 
-from coterie.errors import PlanError
+from coterie.errors import ModelError, PlanError
 from coterie.kernels.formats import COLUMNS, FORMATS, ROWS, Format
 from coterie.kernels.shapes import CLUSTER_DOWN, CLUSTER_GATE_UP, CLUSTER_ROW
-from coterie.models.gguf_file import GGUFFile
+from coterie.models.dequant import finite
+from coterie.models.gguf_file import GGUFFile, TensorInfo
 from coterie.models.spec import ModelSpec
 from coterie.storage.arena import LINE, Arena, BufferRef, Ledger, round_up
 from coterie.storage.pack import pack, packed_bytes, padded_columns
 
-CHUNK = 8 << 20  # raw bytes packed at a time
+CHUNK = 1 << 20  # raw bytes packed at a time: what packing needs beside stays in the cache
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int], None]  # told the raw bytes packed so far
 
@@ -199,18 +202,27 @@ class Packer:
     def __init__(self, file: GGUFFile, spec: ModelSpec, arena: Arena, progress: Progress) -> None:
         self.file, self.spec, self.arena, self._progress = file, spec, arena, progress
         self._done = 0
+        self._lock = Lock()
 
-    def fill(self, weights: Weights) -> None:
-        self.matrix(weights.embedding)
-        if not self.spec.tied:
-            self.matrix(weights.output)
+    def fill(self, weights: Weights, workers: int) -> None:
+        """Pack everything, several layers at a time: copying releases the GIL."""
         self.vector("output_norm.weight", weights.output_norm)
-        for i, layer in enumerate(weights.layers):
-            for matrix in (*layer.projections, layer.output):
-                self.matrix(matrix, self.spec.layers[i].rope.dims)
-            for name, ref in layer.norms.items():
-                self.vector(f"blk.{i}.{name}.weight", ref)
-            self.ffn(i, layer.ffn)
+        ends = [weights.embedding] if self.spec.tied else [weights.embedding, weights.output]
+        pool = ThreadPoolExecutor(workers)
+        try:
+            jobs = [pool.submit(self.matrix, matrix) for matrix in ends]
+            jobs += [pool.submit(self.layer, i, layer) for i, layer in enumerate(weights.layers)]
+            for job in as_completed(jobs):
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def layer(self, i: int, layer: Layer) -> None:
+        for matrix in (*layer.projections, layer.output):
+            self.matrix(matrix, self.spec.layers[i].rope.dims)
+        for name, ref in layer.norms.items():
+            self.vector(f"blk.{i}.{name}.weight", ref)
+        self.ffn(i, layer.ffn)
 
     def vector(self, name: str, ref: BufferRef) -> None:
         """A norm's weights, float32 in the file too; the padding stays 0."""
@@ -251,6 +263,7 @@ class Packer:
         for row in range(0, tensor.rows, step):
             last = min(tensor.rows, row + step)
             raw = self.file.read(name, row, last)
+            self._check(tensor, raw)
             if rope_dims:
                 raw = raw[half_split_rows(self.spec.head_dim, rope_dims, (last - row) // self.spec.head_dim)]
             pack(tensor.format, raw, out[row // ROWS : -(-last // ROWS)])
@@ -265,11 +278,20 @@ class Packer:
         for c in range(0, clusters, step):
             last = min(clusters, c + step)
             raw = self.file.read(name, c * rows, min(tensor.rows, last * rows))
+            self._check(tensor, raw)
             packed = np.empty(((last - c) * groups, blocks, size), np.uint8)
             pack(tensor.format, raw, packed)
             out[c:last] = packed.reshape(last - c, groups, blocks, size)
             self._count(raw.nbytes)
 
+    def _check(self, tensor: TensorInfo, raw: Bytes) -> None:
+        if not finite(raw, tensor.format):
+            raise ModelError(
+                f"{self.file.path.name}: tensor {tensor.name!r} holds a weight that is not a number; "
+                "the file is damaged"
+            )
+
     def _count(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._progress(self._done)
+        with self._lock:
+            self._done += nbytes
+            self._progress(self._done)

@@ -22,6 +22,7 @@ from coterie.storage.unit import lay_out_unit
 from coterie.storage.weights import Packer
 from coterie.trace.chrome import write_chrome_trace
 
+ROPE_ROWS = 256  # positions of a rope table computed at a time
 Floats = npt.NDArray[np.float32]
 Progress = Callable[..., None]  # progress(label, done=0, total=0)
 
@@ -68,13 +69,13 @@ class Engine:
         packer = Packer(
             self.model.file, self.spec, self.arena, lambda done: self._progress("packing", done, total)
         )
-        packer.fill(self.layout.weights)
+        packer.fill(self.layout.weights, self.plan.lanes)
 
     def _fill_rope_tables(self) -> None:
         for rope, ref in self.layout.shared.ropes.items():
             table = self.arena.numpy(ref)
-            for first in range(0, self.plan.context, 4096):
-                last = min(self.plan.context, first + 4096)
+            for first in range(0, self.plan.context, ROPE_ROWS):
+                last = min(self.plan.context, first + ROPE_ROWS)
                 table[first:last] = rope_table(rope, first, last)
 
     def _run(

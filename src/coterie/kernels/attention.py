@@ -59,7 +59,7 @@ from coterie.kernels.operands import (
     MERGE_TILE_SUBS,
     MERGE_WINDOW,
 )
-from coterie.kernels.record import CLAIM, POSITIONS, TABLES, TOKENS
+from coterie.kernels.record import CLAIM, LAST, POSITIONS, TABLES, TOKENS
 from coterie.kernels.rows import bits_to_float, emit_block, inverse_rms
 from coterie.kernels.shapes import HEAD, QUERY_ROWS, QUERY_TOKENS, SPAN, TILE
 from coterie.kernels.sync import claim, finish, word
@@ -426,10 +426,9 @@ def attend_one() -> Callable[..., Any]:
         weights = state + 2 * rows * stride
         bounds = weights + rows * 4 * TILE
         key = bounds + rows * 8
-        spans = np.int64(1)
-        for row in range(n):
-            position = np.int64(i32_at(word(step, POSITIONS) + 4 * row))
-            spans = max(spans, position // SPAN - first_visible(position, window) // SPAN + 1)
+        spans = word(step, LAST) // SPAN + 1  # a row that has fewer leaves pieces with nothing to do
+        if window > 0:
+            spans = min(spans, (window + SPAN - 2) // SPAN + 1)
         pieces, amount = 0, n * kv_heads * spans
         piece = claim(record, step, lane, amount)
         while piece >= 0:

@@ -39,7 +39,8 @@ class Opcode(IntEnum):
 
 
 # Words of the step header. Each lane works on its own copy, taken when the go flag rose, so that a lane which
-# was stopped and wakes up in a later step can only find that there is nothing left to claim.
+# was stopped and wakes up in a later step can only find that there is nothing left to claim. For this the number
+# of an instruction's pieces must follow from the copy and the record alone: the rows' arrays are the next step's.
 EPOCH = 0  # number of this step, the value flags take
 PROGRAM = 1  # address of the first record
 RECORDS = 2
@@ -57,6 +58,7 @@ TRACE_STRIDE = 13
 STOP = 14  # 1: lanes leave for good
 NAP = 15  # address of a timespec: a sleeper looks this often whether the step was abandoned
 NEVER = 16  # address of a word that stays 0: the abort word of waits that nothing ends
+LAST = 17  # the largest position among the rows
 HEADER_WORDS = 24
 HEADER_BYTES = 8 * HEADER_WORDS
 

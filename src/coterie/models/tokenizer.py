@@ -5,6 +5,7 @@ The merging is done by the `tokenizers` package; special tokens are cut out befo
 """
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +77,9 @@ class Tokenizer:
             raise ModelError(f"the tokenizer has {self.vocab_size} tokens; 1 to {MAX_VOCAB} are supported")
         if max(map(len, self._tokens)) > MAX_TOKEN_CHARS:
             raise ModelError(f"the tokenizer has a token of more than {MAX_TOKEN_CHARS} characters")
-        self._ids = {token: i for i, token in enumerate(self._tokens)}
+        ids = {token: i for i, token in enumerate(self._tokens)}
         self._types: list[int] = _list(metadata, "token_type", int, self.vocab_size, NORMAL)
-        ends = [self._ids[text] for text in END_TEXTS if text in self._ids]
+        ends = [ids[text] for text in END_TEXTS if text in ids]
         for end in ends:
             self._types[end] = CONTROL
 
@@ -100,13 +101,14 @@ class Tokenizer:
         self._user_defined = [(self._tokens[i], i) for i in special if self._types[i] == USER_DEFINED]
         if self.sentencepiece:
             self._unknown = self._special_id(metadata, "unknown", 0)
-            self._scores: list[float] = _list(metadata, "scores", float, self.vocab_size)
-            if not all(map(math.isfinite, self._scores)):
+            scores = _list(metadata, "scores", float, self.vocab_size)
+            if not all(map(math.isfinite, scores)):
                 raise ModelError("tokenizer.ggml.scores holds one that is not a number; the file is damaged")
-            self._merger = self._score_merger(ascii_only=True)
+            self._scores = array("d", scores)  # a vocabulary of 262,144 is large: keep no objects
+            self._merger = self._score_merger(ids, ascii_only=True)
             self._ascii_only = True
         else:
-            self._merger = self._rank_merger(pre, _list(metadata, "merges", str))
+            self._merger = self._rank_merger(pre, ids, _list(metadata, "merges", str))
 
     def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
         """Token ids of `text`.
@@ -167,9 +169,10 @@ class Tokenizer:
         if self.sentencepiece:
             text = text.replace(" ", "▁")
             if self._ascii_only and not _is_ascii(text):
-                self._merger, self._ascii_only = self._score_merger(ascii_only=False), False
-        ids: list[int] = self._merger.encode(text, add_special_tokens=False).ids
-        return ids
+                ids = {token: i for i, token in enumerate(self._tokens)}
+                self._merger, self._ascii_only = self._score_merger(ids, ascii_only=False), False
+        found: list[int] = self._merger.encode(text, add_special_tokens=False).ids
+        return found
 
     def _special_id(self, metadata: dict[str, Any], name: str, default: int | None) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
@@ -178,7 +181,7 @@ class Tokenizer:
             raise ModelError(f"{key} is {str(id)[:40]!r}, which is none of the {self.vocab_size} tokens")
         return id
 
-    def _rank_merger(self, pre: str, lines: list[str]) -> "tokenizers.Tokenizer":
+    def _rank_merger(self, pre: str, ids: dict[str, int], lines: list[str]) -> "tokenizers.Tokenizer":
         """Byte-level BPE: merges come in the order of their rank."""
         import tokenizers
         from tokenizers import models, pre_tokenizers
@@ -190,10 +193,10 @@ class Tokenizer:
         pairs: dict[tuple[str, str], None] = {}
         for line in lines:
             left, _, right = line.partition(" ")
-            if not (left in self._ids and right in self._ids and left + right in self._ids):
+            if not (left in ids and right in ids and left + right in ids):
                 raise ModelError(f"the merge {line[:60]!r} is not of known tokens; the file is damaged")
             pairs[left, right] = None
-        merger = tokenizers.Tokenizer(models.BPE(self._ids, list(pairs), ignore_merges=pre in WHOLE_WORDS))
+        merger = tokenizers.Tokenizer(models.BPE(ids, list(pairs), ignore_merges=pre in WHOLE_WORDS))
         cuts: Sequence[pre_tokenizers.PreTokenizer] = [
             pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]
         ]
@@ -201,7 +204,7 @@ class Tokenizer:
         merger.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
         return merger
 
-    def _score_merger(self, ascii_only: bool) -> "tokenizers.Tokenizer":
+    def _score_merger(self, ids: dict[str, int], ascii_only: bool) -> "tokenizers.Tokenizer":
         """SentencePiece as BPE: each way to put a token together from two is a merge, best score first.
 
         With `ascii_only`, tokens that ASCII text cannot contain are left out: the result is the same for
@@ -210,7 +213,7 @@ class Tokenizer:
         import tokenizers
         from tokenizers import models
 
-        tokens, ids = self._tokens, self._ids
+        tokens = self._tokens
         chosen = [i for i, token in enumerate(tokens) if not ascii_only or _is_ascii(token)]
         chosen.sort(key=lambda i: -self._scores[i])
         # Pairs of the vocabulary's own strings, not of copies: there are half a million.
