@@ -127,6 +127,8 @@ class CpuUnit:
         with self._lock:
             if self._closed:
                 raise UnitError("this model has been closed")
+            if self._abort_word[0]:  # a second interrupt cut an abandonment short
+                self._abandon()
             program, address = self._programs[name]
             header = self._header
             for word, values in (
@@ -169,7 +171,6 @@ class CpuUnit:
     def _abandon(self) -> None:
         """Call the lanes off, and make the counters ready for another try."""
         self._abort_word[0] = 1
-        self._publish()  # again, in case an interrupt came before: each lane must see the step to leave it
         self._publish()  # an interrupt may have come before the lanes heard of the step
         for lane in range(1, self.lanes):
             self._wait(self._parked[lane], self._epoch, 0, self._never, self._nap)

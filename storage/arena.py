@@ -121,6 +121,9 @@ class Arena(Ledger):
 
     def _mapped(self) -> mmap.mmap:
         if self.fd >= 0:
+            if os.fstat(self.fd).st_size < self.size:
+                self._close_fd()
+                raise PlanError("the shared arena is smaller than its regions")
             mapping = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED)
         else:
             noreserve = 0x4000  # pages count when they are touched; the plan has checked the budget
@@ -134,9 +137,8 @@ class Arena(Ledger):
 
     @classmethod
     def attach(cls, fd: int, regions: Mapping[str, int]) -> "Arena":
-        """Map a shared arena that another process made with the same `regions`; `fd` is taken over."""
-        if os.fstat(fd).st_size < sum(regions.values()):
-            raise PlanError("the shared arena is smaller than its regions")
+        """Map a shared arena that another process made with the same `regions`; `fd` is taken over. Raises PlanError
+        where it is smaller."""
         return cls(regions, shared=True, _fd=fd)
 
     def numpy(self, ref: BufferRef) -> npt.NDArray[Any]:
@@ -170,10 +172,10 @@ class Arena(Ledger):
         place.used = 0
 
     def close(self) -> None:
-        """Forget the mapping; it goes when the last view of it does."""
+        """Forget the mapping; it goes when the last view of it does. A second call does nothing."""
         self._close_fd()
         self._bytes = np.empty(0, np.uint8)
-        del self._map
+        vars(self).pop("_map", None)
 
     def _close_fd(self) -> None:
         if self.fd >= 0:
@@ -186,13 +188,21 @@ class Arena(Ledger):
         return self.regions[name]
 
     def _checked(self, ref: BufferRef) -> npt.NDArray[np.uint8]:
-        place = self.regions.get(ref.region)
-        expected = prod(ref.shape) * np.dtype(ref.dtype).itemsize
-        if place is None or ref.nbytes != expected:
+        place, size = self.regions.get(ref.region), _item_bytes(ref.dtype)
+        if place is None or size == 0 or min(ref.shape, default=0) < 0 or ref.nbytes != prod(ref.shape) * size:
             raise PlanError(f"buffer ref {ref} does not describe a buffer of this arena")
         if not place.offset <= ref.offset <= ref.offset + ref.nbytes <= place.offset + place.size:
             raise PlanError(f"buffer ref {ref} lies outside of its region")
         return self._bytes[ref.offset : ref.offset + ref.nbytes]
+
+
+def _item_bytes(dtype: str) -> int:
+    """Bytes of a number of that type; 0 if it is none."""
+    try:
+        kind = np.dtype(dtype)
+    except TypeError:
+        return 0
+    return kind.itemsize if kind.kind in "biuf" else 0
 
 
 def _punch_hole(fd: int, offset: int, size: int) -> None:

@@ -199,6 +199,7 @@ def test_interrupted_while_the_go_flag_is_raised(moment: str, tmp_path: Path, mo
         expected, real = prefilled(engine, tokens), engine.unit._begin
 
         def begin(*arguments: int) -> int:
+            patch.undo()
             if moment == "after":
                 real(*arguments)
             raise KeyboardInterrupt

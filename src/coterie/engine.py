@@ -63,6 +63,7 @@ class Engine:
         self._fill_rope_tables()
         self.unit = CpuUnit(self.arena, plan.lanes, buffers)
         self._loaded: set[str] = set()
+        self._closed = False
 
     def _pack(self) -> None:
         total = sum(tensor.nbytes for tensor in self.model.file.tensors.values())
@@ -86,6 +87,7 @@ class Engine:
         tables: npt.ArrayLike,
         outputs: npt.ArrayLike,
     ) -> None:
+        self._check_open()
         if name not in self._loaded:
             program = self.layout.programs[name]
             missing = [kernel for kernel in dict.fromkeys(program.kernels) if not is_cached(kernel)]
@@ -105,6 +107,7 @@ class Engine:
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence; close it to give its memory back."""
+        self._check_open()
         return self.cache.sequence()
 
     def check(self, tokens: Sequence[int]) -> None:
@@ -165,8 +168,15 @@ class Engine:
         self._run("probe", (), (), (), ())
         return float(program.words[0, PROBE_BYTES] / (time.perf_counter() - start))
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this model has been closed; open it again to use it")
+
     def close(self) -> None:
-        """Stop the unit, write the trace, forget the memory."""
+        """Stop the unit, write the trace, forget the memory. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         self.unit.close()
         rings = self.unit.buffers.rings
         if self._trace is not None and rings is not None:
