@@ -101,7 +101,7 @@ class CpuUnit:
     def load(self, program: Program, progress: Callable[[int], None] = lambda done: None) -> None:
         """Compile what the program needs (`progress` is told how many kernels are ready), and put its records
         into the arena."""
-        kernels = {}
+        kernels: dict[str, int] = {}
         for name in dict.fromkeys(program.kernels):
             progress(len(kernels))
             kernels[name] = library.address(name)

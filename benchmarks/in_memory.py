@@ -20,11 +20,27 @@ from typing import Any
 from coterie import LLM
 
 
-def peer(binary: str, model: Path, tests: list[tuple[int, int]], reps: int, threads: int) -> dict[tuple[int, int], float]:
+def peer(
+    binary: str, model: Path, tests: list[tuple[int, int]], reps: int, threads: int
+) -> dict[tuple[int, int], float]:
     """llama-bench's tokens/s by (n_prompt, n_gen)."""
     prompts = ",".join(str(p) for p, _ in tests if p) or "0"
     gens = ",".join(str(n) for _, n in tests if n) or "0"
-    command = [binary, "-m", str(model), "-p", prompts, "-n", gens, "-r", str(reps), "-t", str(threads), "-o", "json"]
+    command = [
+        binary,
+        "-m",
+        str(model),
+        "-p",
+        prompts,
+        "-n",
+        gens,
+        "-r",
+        str(reps),
+        "-t",
+        str(threads),
+        "-o",
+        "json",
+    ]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {(row["n_prompt"], row["n_gen"]): row["avg_ts"] for row in json.loads(said)}
 
@@ -68,14 +84,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: medians, and minimum to maximum in parentheses."""
 
     def spread(values: list[float], form: str) -> str:
-        return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+        return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
-    lines = ["| model | test | ours, tokens/s | llama.cpp | ratio | of the read loop |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | test | ours, tokens/s | llama.cpp | ratio | of the read loop |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         share = spread(row["read_shares"], ".2f") if "read_shares" in row else ""
         lines.append(
             f"| {row['model']} | {row['test']} | {spread(row['ours_runs'], '.1f')} | {spread(row['peer_runs'], '.1f')} "
-            f"| **{row['ratio']:.2f}** ({min(row['ratios']):.2f}–{max(row['ratios']):.2f}) | {share} |"
+            f"| **{row['ratio']:.2f}** ({min(row['ratios']):.2f}-{max(row['ratios']):.2f}) | {share} |"
         )
     return "\n".join(lines)
 

@@ -24,8 +24,8 @@ OUTPUT_ROWS = 16  # rows whose logits are computed together
 @dataclass(frozen=True)
 class ModelLayout:
     """A model's buffers and programs. Programs by name: `decode` (one row), `batch` (2 to 8 rows of different
-    sequences), `prefill` (a chunk of one sequence, no logits), `head` (logits of chosen rows of a prefill), `probe` (reads the layers' weights:
-    the machine's bandwidth, with the same lanes on the same memory)."""
+    sequences), `prefill` (a chunk of one sequence, no logits), `head` (logits of chosen rows of a prefill), `probe`
+    (reads the layers' weights: the machine's bandwidth, with the same lanes on the same memory)."""
 
     weights: Weights
     shared: Shared

@@ -94,9 +94,7 @@ class Lowering:
         readers = [m.format for layer in layers for m in layer.projections]
         readers += [g for layer in layers for g in (layer.ffn.layout.gate, layer.ffn.layout.up)]
         self.normed = self._tiles(spec.dim, rows, readers)
-        self.attended = self._tiles(
-            spec.n_heads * spec.head_dim, rows, [layer.output.format for layer in layers]
-        )
+        self.attended = self._tiles(spec.n_heads * spec.head_dim, rows, [layer.output.format for layer in layers])
         private = self._private
         self.attention = self._floats(private, rows, self.heads_width)
         hidden = max(layer.ffn.layout.clusters * layer.ffn.layout.neurons for layer in layers)
@@ -127,9 +125,7 @@ class Lowering:
         refs: list[BufferRef | None] = []
         for is_float, token in ((False, INT8_TOKEN), (True, FLOAT_TOKEN)):
             wanted = any(reader.is_float == is_float for reader in readers)
-            refs.append(
-                self.ledger.allocate("activations", (copies, rows * subs * token)) if wanted else None
-            )
+            refs.append(self.ledger.allocate("activations", (copies, rows * subs * token)) if wanted else None)
         step = 0 if shared or self.mode == "prefill" else rows * subs
         return Tiles(refs[0], refs[1], subs, step * INT8_TOKEN, step * FLOAT_TOKEN)
 
@@ -157,17 +153,13 @@ class Lowering:
             post = self.weights.layers[i - 1].norms.get("post_ffw_norm") if i else None
             ready = self._norm(b, i, layer.norms["attn_norm"], self.normed, i > 0, post)
             self._attend(b, i, layer, self._project(b, i, layer, ready))
-            ready = self._norm(
-                b, i, layer.norms["ffn_norm"], self.normed, True, layer.norms.get("post_attention_norm")
-            )
+            ready = self._norm(b, i, layer.norms["ffn_norm"], self.normed, True, layer.norms.get("post_attention_norm"))
             self._ffn(b, i, layer, ready)
         return b
 
     def _head(self, b: ProgramBuilder) -> ProgramBuilder:
         post = self.weights.layers[-1].norms.get("post_ffw_norm")
-        ready = self._norm(
-            b, len(self.weights.layers), self.weights.output_norm, self.final, True, post, select=True
-        )
+        ready = self._norm(b, len(self.weights.layers), self.weights.output_norm, self.final, True, post, select=True)
         logits = self.shared.logits
         self._matmul(
             b, len(self.weights.layers), self.weights.output, self.final, logits, 0, logits.shape[1],
@@ -268,9 +260,7 @@ class Lowering:
                 o.MATMUL_BLOCKS: matrix.blocks,
                 o.MATMUL_X: tiles,
                 o.MATMUL_X_LANE: lane,
-                o.MATMUL_Y: BufferRef(
-                    y.region, y.offset + 4 * column, y.nbytes - 4 * column, y.dtype, y.shape
-                ),
+                o.MATMUL_Y: BufferRef(y.region, y.offset + 4 * column, y.nbytes - 4 * column, y.dtype, y.shape),
                 o.MATMUL_Y_ROW: 4 * width,
                 o.MATMUL_CHUNK: self._chunk(matrix.groups, matrix.group_bytes),
                 o.MATMUL_PANEL: panel,
@@ -291,19 +281,9 @@ class Lowering:
         third, where every one has a format of its own, waits for the first)."""
         waits, column, numbers = [len(b.drafts) - 1], 0, list[int]()
         for matrix in layer.projections:
-            numbers.append(
-                self._matmul(
-                    b,
-                    i,
-                    matrix,
-                    self.normed,
-                    self.qkv,
-                    column,
-                    self.qkv_width,
-                    prepare=ready,
-                    waits=waits if len(numbers) < 2 else numbers[:1],
-                )  # fmt: skip
-            )
+            before = waits if len(numbers) < 2 else numbers[:1]
+            target = self.normed, self.qkv, column, self.qkv_width
+            numbers.append(self._matmul(b, i, matrix, *target, prepare=ready, waits=before))
             column += matrix.rows
         return numbers[-2:]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from coterie.errors import PlanError, UsageError
 from coterie.kernels import target
+from coterie.kernels.shapes import TILE_TOKENS
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.layout import BATCH, block_table_bytes, lay_out_model
@@ -55,9 +56,7 @@ class Plan:
         """For people, before the first token."""
         mib = {name: size / (1 << 20) for name, size in self.regions.items()}
         rest = sum(size for name, size in mib.items() if name not in ("weights", "kv"))
-        said = ", ".join(
-            f"{name} from {source}" for name, source in self.sources.items() if source != "automatic"
-        )
+        said = ", ".join(f"{name} from {source}" for name, source in self.sources.items() if source != "automatic")
         return [
             f"{self.model}: {self.architecture}, all weights {self.residency} ({mib['weights']:.0f} MiB), "
             f"numerics {self.numerics}",
@@ -94,7 +93,7 @@ def make_plan(
     if not 1 <= positions <= spec.context:
         raise UsageError(f"a context of {positions} positions: this model takes 1 to {spec.context}")
     _check_shapes(file, spec)
-    chunk, tile = min(CHUNK, round_up(positions, BATCH)), target.tile_tokens()
+    chunk, tile = min(CHUNK, round_up(positions, BATCH)), TILE_TOKENS
     ledger = Ledger()
     layout = lay_out_model(ledger, file, spec, lanes=lanes, context=positions, chunk=chunk, tile=tile)
     lay_out_unit(ledger, lanes, chunk, tracing=tracing)
@@ -132,6 +131,4 @@ def _check_shapes(file: GGUFFile, spec: ModelSpec) -> None:
         )
     for layer in spec.layers:
         if layer.rope.dims % 16 or layer.rope.dims > spec.head_dim:
-            raise PlanError(
-                f"{file.path.name}: a rotary embedding of {layer.rope.dims} dimensions is not supported"
-            )
+            raise PlanError(f"{file.path.name}: a rotary embedding of {layer.rope.dims} dimensions is not supported")

@@ -8,6 +8,7 @@ anything is allocated. Buffers are Arrow buffers over the mapping; nothing is co
 import mmap
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -129,10 +130,8 @@ class Arena(Ledger):
             noreserve = 0x4000  # pages count when they are touched; the plan has checked the budget
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve
             mapping = mmap.mmap(-1, self.size + HUGE, flags)
-        try:
+        with suppress(OSError):  # a kernel without huge pages is slower, not wrong
             mapping.madvise(mmap.MADV_HUGEPAGE)  # before the first touch
-        except OSError:
-            pass  # a kernel without huge pages is slower, not wrong
         return mapping
 
     @classmethod

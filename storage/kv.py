@@ -87,9 +87,7 @@ class Sequence:
     def reserve(self, positions: int) -> None:
         """Make room for the first `positions` positions."""
         if positions > self.cache.positions:
-            raise UsageError(
-                f"{positions} positions do not fit the context of {self.cache.positions}; raise -c"
-            )
+            raise UsageError(f"{positions} positions do not fit the context of {self.cache.positions}; raise -c")
         while len(self._blocks) * SPAN < positions:
             block = self.cache.take()
             self._table[len(self._blocks)] = self.cache.arena.address(block)

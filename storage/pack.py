@@ -13,7 +13,7 @@ import numpy.typing as npt
 from coterie.kernels.formats import COLUMNS, FORMATS, ROWS
 from coterie.kernels.library import function, kernel_name
 
-Bytes = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[Any]  # uint8; mypy takes a shift of uint8 for a signed integer
 
 # Bytes of a raw GGUF block and the columns it holds.
 RAW = {
@@ -39,7 +39,8 @@ def _interleave(to: Bytes, source: Bytes, kind: str) -> None:
 
 def _bit_planes(bits: Bytes) -> Bytes:
     """One bit a weight [..., 32] to bytes [..., 4]: bit k of byte i belongs to weight 4k + i."""
-    return np.packbits(bits.reshape(*bits.shape[:-1], 8, 4), axis=-2, bitorder="little")[..., 0, :]
+    planes: Bytes = np.packbits(bits.reshape(*bits.shape[:-1], 8, 4), axis=-2, bitorder="little")
+    return planes[..., 0, :]
 
 
 def _pack_nibbles(q: Bytes) -> Bytes:

@@ -160,9 +160,7 @@ def lay_out(file: GGUFFile, spec: ModelSpec, ledger: Ledger) -> Weights:
         names = (f"blk.{i}.ffn_{part}.weight" for part in ("gate", "up", "down"))
         gate, up, down = (FORMATS[file.tensors[name].format] for name in names)
         if gate.subs != up.subs or gate.is_float != up.is_float:
-            raise PlanError(
-                f"{file.path.name}: layer {i} mixes Gate {gate.name} with Up {up.name}: not supported"
-            )
+            raise PlanError(f"{file.path.name}: layer {i} mixes Gate {gate.name} with Up {up.name}: not supported")
         layout = ClusterLayout(gate, up, down, spec.dim, spec.ffn_dim)
         return FFN(
             layout,

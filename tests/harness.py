@@ -1,11 +1,12 @@
 """A bench for kernels: a small arena, a CPU unit, and programs put together by hand."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import cfunc, types
 
 from coterie.actors.cpu import CpuUnit
 from coterie.kernels import operands as o
@@ -13,6 +14,7 @@ from coterie.kernels.library import kernel_name
 from coterie.kernels.formats import FORMATS, ROWS
 from coterie.kernels.record import LINE, Opcode
 from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN
+from coterie.kernels.vector import floats_at, set_floats
 from coterie.scheduler.program import Draft, Operand, ProgramBuilder
 from coterie.storage.arena import Arena, BufferRef, round_up
 from coterie.storage.pack import pack, packed_bytes, padded_columns
@@ -31,7 +33,10 @@ class Machine:
         self.error = self.arena.allocate("flags", LINE)
         self._programs = 0
 
-    def room(self, shape: int | tuple[int, ...], kind: npt.DTypeLike = np.uint8, region: str = "activations") -> BufferRef:
+    def room(
+        self, shape: int | tuple[int, ...], kind: npt.DTypeLike = np.uint8, region: str = "activations"
+    ) -> BufferRef:
+        """A buffer of zeros."""
         return self.arena.allocate(region, shape, kind)
 
     def put(self, values: npt.ArrayLike, region: str = "activations") -> BufferRef:
@@ -55,7 +60,13 @@ class Machine:
         return builder.name
 
     def step(
-        self, name: str, rows: int, *, positions: npt.ArrayLike = (), tables: npt.ArrayLike = (), outputs: npt.ArrayLike = ()
+        self,
+        name: str,
+        rows: int = 1,
+        *,
+        positions: npt.ArrayLike = (),
+        tables: npt.ArrayLike = (),
+        outputs: npt.ArrayLike = (),
     ) -> None:
         self.unit.run(name, np.zeros(rows, np.int32), positions, tables, outputs)
 
@@ -73,7 +84,9 @@ class Machine:
         row = subs * (FLOAT_TOKEN if is_float else INT8_TOKEN)
         return self.room((self.lanes if private else 1, round_up(self.rows, 8) * row))
 
-    def emit(self, x: BufferRef, subs: int, tile: int, ints: BufferRef | None, floats: BufferRef | None) -> dict[int, Operand]:
+    def emit(
+        self, x: BufferRef, subs: int, tile: int, ints: BufferRef | None, floats: BufferRef | None
+    ) -> dict[int, Operand]:
         """Operands of `merge` that only turn rows float32[rows][columns] into tiles of `subs` sub-blocks a row."""
         return {
             o.MERGE_ROWS: x,
@@ -81,9 +94,9 @@ class Machine:
             o.MERGE_SUBS: x.shape[1] // 32,
             o.MERGE_TILE: tile,
             o.MERGE_OUT: ints,
-            o.MERGE_OUT_LANE: 0 if ints is None else ints.nbytes // ints.shape[0] * (ints.shape[0] > 1),
+            o.MERGE_OUT_LANE: lane_bytes(ints),
             o.MERGE_FLOAT_OUT: floats,
-            o.MERGE_FLOAT_LANE: 0 if floats is None else floats.nbytes // floats.shape[0] * (floats.shape[0] > 1),
+            o.MERGE_FLOAT_LANE: lane_bytes(floats),
             o.MERGE_TILE_SUBS: subs,
         }
 
@@ -112,7 +125,7 @@ class Machine:
             o.MATMUL_GROUPS: groups,
             o.MATMUL_BLOCKS: blocks,
             o.MATMUL_X: x,
-            o.MATMUL_X_LANE: x.nbytes // x.shape[0] * (x.shape[0] > 1),
+            o.MATMUL_X_LANE: lane_bytes(x),
             o.MATMUL_Y: y,
             o.MATMUL_Y_ROW: 4 * groups * ROWS,
             o.MATMUL_CHUNK: chunk,
@@ -126,6 +139,29 @@ class Machine:
     def close(self) -> None:
         self.unit.close()
         self.arena.close()
+
+
+def lane_bytes(tiles: BufferRef | None) -> int:
+    """Distance between the lanes' copies of tiles [copies][bytes]; 0 if there is one for all."""
+    return tiles.nbytes // tiles.shape[0] if tiles is not None and tiles.shape[0] > 1 else 0
+
+
+def lanewise(operation: Any) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+    """A vector operation of the kernels as a function of float32 arrays."""
+
+    @cfunc(types.void(types.intp, types.intp, types.intp))  # type: ignore[untyped-decorator]
+    def run(x, out, count):  # type: ignore[no-untyped-def]
+        for at in range(0, 4 * count, 64):
+            set_floats(out + at, operation(floats_at(x + at)))
+
+    def call(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        padded = np.zeros(-(-x.size // 16) * 16, np.float32)
+        padded[: x.size] = x.ravel()
+        out = np.empty_like(padded)
+        run.ctypes(padded.ctypes.data, out.ctypes.data, padded.size)
+        return out[: x.size].reshape(x.shape)
+
+    return call
 
 
 @contextmanager

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import Machine, machine
-from numba import cfunc, types
+from harness import Machine, lanewise, machine
 from reference import (
     BLOCK,
     FLOAT_FORMATS,
@@ -33,7 +32,6 @@ from coterie.kernels.library import kernel_name
 from coterie.kernels.formats import FORMATS as PACKED
 from coterie.kernels.record import Opcode
 from coterie.kernels.shapes import INT8_TOKEN, UNPACKED
-from coterie.kernels.vector import floats_at, set_floats
 from coterie.models.rope import cos_sin, frequencies, rope_table
 from coterie.models.spec import Rope
 from coterie.scheduler.program import Operand
@@ -275,28 +273,11 @@ def test_embedding_rows_are_the_dequantised_weights(name: str, bench: Machine) -
 # --- exp and its users -------------------------------------------------------------------------------
 
 
-def lanewise(operation: Any) -> Callable[[Floats], Floats]:
-    """A vector operation of the kernels as a function of float32 arrays."""
-
-    @cfunc(types.void(types.intp, types.intp, types.intp))  # type: ignore[untyped-decorator]
-    def run(x, out, count):  # type: ignore[no-untyped-def]
-        for at in range(0, 4 * count, 64):
-            set_floats(out + at, operation(floats_at(x + at)))
-
-    def call(x: Floats) -> Floats:
-        padded = np.zeros(-(-x.size // 16) * 16, np.float32)
-        padded[: x.size] = x
-        out = np.empty_like(padded)
-        run.ctypes(padded.ctypes.data, out.ctypes.data, padded.size)
-        return out[: x.size]
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def functions() -> dict[str, Callable[[Floats], Floats]]:
     return {
-        name: lanewise(operation) for name, operation in (mathematics.ACTIVATIONS | {"exp": mathematics.exp}).items()
+        name: lanewise(operation)
+        for name, operation in (mathematics.ACTIVATIONS | {"exp": mathematics.exp}).items()
     }
 
 
@@ -393,18 +374,3 @@ def test_rope_table_against_fifty_digits(rope: Rope) -> None:
                 # a float32 in [-1, 1], and an angle rounded to float64
                 error = abs(Decimal(float(got)) - wanted)
                 assert error <= Decimal(2) ** -25 + position * Decimal(2) ** -52
-
-
-# --- memory of the kernels ---------------------------------------------------------------------------
-
-
-def test_nothing_is_written_beyond_the_rows_and_columns() -> None:
-    rng = np.random.default_rng(9)
-    with machine(2) as m:
-        raw, x = random_raw(rng, "Q4_0", 20, 64), rng.standard_normal((3, 64), np.float32)
-        run_matmul(m, "Q4_0", raw, x, 1)
-        y = m.arena.numpy(m.arena.allocate("activations", 0))  # what follows the last buffer is untouched
-        assert y.size == 0
-        tail = m.arena.regions["activations"]
-        used = m.arena._bytes[tail.offset + tail.used : tail.offset + tail.used + 4096]
-        assert not used.any()

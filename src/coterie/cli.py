@@ -90,11 +90,7 @@ def config_path() -> Path:
     if given := os.environ.get("COTERIE_CONFIG"):
         return Path(given)
     folder = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    return (
-        (folder if folder.is_absolute() else Path(os.path.expanduser("~/.config")))
-        / "coterie"
-        / "config.toml"
-    )
+    return (folder if folder.is_absolute() else Path(os.path.expanduser("~/.config"))) / "coterie" / "config.toml"
 
 
 def read_config(context: typer.Context) -> dict[str, dict[str, Any]]:
@@ -130,9 +126,7 @@ def _defaults(path: Path, group: TyperGroup, name: str, table: Any) -> dict[str,
             raise UsageError(f"{path}: {name}.{key}: no such option; there are {', '.join(sorted(names))}")
         if not isinstance(value, (str, int, float, list)):
             raise UsageError(f"{path}: {name}.{key}: must be a string, a number, true, false or a list")
-    return {
-        names[key]: value if isinstance(value, (bool, list)) else str(value) for key, value in table.items()
-    }
+    return {names[key]: value if isinstance(value, (bool, list)) else str(value) for key, value in table.items()}
 
 
 for command in (run, bench, perplexity, inspect, doctor, models.pull, models.ls):

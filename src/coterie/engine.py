@@ -67,9 +67,7 @@ class Engine:
 
     def _pack(self) -> None:
         total = sum(tensor.nbytes for tensor in self.model.file.tensors.values())
-        packer = Packer(
-            self.model.file, self.spec, self.arena, lambda done: self._progress("packing", done, total)
-        )
+        packer = Packer(self.model.file, self.spec, self.arena, lambda done: self._progress("packing", done, total))
         packer.fill(self.layout.weights, self.plan.lanes)
 
     def _fill_rope_tables(self) -> None:
@@ -91,9 +89,7 @@ class Engine:
         if name not in self._loaded:
             program = self.layout.programs[name]
             missing = [kernel for kernel in dict.fromkeys(program.kernels) if not is_cached(kernel)]
-            self.unit.load(
-                program, lambda n: self._progress("compiling", n, len(missing)) if missing else None
-            )
+            self.unit.load(program, lambda n: self._progress("compiling", n, len(missing)) if missing else None)
             self._loaded.add(name)
         self.unit.run(name, ids, positions, tables, outputs)
 
@@ -114,13 +110,9 @@ class Engine:
         """Raise UsageError for ids that are no tokens of this model."""
         wrong = [t for t in tokens if not 0 <= t < self.spec.vocab]
         if wrong:
-            raise UsageError(
-                f"token {wrong[0]} does not exist: this model's ids are 0 to {self.spec.vocab - 1}"
-            )
+            raise UsageError(f"token {wrong[0]} does not exist: this model's ids are 0 to {self.spec.vocab - 1}")
 
-    def prefill(
-        self, sequence: KVSequence, tokens: Sequence[int], rows: Sequence[int] | None = None
-    ) -> Floats:
+    def prefill(self, sequence: KVSequence, tokens: Sequence[int], rows: Sequence[int] | None = None) -> Floats:
         """Append tokens to a sequence, in chunks; logits float32[n, vocab] of `rows` (indices into `tokens`,
         ascending; default: the last)."""
         self.check(tokens)

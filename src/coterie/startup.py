@@ -46,8 +46,7 @@ def check_cpu(system: str, machine: str, cpuinfo: str) -> None:
     missing = [label for word, label in CPU_NEEDS[machine].items() if features and word not in features]
     if missing:
         raise UnitError(
-            f"this {machine} processor has no {', '.join(missing)}: Coterie's kernels need it; "
-            "use another machine"
+            f"this {machine} processor has no {', '.join(missing)}: Coterie's kernels need it; use another machine"
         )
 
 

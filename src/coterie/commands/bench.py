@@ -35,9 +35,7 @@ def bench(
 ) -> None:
     """Time prefill (pp) and decode (tg); the result goes to stdout."""
     name = pick_model(model, model_option)
-    tests = [(length, 0) for length in _lengths("-p", prompts)] + [
-        (0, length) for length in _lengths("-n", gens)
-    ]
+    tests = [(length, 0) for length in _lengths("-p", prompts)] + [(0, length) for length in _lengths("-n", gens)]
     if not tests:
         raise UsageError("nothing to time: -p and -n are both 0")
 
@@ -99,8 +97,7 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         )
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in table
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table
     ]
     lines.insert(1, "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
     return "\n".join(lines) + "\n"

@@ -51,9 +51,7 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         terminal.write_json(facts)
     else:
-        terminal.write(
-            "\n".join(line for title, part in facts.items() for line in _lines(title, part)) + "\n"
-        )
+        terminal.write("\n".join(line for title, part in facts.items() for line in _lines(title, part)) + "\n")
 
 
 def _cpu() -> dict[str, Any]:
@@ -140,9 +138,7 @@ def _lines(title: str, part: dict[str, Any]) -> list[str]:
     for key, value in part.items():
         label = key.removesuffix("_bytes").replace("_", " ")
         if isinstance(value, dict):
-            text = ", ".join(
-                f"{name.removesuffix('_bytes')} {_text(name, each)}" for name, each in value.items()
-            )
+            text = ", ".join(f"{name.removesuffix('_bytes')} {_text(name, each)}" for name, each in value.items())
         else:
             text = _text(key, value)
         lines.append(f"  {label:18} {text}")

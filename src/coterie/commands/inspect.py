@@ -68,9 +68,7 @@ def _short(value: Any) -> Any:
 
 def _lines(facts: dict[str, Any]) -> list[str]:
     spec = facts["spec"]
-    lines = [
-        f"{facts['path']}: {terminal.size_text(facts['size'])}, {facts['parameters'] / 1e6:.2f} M parameters"
-    ]
+    lines = [f"{facts['path']}: {terminal.size_text(facts['size'])}, {facts['parameters'] / 1e6:.2f} M parameters"]
     lines += ["", "spec"]
     lines += [f"  {key} {value}" for key, value in spec.items() if key != "layers"]
     lines.append(f"  layers {len(spec['layers'])}")
@@ -86,7 +84,5 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         text = f"[{value['length']} items]" if isinstance(value, dict) else repr(value)
         lines.append(f"  {key} = {text if len(text) <= 100 else text[:97] + '...'}")
     lines += ["", "tensors"]
-    lines += [
-        f"  {each['name']:32} {each['format']:5} {each['rows']} x {each['cols']}" for each in facts["tensors"]
-    ]
+    lines += [f"  {each['name']:32} {each['format']:5} {each['rows']} x {each['cols']}" for each in facts["tensors"]]
     return lines

@@ -23,9 +23,7 @@ def parse_size(text: str) -> int:
         size = int(float(match[1]) * UNITS[match[2].upper()])
         if size > 0:
             return size
-    raise UsageError(
-        f"--memory {text!r} is not a size: write it as 64MiB, 1.5GiB, 2G (10^9 bytes) or plain bytes"
-    )
+    raise UsageError(f"--memory {text!r} is not a size: write it as 64MiB, 1.5GiB, 2G (10^9 bytes) or plain bytes")
 
 
 ModelArgument = Annotated[
@@ -35,9 +33,7 @@ ModelArgument = Annotated[
 ModelOption = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="The same as MODEL.")]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        "-t", "--threads", min=1, max=1024, envvar="COTERIE_THREADS", help="Lanes; by default one per core."
-    ),
+    typer.Option("-t", "--threads", min=1, max=1024, envvar="COTERIE_THREADS", help="Lanes; by default one per core."),
 ]
 Context = Annotated[
     int | None,
@@ -94,6 +90,4 @@ def _decoded(file: BinaryIO, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{name} is not UTF-8 text: byte {error.start} is wrong; convert it first"
-        ) from error
+        raise UsageError(f"{name} is not UTF-8 text: byte {error.start} is wrong; convert it first") from error

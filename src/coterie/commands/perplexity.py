@@ -86,9 +86,7 @@ def chunk_losses(logits: "NDArray[np.float32]", tokens: list[int]) -> list[float
         highest = row.max()
         loss = highest + np.log(np.exp(row - highest).sum()) - row[tokens[position + 1]]
         if not np.isfinite(loss):
-            raise ModelError(
-                f"the logits at position {position} of a chunk are not finite; the model is damaged"
-            )
+            raise ModelError(f"the logits at position {position} of a chunk are not finite; the model is damaged")
         losses.append(float(loss))
     return losses
 

@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 def run(
     model: ModelArgument = None,
     model_option: ModelOption = None,
-    prompt: Annotated[
-        str | None, typer.Option("-p", "--prompt", help="The prompt; else -f or a pipe.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; else -f or a pipe.")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message of the chat.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt; no chat template.")] = False,
@@ -42,9 +40,7 @@ def run(
     temperature: Annotated[
         float, typer.Option("--temp", help="0: the most probable token.")
     ] = SamplingOptions.temperature,
-    top_k: Annotated[
-        int, typer.Option("--top-k", help="Only the k best tokens; 0: off.")
-    ] = SamplingOptions.top_k,
+    top_k: Annotated[int, typer.Option("--top-k", help="Only the k best tokens; 0: off.")] = SamplingOptions.top_k,
     top_p: Annotated[
         float, typer.Option("--top-p", help="Only the best that make up p; 1: off.")
     ] = SamplingOptions.top_p,
@@ -58,9 +54,7 @@ def run(
         int, typer.Option("--repeat-last-n", help="Tokens that are recent; -1: all.")
     ] = SamplingOptions.repeat_last_n,
     seed: Annotated[int | None, typer.Option("--seed", help="Equal seeds, equal answers.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")] = None,
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome/Perfetto trace.")
     ] = None,
@@ -89,9 +83,7 @@ def run(
 
     with (
         terminal.Progress() as progress,
-        LLM(
-            name, threads=threads, context=context or None, memory=memory, trace=trace, progress=progress
-        ) as llm,
+        LLM(name, threads=threads, context=context or None, memory=memory, trace=trace, progress=progress) as llm,
     ):
         progress.say(llm.plan.lines())
         sampling = {**dataclasses.asdict(options), "stop": stop or []}
@@ -128,9 +120,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     return text.removesuffix("\n")
 
 
-def _start(
-    llm: "LLM", text: str, system: str | None, raw: bool, n: int, sampling: dict[str, Any]
-) -> "Generation":
+def _start(llm: "LLM", text: str, system: str | None, raw: bool, n: int, sampling: dict[str, Any]) -> "Generation":
     if raw or llm.template is None:
         if system is not None:
             raise UsageError("this model has no chat template, so --system has no place; drop it")

@@ -104,9 +104,7 @@ NOTHING = np.float32(-1e30)  # the maximum of no scores
 def scores(b, q, q_row, k, dim, out):  # type: ignore[no-untyped-def]
     """out[4][64] = q[4][dim] . keys of 64 positions: one fused multiply-add a dimension, ascending."""
     groups = TILE // LANES
-    sums = [
-        [cgutils.alloca_once_value(b, const(F32x16, 0.0)) for _ in range(groups)] for _ in range(QUERY_ROWS)
-    ]
+    sums = [[cgutils.alloca_once_value(b, const(F32x16, 0.0)) for _ in range(groups)] for _ in range(QUERY_ROWS)]
     for row in sums:
         for s in row:
             b.store(const(F32x16, 0.0), s)
@@ -388,10 +386,7 @@ def attend() -> Callable[..., Any]:
                 values = keys + word(record, A_VALUES)
                 attend_span(q, rows, bounds, keys, values, dim, span * SPAN, state, weights)
                 for r in range(rows):
-                    if (
-                        i32_at(bounds + 8 * r) < (span + 1) * SPAN
-                        and i32_at(bounds + 8 * r + 4) > span * SPAN
-                    ):
+                    if i32_at(bounds + 8 * r) < (span + 1) * SPAN and i32_at(bounds + 8 * r + 4) > span * SPAN:
                         merge_state(running + r * stride, state + r * stride, dim)
             for r in range(count * share):
                 out = word(record, A_OUT) + (first + r // share) * word(record, A_OUT_ROW)
@@ -481,18 +476,12 @@ def merge() -> Callable[..., Any]:
         pieces = 0
         row = claim(record, step, lane, n) if shared else 0
         while 0 <= row < n:
-            x = (
-                word(record, MERGE_ROWS)
-                + lane * word(record, MERGE_ROWS_LANE)
-                + row * word(record, MERGE_ROWS_ROW)
-            )
+            x = word(record, MERGE_ROWS) + lane * word(record, MERGE_ROWS_LANE) + row * word(record, MERGE_ROWS_ROW)
             if states != 0:
                 position = np.int64(i32_at(word(step, POSITIONS) + 4 * row))
                 spans = position // SPAN - first_visible(position, word(record, MERGE_WINDOW)) // SPAN + 1
                 for h in range(heads):
-                    at = (
-                        states + row * word(record, MERGE_STATES_ROW) + h * word(record, MERGE_SPANS) * stride
-                    )
+                    at = states + row * word(record, MERGE_STATES_ROW) + h * word(record, MERGE_SPANS) * stride
                     clear_state(state, dim)
                     for s in range(spans):
                         merge_state(state, at + s * stride, dim)

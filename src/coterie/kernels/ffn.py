@@ -51,7 +51,7 @@ from coterie.kernels.shapes import (
     VECTOR,
 )
 from coterie.kernels.sync import claim, finish, prepare, wait_flag, word
-from coterie.kernels.tile import Tile, cluster_tile_op, tile_op
+from coterie.kernels.tile import Tile, cluster_tile_op, tile_groups, tile_op
 from coterie.kernels.vector import floats_at, i32_at, i64_at, mul, prefetch
 
 
@@ -61,16 +61,15 @@ def arrived(entry, step):  # type: ignore[no-untyped-def]
     flag = i64_at(entry + CLUSTER_FLAG)
     if flag == 0:
         return True
-    return wait_flag(
-        flag, i64_at(entry + CLUSTER_WANTED), word(step, SPIN), word(step, ABORT), word(step, NAP)
-    )
+    return wait_flag(flag, i64_at(entry + CLUSTER_WANTED), word(step, SPIN), word(step, ABORT), word(step, NAP))
 
 
 @kernel
 def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callable[..., Any]:
     """hidden = activation(Gate x) * (Up x), cluster by cluster, quantised as Down's input."""
     tile_tokens = int(tokens)
-    gate_tile, up_tile = tile_op(gate_name, tile_tokens), tile_op(up_name, tile_tokens)
+    together = tile_groups(tile_tokens)  # a cluster has an even number of groups
+    gate_tile, up_tile = tile_op(gate_name, tile_tokens, together), tile_op(up_name, tile_tokens, together)
     gate, up = formats.FORMATS[gate_name], formats.FORMATS[up_name]
     gate_block, up_block = gate.block, up.block
     if gate.subs != up.subs or gate.is_float != up.is_float:
@@ -106,16 +105,18 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
                 w_up = w_gate + word(record, UP_UP_OFFSET)
                 for first in range(0, blocks, panel):
                     count = min(panel, blocks - first)
-                    for g in range(groups):
+                    for g in range(0, groups, together):
                         w = w_gate + (g * blocks + first) * gate_block
                         for i in range(tiles):
                             out = gates + i * tile_tokens * row_bytes + g * VECTOR
-                            gate_tile(w, x + i * x_tile + first * subs * x_sub, out, row_bytes, count, first)
-                    for g in range(groups):
+                            x_at = x + i * x_tile + first * subs * x_sub
+                            gate_tile(w, blocks * gate_block, x_at, out, row_bytes, count, first)
+                    for g in range(0, groups, together):
                         w = w_up + (g * blocks + first) * up_block
                         for i in range(tiles):
                             out = gates + i * tile_tokens * row_bytes + (groups + g) * VECTOR
-                            up_tile(w, x + i * x_tile + first * subs * x_sub, out, row_bytes, count, first)
+                            x_at = x + i * x_tile + first * subs * x_sub
+                            up_tile(w, blocks * up_block, x_at, out, row_bytes, count, first)
                 pairs = groups // 2
                 for row in range(n):
                     for p in range(pairs):
@@ -142,7 +143,9 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
     for more, sums stay in registers over a panel of clusters.
     """
     tile_tokens = int(tokens)
+    together = tile_groups(tile_tokens)
     tile, cluster_tile = tile_op(name, tile_tokens), cluster_tile_op(name, tile_tokens)
+    wide_tile = cluster_tile_op(name, tile_tokens, together)
     f = formats.FORMATS[name]
     block_bytes, x_block = f.block, Tile(f, tile_tokens).x_sub * f.subs
     x_sub = Tile(f, tile_tokens).x_sub
@@ -165,7 +168,7 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
             if clusters == 0:
                 for g in range(first_group, last_group):
                     for i in range(tiles):
-                        tile(0, 0, y + i * tile_tokens * y_row + g * VECTOR, y_row, 0, 0)
+                        tile(0, 0, 0, y + i * tile_tokens * y_row + g * VECTOR, y_row, 0, 0)
             elif tiles == 1:
                 for c in range(clusters):
                     cluster = i32_at(ids + 4 * c)
@@ -175,17 +178,22 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
                     for g in range(first_group, last_group):
                         for line in range(0, block_bytes, 64):  # the next cluster's run starts elsewhere
                             prefetch(w + ahead + g * block_bytes + line)
-                        tile(w + g * block_bytes, x + cluster * x_block, y + g * VECTOR, y_row, 1, c)
+                        tile(w + g * block_bytes, 0, x + cluster * x_block, y + g * VECTOR, y_row, 1, c)
             else:
                 for first in range(0, clusters, panel):
                     count = min(panel, clusters - first)
-                    for g in range(first_group, last_group):
+                    g = first_group
+                    while g < last_group:
+                        wide = g + together <= last_group
                         for i in range(tiles):
                             x_at = x + i * word(record, DOWN_X_SUBS) * x_sub
                             y_at = y + i * tile_tokens * y_row + g * VECTOR
-                            cluster_tile(
-                                table, ids + 4 * first, count, g * block_bytes, x_at, y_at, y_row, first
-                            )
+                            at = ids + 4 * first
+                            if wide:
+                                wide_tile(table, at, count, g * block_bytes, x_at, y_at, y_row, first)
+                            else:
+                                cluster_tile(table, at, count, g * block_bytes, x_at, y_at, y_row, first)
+                        g += together if wide else 1
             pieces += 1
             piece = claim(record, step, lane, total)
         return finish(record, step, pieces, total)

@@ -36,6 +36,7 @@ from coterie.kernels.vector import i64_at, set_i32, set_i64
 EVENT_BYTES = EVENT.itemsize
 ABANDONED = -1
 # Fields of an event are written by their offsets.
+assert EVENT.fields is not None
 _START, _END, _WAITED, _EPOCH, _OPCODE, _PIECES = (
     EVENT.fields[name][1] for name in ("start", "end", "waited", "epoch", "opcode", "pieces")
 )

@@ -22,7 +22,7 @@ from coterie.kernels.operands import (
 from coterie.kernels.record import OUTPUTS, TOKENS
 from coterie.kernels.shapes import VECTOR
 from coterie.kernels.sync import claim, finish, prepare, word
-from coterie.kernels.tile import Tile, tile_op
+from coterie.kernels.tile import Tile, tile_groups, tile_op
 
 
 @kernel
@@ -30,7 +30,8 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
     """A piece is a run of row groups. Loops: panel of columns, row group, token tile, so that a panel of
     activations stays in the second-level cache and one of weights in the first."""
     tile_tokens = int(tokens)
-    tile = tile_op(name, tile_tokens)
+    together = tile_groups(tile_tokens)
+    tile, wide_tile = tile_op(name, tile_tokens), tile_op(name, tile_tokens, together)
     f = formats.FORMATS[name]
     block_bytes, x_sub = f.block, Tile(f, tile_tokens).x_sub
     subs = f.subs
@@ -46,7 +47,7 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
         panel = word(record, MATMUL_PANEL) if tiles > 1 else blocks
         x = word(record, MATMUL_X) + lane * word(record, MATMUL_X_LANE)
         y, y_row = word(record, MATMUL_Y), word(record, MATMUL_Y_ROW)
-        x_tile = word(record, MATMUL_X_SUBS) * x_sub
+        x_tile, group = word(record, MATMUL_X_SUBS) * x_sub, word(record, MATMUL_GROUP)
         total = (groups + chunk - 1) // chunk
         pieces = 0
         piece = claim(record, step, lane, total)
@@ -56,16 +57,18 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
             last = min(groups, (piece + 1) * chunk)
             for first_block in range(0, blocks, panel):
                 count = min(panel, blocks - first_block)
-                for g in range(piece * chunk, last):
-                    w = (
-                        word(record, MATMUL_WEIGHTS)
-                        + g * word(record, MATMUL_GROUP)
-                        + first_block * block_bytes
-                    )
+                g = piece * chunk
+                while g < last:
+                    w = word(record, MATMUL_WEIGHTS) + g * group + first_block * block_bytes
+                    wide = g + together <= last
                     for i in range(tiles):
                         x_at = x + i * x_tile + first_block * subs * x_sub
                         y_at = y + i * tile_tokens * y_row + g * VECTOR
-                        tile(w, x_at, y_at, y_row, count, first_block)
+                        if wide:
+                            wide_tile(w, group, x_at, y_at, y_row, count, first_block)
+                        else:
+                            tile(w, group, x_at, y_at, y_row, count, first_block)
+                    g += together if wide else 1
             pieces += 1
             piece = claim(record, step, lane, total)
         return finish(record, step, pieces, total)

@@ -3,6 +3,7 @@
 from coterie.kernels.formats import COLUMNS, Format
 from coterie.kernels.formats import ROWS as GROUP_ROWS
 
+TILE_TOKENS = 4  # tokens of a matrix tile, where there are several
 SPAN = 256  # positions of a KV block
 TILE = 64  # positions of a softmax tile
 QUERY_ROWS = 4  # query rows taken together

@@ -44,14 +44,7 @@ def path() -> Path:
         raise UnitError(f"the CPU unit runs on x86_64 and aarch64, not on {machine}")
     missing = REQUIRED[machine] - features()
     if missing:
-        raise UnitError(
-            f"this {machine} CPU lacks {', '.join(sorted(missing))}, which Coterie's kernels need"
-        )
+        raise UnitError(f"this {machine} CPU lacks {', '.join(sorted(missing))}, which Coterie's kernels need")
     if machine == "aarch64":
         return "dotprod"
     return "vnni" if {"avx512vnni", "avx512bw", "avx512vl"} <= features() else "avx2"
-
-
-def tile_tokens() -> int:
-    """Tokens a matrix tile holds in registers (a power of two)."""
-    return 8 if path() == "vnni" else 4

@@ -24,7 +24,7 @@ from numba.core import cgutils
 
 from coterie.kernels import formats, unpack
 from coterie.kernels.formats import COLUMNS, QUADS, Format
-from coterie.kernels.shapes import CLUSTER_DOWN, CLUSTER_ROW, token_bytes
+from coterie.kernels.shapes import CLUSTER_DOWN, CLUSTER_ROW, VECTOR, token_bytes
 from coterie.kernels.vector import (
     ADDRESS,
     F32,
@@ -45,108 +45,117 @@ from coterie.kernels.vector import (
 
 @dataclass(frozen=True)
 class Tile:
-    """What a tile is generated for."""
+    """What a tile is generated for: a format, tokens, and groups of 16 rows side by side."""
 
     f: Format
     tokens: int
+    groups: int = 1
 
     @property
     def x_sub(self) -> int:
         """Bytes of a sub-block of activations of all tokens."""
         return self.tokens * token_bytes(self.f)
 
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Every (group, token)."""
+        return [(g, t) for g in range(self.groups) for t in range(self.tokens)]
 
-def _int_sub_block(
-    b: ir.IRBuilder, tile: Tile, w: ir.Value, x: ir.Value, shared: Any, sums: list[ir.Value]
-) -> None:
-    """Add one sub-block of an integer format into the sums (stack slots)."""
+
+Sums = dict[tuple[int, int], Any]  # by (group, token): stack slots that become registers
+
+
+def _int_sub_block(b: ir.IRBuilder, tile: Tile, w: list[Any], x: Any, shared: list[Any], sums: Sums) -> None:
+    """Add one sub-block of an integer format into the sums. `w`, `shared`: one a group."""
     f, n = tile.f, tile.tokens
     words = COLUMNS * n
 
-    def word(kind: int, t: int, ty: ir.Type) -> ir.Value:
+    def word(kind: int, t: int, ty: ir.Type) -> Any:
         return splat(b, load(b, x, ty, words + 4 * (kind * n + t)))
 
-    scale, low = unpack.scales(b, f, w, shared)
-    zero = const(I32x16, 0)
-    dots = [zero] * n
-    uppers = [zero] * n
-    if f.offset_bits:
-        shift = const(I32x16, f.offset_bits)
-        for t in range(n):
-            if f.split_scales:
-                head = word(3, t, I32)
-                dots[t] = b.shl(head, shift)
-                uppers[t] = b.shl(b.sub(word(2, t, I32), head), shift)
-            else:
-                dots[t] = b.shl(word(2, t, I32), shift)
-    for k, quad in enumerate(unpack.quads(b, f, w)):
+    zero, shift = const(I32x16, 0), const(I32x16, f.offset_bits)
+    starts, upper_starts = [zero] * n, [zero] * n  # what takes the weights' offset off again
+    for t in range(n if f.offset_bits else 0):
+        if f.split_scales:
+            head = word(3, t, I32)
+            starts[t] = b.shl(head, shift)
+            upper_starts[t] = b.shl(b.sub(word(2, t, I32), head), shift)
+        else:
+            starts[t] = b.shl(word(2, t, I32), shift)
+    dots = {(g, t): starts[t] for g, t in tile.pairs}
+    uppers = {(g, t): upper_starts[t] for g, t in tile.pairs}
+    quads = [unpack.quads(b, f, at) for at in w]
+    for k in range(QUADS):
+        into = uppers if f.split_scales and k >= QUADS // 2 else dots
         for t in range(n):
             four = b.bitcast(splat(b, load(b, x, I32, COLUMNS * t + 4 * k)), I8x64)
-            if f.split_scales and k >= QUADS // 2:
-                uppers[t] = dot4(b, uppers[t], quad, four, f.narrow)
-            else:
-                dots[t] = dot4(b, dots[t], quad, four, f.narrow)
-    if f.split_scales:
-        first, second = unpack.half_scales(b, w)
-        dots = [b.add(b.mul(d, first), b.mul(u, second)) for d, u in zip(dots, uppers, strict=True)]
-    for t in range(n):
-        total = fma(b, b.sitofp(dots[t], F32x16), b.fmul(scale, word(0, t, F32)), b.load(sums[t]))
-        if low is not None:
-            total = fma(b, low, word(1, t, F32), total)
-        b.store(total, sums[t])
+            for g in range(tile.groups):
+                into[g, t] = dot4(b, into[g, t], quads[g][k], four, f.narrow)
+    for g in range(tile.groups):
+        scale, low = unpack.scales(b, f, w[g], shared[g])
+        if f.split_scales:
+            first, second = unpack.half_scales(b, w[g])
+            for t in range(n):
+                dots[g, t] = b.add(b.mul(dots[g, t], first), b.mul(uppers[g, t], second))
+        for t in range(n):
+            total = fma(b, b.sitofp(dots[g, t], F32x16), b.fmul(scale, word(0, t, F32)), b.load(sums[g, t]))
+            if low is not None:
+                total = fma(b, low, word(1, t, F32), total)
+            b.store(total, sums[g, t])
 
 
-def _float_sub_block(b: ir.IRBuilder, tile: Tile, w: ir.Value, x: ir.Value, sums: list[ir.Value]) -> None:
+def _float_sub_block(b: ir.IRBuilder, tile: Tile, w: list[Any], x: Any, sums: Sums) -> None:
     """Add one sub-block of a float format into the sums."""
-    totals = [b.load(s) for s in sums]
+    totals = {pair: b.load(sums[pair]) for pair in tile.pairs}
     for c in range(COLUMNS):
-        weights = unpack.column(b, tile.f, w, c)
+        weights = [unpack.column(b, tile.f, at, c) for at in w]
         for t in range(tile.tokens):
-            totals[t] = fma(b, weights, splat(b, load(b, x, F32, 4 * (COLUMNS * t + c))), totals[t])
-    for s, total in zip(sums, totals, strict=True):
-        b.store(total, s)
+            value = splat(b, load(b, x, F32, 4 * (COLUMNS * t + c)))
+            for g in range(tile.groups):
+                totals[g, t] = fma(b, weights[g], value, totals[g, t])
+    for pair, total in totals.items():
+        b.store(total, sums[pair])
 
 
-def _block(b: ir.IRBuilder, tile: Tile, w: ir.Value, x: ir.Value, sums: list[ir.Value]) -> None:
+def _block(b: ir.IRBuilder, tile: Tile, w: list[Any], x: Any, sums: Sums) -> None:
     """Add one block: a sub-block, or eight that share scales."""
     f = tile.f
     if f.is_float:
         _float_sub_block(b, tile, w, x, sums)
     elif f.subs == 1:
-        _int_sub_block(b, tile, w, x, (None, None), sums)
+        _int_sub_block(b, tile, w, x, [(None, None)] * tile.groups, sums)
     else:
-        shared = unpack.header(b, f, w)
+        shared = [unpack.header(b, f, at) for at in w]
         with cgutils.for_range(b, const(I64, f.subs), intp=I64) as loop:
-            at = b.add(w, b.add(b.mul(loop.index, const(I64, f.sub)), const(I64, f.header)))
-            _int_sub_block(b, tile, at, b.add(x, b.mul(loop.index, const(I64, tile.x_sub))), shared, sums)
+            offset = b.add(b.mul(loop.index, const(I64, f.sub)), const(I64, f.header))
+            x_at = b.add(x, b.mul(loop.index, const(I64, tile.x_sub)))
+            _int_sub_block(b, tile, [b.add(at, offset) for at in w], x_at, shared, sums)
 
 
-def _with_sums(
-    b: ir.IRBuilder, tile: Tile, y: ir.Value, y_stride: ir.Value, keep: ir.Value, body: Any
-) -> None:
+def _with_sums(b: ir.IRBuilder, tile: Tile, y: Any, y_stride: Any, keep: Any, body: Any) -> None:
     """Run `body(sums)` on sums that start at zero, or at what `y` holds if `keep` is not 0, and store them."""
-    at = [b.add(y, b.mul(y_stride, const(I64, t))) for t in range(tile.tokens)]
-    sums = [cgutils.alloca_once_value(b, const(F32x16, 0.0)) for _ in at]
-    for s in sums:
-        b.store(const(F32x16, 0.0), s)
+    at = {(g, t): b.add(b.add(y, b.mul(y_stride, const(I64, t))), const(I64, VECTOR * g)) for g, t in tile.pairs}
+    sums = {pair: cgutils.alloca_once_value(b, const(F32x16, 0.0)) for pair in at}
+    for slot in sums.values():
+        b.store(const(F32x16, 0.0), slot)
     with b.if_then(b.icmp_signed("!=", keep, const(I64, 0))):
-        for s, a in zip(sums, at, strict=True):
-            b.store(load(b, a, F32x16), s)
+        for pair, slot in sums.items():
+            b.store(load(b, at[pair], F32x16), slot)
     body(sums)
-    for s, a in zip(sums, at, strict=True):
-        store(b, a, b.load(s))
+    for pair, slot in sums.items():
+        store(b, at[pair], b.load(slot))
 
 
 def build_tile(
-    b: ir.IRBuilder, tile: Tile, w: Any, x: Any, y: Any, y_stride: Any, blocks: Any, keep: Any
+    b: ir.IRBuilder, tile: Tile, w: Any, group: Any, x: Any, y: Any, y_stride: Any, blocks: Any, keep: Any
 ) -> None:
-    """Instructions for `blocks` blocks that lie one behind the other."""
+    """Instructions for `blocks` blocks that lie one behind the other; groups lie `group` bytes apart."""
 
-    def body(sums: list[ir.Value]) -> None:
+    def body(sums: Sums) -> None:
         with cgutils.for_range(b, blocks, intp=I64) as loop:
-            w_at = b.add(w, b.mul(loop.index, const(I64, tile.f.block)))
+            at = b.add(w, b.mul(loop.index, const(I64, tile.f.block)))
             x_at = b.add(x, b.mul(loop.index, const(I64, tile.x_sub * tile.f.subs)))
-            _block(b, tile, w_at, x_at, sums)
+            _block(b, tile, [b.add(at, b.mul(group, const(I64, g))) for g in range(tile.groups)], x_at, sums)
 
     _with_sums(b, tile, y, y_stride, keep, body)
 
@@ -164,38 +173,45 @@ def build_cluster_tile(
     keep: Any,
 ) -> None:
     """The same over the Down blocks of a list of neuron clusters: block `i` lies `offset` bytes into the Down
-    column of cluster `ids[i]`, and its activations at that cluster's place in `x`."""
+    column of cluster `ids[i]`, its group's neighbours behind it, and its activations at that cluster's place in
+    `x`."""
 
-    def body(sums: list[ir.Value]) -> None:
+    def body(sums: Sums) -> None:
         with cgutils.for_range(b, count, intp=I64) as loop:
             cluster = b.sext(load(b, b.add(ids, b.mul(loop.index, const(I64, 4))), I32), I64)
             row = b.add(table, b.mul(cluster, const(I64, CLUSTER_ROW)))
-            w_at = b.add(load(b, row, I64, CLUSTER_DOWN), offset)
+            at = b.add(load(b, row, I64, CLUSTER_DOWN), offset)
             x_at = b.add(x, b.mul(cluster, const(I64, tile.x_sub * tile.f.subs)))
-            _block(b, tile, w_at, x_at, sums)
+            _block(b, tile, [b.add(at, const(I64, tile.f.block * g)) for g in range(tile.groups)], x_at, sums)
 
     _with_sums(b, tile, y, y_stride, keep, body)
 
 
 @cache
-def tile_op(name: str, tokens: int) -> Any:
-    """tile(w, x, y, y_stride, blocks, keep): the intrinsic for a format and token count."""
-    tile = Tile(formats.FORMATS[name], tokens)
+def tile_op(name: str, tokens: int, groups: int = 1) -> Any:
+    """tile(w, group, x, y, y_stride, blocks, keep): the intrinsic for a format, tokens and groups."""
+    tile = Tile(formats.FORMATS[name], tokens, groups)
 
-    @op(types.void, ADDRESS, ADDRESS, ADDRESS, types.intp, types.intp, types.intp)
-    def run_tile(b, w, x, y, y_stride, blocks, keep):  # type: ignore[no-untyped-def]
-        build_tile(b, tile, w, x, y, y_stride, blocks, keep)
+    @op(types.void, ADDRESS, types.intp, ADDRESS, ADDRESS, types.intp, types.intp, types.intp)
+    def run_tile(b, w, group, x, y, y_stride, blocks, keep):  # type: ignore[no-untyped-def]
+        build_tile(b, tile, w, group, x, y, y_stride, blocks, keep)
 
     return run_tile
 
 
 @cache
-def cluster_tile_op(name: str, tokens: int) -> Any:
+def cluster_tile_op(name: str, tokens: int, groups: int = 1) -> Any:
     """tile(table, ids, count, offset, x, y, y_stride, keep): the same over clusters."""
-    tile = Tile(formats.FORMATS[name], tokens)
+    tile = Tile(formats.FORMATS[name], tokens, groups)
 
     @op(types.void, ADDRESS, ADDRESS, types.intp, types.intp, ADDRESS, ADDRESS, types.intp, types.intp)
     def run_tile(b, table, ids, count, offset, x, y, y_stride, keep):  # type: ignore[no-untyped-def]
         build_cluster_tile(b, tile, table, ids, count, offset, x, y, y_stride, keep)
 
     return run_tile
+
+
+def tile_groups(tokens: int) -> int:
+    """Row groups a tile takes together. With several tokens two, which halves the loads of activations (four
+    tokens by two groups are 8 integer sums); with one, weights are read in order."""
+    return 2 if tokens > 1 else 1

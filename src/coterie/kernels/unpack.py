@@ -20,18 +20,15 @@ from coterie.kernels.vector import (
     load,
 )
 
-Build = ir.IRBuilder
-Value = Any  # ir.Value; llvmlite is untyped
 
-
-def _nibbles(b: Build, at: Value, offset: int) -> list[Value]:
+def _nibbles(b: ir.IRBuilder, at: Any, offset: int) -> list[Any]:
     """Low nibbles are quads 0-3, high nibbles quads 4-7."""
     packed = [load(b, at, I8x64, offset + 64 * j) for j in range(4)]
     low = [b.and_(q, const(I8x64, 15)) for q in packed]
     return low + [b.lshr(q, const(I8x64, 4)) for q in packed]
 
 
-def _bit(b: Build, planes: Value, source: int, target: int) -> Value:
+def _bit(b: ir.IRBuilder, planes: Any, source: int, target: int) -> Any:
     """Bit `source` of every byte, moved to bit `target`."""
     if source > target:
         planes = b.lshr(planes, const(I8x64, source - target))
@@ -40,7 +37,7 @@ def _bit(b: Build, planes: Value, source: int, target: int) -> Value:
     return b.and_(planes, const(I8x64, 1 << target))
 
 
-def _two_bits(b: Build, planes: Value, source: int) -> Value:
+def _two_bits(b: ir.IRBuilder, planes: Any, source: int) -> Any:
     """Bits `source`, `source`+1 of every byte, moved to bits 4 and 5."""
     if source > 4:
         planes = b.lshr(planes, const(I8x64, source - 4))
@@ -49,7 +46,7 @@ def _two_bits(b: Build, planes: Value, source: int) -> Value:
     return b.and_(planes, const(I8x64, 0x30))
 
 
-def quads(b: Build, f: Format, at: Value) -> list[Value]:
+def quads(b: ir.IRBuilder, f: Format, at: Any) -> list[Any]:
     """The eight 64-byte vectors of a sub-block, unsigned."""
     match f.name:
         case "Q4_0":
@@ -65,17 +62,15 @@ def quads(b: Build, f: Format, at: Value) -> list[Value]:
             return [load(b, at, I8x64, 32 + 64 * k) for k in range(QUADS)]
         case "Q6_K":
             upper = [load(b, at, I8x64, 32 + 256 + 64 * v) for v in range(2)]
-            return [
-                b.or_(q, _two_bits(b, upper[k // 4], 2 * (k % 4))) for k, q in enumerate(_nibbles(b, at, 32))
-            ]
+            return [b.or_(q, _two_bits(b, upper[k // 4], 2 * (k % 4))) for k, q in enumerate(_nibbles(b, at, 32))]
     raise ValueError(f.name)
 
 
-def _bytes_to_ints(b: Build, at: Value, offset: int, widen: Callable[..., Value]) -> Value:
+def _bytes_to_ints(b: ir.IRBuilder, at: Any, offset: int, widen: Callable[..., Any]) -> Any:
     return widen(load(b, at, I8x16, offset), I32x16)
 
 
-def header(b: Build, f: Format, block: Value) -> tuple[Value | None, Value | None]:
+def header(b: ir.IRBuilder, f: Format, block: Any) -> tuple[Any | None, Any | None]:
     """What all sub-blocks of a block share: its scale and (negated) minimum as 16 floats each."""
     if f.subs == 1:
         return None, None
@@ -85,9 +80,7 @@ def header(b: Build, f: Format, block: Value) -> tuple[Value | None, Value | Non
     return scale, b.fsub(const(F32x16, -0.0), halves_to_floats(b, block, 32))
 
 
-def scales(
-    b: Build, f: Format, at: Value, shared: tuple[Value | None, Value | None]
-) -> tuple[Value, Value | None]:
+def scales(b: ir.IRBuilder, f: Format, at: Any, shared: tuple[Any | None, Any | None]) -> tuple[Any, Any | None]:
     """Scale and minimum of a sub-block, 16 floats each."""
     if f.subs == 1:
         return halves_to_floats(b, at), halves_to_floats(b, at, 32) if f.has_minimum else None
@@ -100,12 +93,12 @@ def scales(
     return b.fmul(scale, steps), b.fmul(low, low_steps)
 
 
-def half_scales(b: Build, at: Value) -> tuple[Value, Value]:
+def half_scales(b: ir.IRBuilder, at: Any) -> tuple[Any, Any]:
     """Q6_K: the int8 scales of the two halves of a sub-block, as 16 int32 each."""
     return _bytes_to_ints(b, at, 0, b.sext), _bytes_to_ints(b, at, 16, b.sext)
 
 
-def column(b: Build, f: Format, at: Value, c: int) -> Value:
+def column(b: ir.IRBuilder, f: Format, at: Any, c: int) -> Any:
     """Float formats: column `c` of a sub-block, 16 rows, as float32."""
     match f.name:
         case "F16":

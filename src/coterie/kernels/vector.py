@@ -143,9 +143,7 @@ def dot4(b: ir.IRBuilder, acc: ir.Value, weights: ir.Value, x: ir.Value, narrow:
     path = target.path()
     if path == "vnni":  # LLVM 22 takes bytes here, LLVM 21 and before took 32-bit lanes
         ty = I8x64 if llvm.llvm_version_info[0] >= 22 else I32x16
-        return call(
-            b, "llvm.x86.avx512.vpdpbusd.512", acc.type, acc, b.bitcast(weights, ty), b.bitcast(x, ty)
-        )
+        return call(b, "llvm.x86.avx512.vpdpbusd.512", acc.type, acc, b.bitcast(weights, ty), b.bitcast(x, ty))
     if path == "avx2":
         return _by_parts(b, acc, weights, x, 8, _dot4_avx2_narrow if narrow else _dot4_avx2_wide)
     return _by_parts(b, acc, weights, x, 4, _dot4_arm_narrow if narrow else _dot4_arm_wide)

@@ -276,9 +276,7 @@ class _Header:
             cols, rows = shape[0], shape[1] if n_dims == 2 else 1
             number, offset = self.scalar("<I"), self.scalar("<Q")
             if number not in FORMATS:
-                raise self.broken(
-                    f"tensor {name[:60]!r} has weight format {number}; supported are {', '.join(BLOCKS)}"
-                )
+                raise self.broken(f"tensor {name[:60]!r} has weight format {number}; supported are {', '.join(BLOCKS)}")
             format_name, block, block_bytes = FORMATS[number]
             if min(rows, cols) < 1 or cols % block:
                 raise self.broken(f"tensor {name[:60]!r}: {rows} x {cols} are no {format_name} blocks")

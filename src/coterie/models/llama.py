@@ -101,9 +101,7 @@ def rope_factors(file: GGUFFile, pairs: int) -> tuple[float, ...]:
     return tuple(factors.tolist())
 
 
-def expect_tensors(
-    file: GGUFFile, spec: ModelSpec, norms: Sequence[str], head_norms: Sequence[str] = ()
-) -> None:
+def expect_tensors(file: GGUFFile, spec: ModelSpec, norms: Sequence[str], head_norms: Sequence[str] = ()) -> None:
     """Require the tensors of a dense transformer in their shapes, and no others, which would go unused."""
     q_dim, kv_dim = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     layer_shapes = {

@@ -163,9 +163,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters |= {"_joined": _joined, "_weighed": _weighed, "_counted": _counted, "_made": _made}
         self.functions = (_range, _raise_exception, _strftime_now, dict, Namespace)
         self.globals = dict(
-            zip(
-                ("range", "raise_exception", "strftime_now", "dict", "namespace"), self.functions, strict=True
-            )
+            zip(("range", "raise_exception", "strftime_now", "dict", "namespace"), self.functions, strict=True)
         )
 
     def compile_metered(self, source: str) -> jinja2.Template:
@@ -208,11 +206,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif name in METHODS.get(type(owner), ()):
             self.meter.grow(_size(owner))
         elif function not in self.functions and not isinstance(owner, LoopContext):
-            what = (
-                f"the undefined {function._undefined_name!r}"
-                if isinstance(function, Undefined)
-                else repr(name)
-            )
+            what = f"the undefined {function._undefined_name!r}" if isinstance(function, Undefined) else repr(name)
             raise SecurityError(f"calling {what} is not allowed")
         return _weighed(context, super().call(context, function, *args, **kwargs))
 
@@ -361,9 +355,7 @@ def _joined(context: Context, values: list[Any]) -> str:
 
 
 @jinja2.pass_context
-def _join(
-    context: Context, values: Iterable[Any], separator: str = "", attribute: str | int | None = None
-) -> str:
+def _join(context: Context, values: Iterable[Any], separator: str = "", attribute: str | int | None = None) -> str:
     if attribute is not None:
         values = [context.environment.getitem(value, attribute) for value in values]
     texts = [_string(context, value) for value in values]
@@ -379,9 +371,7 @@ def _replace(context: Context, text: Any, old: Any, new: Any, count: int = -1) -
 
 
 @jinja2.pass_context
-def _indent(
-    context: Context, text: Any, width: int | str = 4, first: bool = False, blank: bool = False
-) -> str:
+def _indent(context: Context, text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     text = _string(context, text)
     space = width if isinstance(width, str) else " " * min(max(width, 0), 64)
     lines = text.splitlines()

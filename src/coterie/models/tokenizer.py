@@ -122,9 +122,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UsageError(
-                f"the text is not Unicode at character {error.start}; check its encoding"
-            ) from None
+            raise UsageError(f"the text is not Unicode at character {error.start}; check its encoding") from None
         ids: list[int] = []
         if self.bos is not None and (self._add_bos if add_bos is None else add_bos):
             ids.append(self.bos)
@@ -187,9 +185,7 @@ class Tokenizer:
         from tokenizers import models, pre_tokenizers
 
         if pre not in PRE_TOKENIZERS:
-            raise ModelError(
-                f"pre-tokenizer {pre[:40]!r} is not supported; known are {', '.join(PRE_TOKENIZERS)}"
-            )
+            raise ModelError(f"pre-tokenizer {pre[:40]!r} is not supported; known are {', '.join(PRE_TOKENIZERS)}")
         pairs: dict[tuple[str, str], None] = {}
         for line in lines:
             left, _, right = line.partition(" ")
@@ -261,9 +257,7 @@ def _byte_of(text: str) -> bytes:
         return text.encode()
 
 
-def _list(
-    metadata: dict[str, Any], name: str, kind: type, size: int | None = None, default: Any = None
-) -> list[Any]:
+def _list(metadata: dict[str, Any], name: str, kind: type, size: int | None = None, default: Any = None) -> list[Any]:
     """The array tokenizer.ggml.<name>: elements of `kind`, `size` of them; or `size` times the default."""
     key = f"tokenizer.ggml.{name}"
     values = metadata.get(key)

@@ -29,9 +29,7 @@ def write_chrome_trace(path: Path, rings: npt.NDArray[np.uint8], cycles_per_seco
     """Write {"traceEvents": ...}: a slice an instruction and one for the wait before it, times in microseconds
     from the first event. Raises UsageError where the file cannot be written."""
     lanes = read_rings(rings)
-    begin = min(
-        (int(events["start"][0]) - int(events["waited"][0]) for events in lanes if events.size), default=0
-    )
+    begin = min((int(events["start"][0]) - int(events["waited"][0]) for events in lanes if events.size), default=0)
     scale = 1e6 / cycles_per_second
     try:
         with path.open("w") as file:
