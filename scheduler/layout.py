@@ -61,7 +61,7 @@ def lay_out_model(
 
 
 def _probe(ledger: Ledger, weights: Weights, shared: Shared) -> Program:
-    """Read what the layers' FFNs and the output matrix lie in, first buffer to last."""
+    """Read all that lies from the first layer's FFN to the last layer's."""
     first, last = weights.layers[0].ffn.gate_up, weights.layers[-1].ffn.down
     builder = ProgramBuilder("probe", ledger, shared.lanes, shared.error)
     operands: dict[int, Operand] = {

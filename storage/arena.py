@@ -150,6 +150,11 @@ class Arena(Ledger):
 
         return pa.Tensor.from_numpy(self.numpy(ref))
 
+    def whole(self, region: str) -> BufferRef:
+        """What has been cut from a region so far, as bytes."""
+        place = self._region(region)
+        return BufferRef(region, place.offset, place.used, "|u1", (place.used,))
+
     def buffer(self, ref: BufferRef) -> "pa.Buffer":
         """The buffer's bytes as a mutable Arrow buffer, without a copy."""
         import pyarrow as pa

@@ -26,17 +26,17 @@ from reference import (
     set_scales,
 )
 
-from coterie.kernels import mathematics, target
+from coterie.kernels import mathematics
 from coterie.kernels import operands as o
 from coterie.kernels.library import kernel_name
 from coterie.kernels.formats import FORMATS as PACKED
 from coterie.kernels.record import Opcode
-from coterie.kernels.shapes import INT8_TOKEN, UNPACKED
+from coterie.kernels.shapes import INT8_TOKEN, TILE_TOKENS, UNPACKED
 from coterie.models.rope import cos_sin, frequencies, rope_table
 from coterie.models.spec import Rope
 from coterie.scheduler.program import Operand
 
-TILE = target.tile_tokens()
+
 
 
 def run_matmul(
@@ -114,7 +114,7 @@ def test_matrices_equal_the_reference_bit_by_bit(name: str, bench: Machine) -> N
         raw = random_raw(rng, name, count, columns)
         x = rng.standard_normal((n, columns), np.float32) * np.float32(10.0 ** (case % 5 - 2))
         expected = product(name, raw, x)
-        for tile, panel, chunk, private in ((1, 2, 1, True), (TILE, 2, 2, False)):
+        for tile, panel, chunk, private in ((1, 2, 1, True), (TILE_TOKENS, 2, 2, False)):
             got = run_matmul(bench, name, raw, x, tile, panel=panel, chunk=chunk, private=private)
             assert same_bits(got, expected), (count, columns, n, tile)
 
@@ -124,7 +124,7 @@ def test_float_columns_need_not_fill_blocks(name: str, bench: Machine) -> None:
     rng = np.random.default_rng(3)
     for columns in (1, 31, 33, 100):
         raw, x = random_raw(rng, name, 19, columns), rng.standard_normal((5, columns), np.float32)
-        assert same_bits(run_matmul(bench, name, raw, x, TILE), product(name, raw, x)), columns
+        assert same_bits(run_matmul(bench, name, raw, x, TILE_TOKENS), product(name, raw, x)), columns
 
 
 @pytest.mark.parametrize("name", INTEGER_FORMATS)
@@ -151,7 +151,7 @@ def test_extreme_weights_and_activations(name: str, bench: Machine) -> None:
     x[7, ::32] = 127
     expected = product(name, raw, x)
     assert np.isfinite(expected).all()
-    for tile in (1, TILE):
+    for tile in (1, TILE_TOKENS):
         assert same_bits(run_matmul(bench, name, raw, x, tile), expected)
 
 
@@ -161,7 +161,7 @@ def test_error_to_the_float_product(name: str, bench: Machine) -> None:
     rng = np.random.default_rng(5)
     raw, x = random_raw(rng, name, 64, 1024), rng.standard_normal((16, 1024), np.float32)
     exact = x.astype(np.float64) @ floats_of(name, raw).astype(np.float64).T
-    assert nmse(run_matmul(bench, name, raw, x, TILE), exact) <= (1e-12 if name in FLOAT_FORMATS else 2e-4)
+    assert nmse(run_matmul(bench, name, raw, x, TILE_TOKENS), exact) <= (1e-12 if name in FLOAT_FORMATS else 2e-4)
 
 
 # --- activations -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from numba import cfunc, types
 from reference import BLOCK, Bytes, Floats, product, random_raw, same_bits
 
 from coterie.errors import UnitError
-from coterie.kernels import library, mathematics, target
+from coterie.kernels import library, mathematics
 from coterie.kernels import operands as o
 from coterie.kernels import record as r
 from coterie.kernels.atomics import fetch_add
@@ -25,7 +25,7 @@ from coterie.kernels.formats import FORMATS as PACKED
 from coterie.kernels.formats import ROWS
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import OPERANDS, Opcode
-from coterie.kernels.shapes import CLUSTER_FLAG, CLUSTER_ROW, CLUSTER_WANTED
+from coterie.kernels.shapes import CLUSTER_FLAG, CLUSTER_ROW, CLUSTER_WANTED, TILE_TOKENS
 from coterie.kernels.sync import SLEEPERS, claim, finish, post, prepare, word
 from coterie.kernels.vector import i64_at, set_i64
 from coterie.scheduler.program import Operand, ProgramBuilder
@@ -34,7 +34,7 @@ from coterie.storage.pack import pack
 from coterie.storage.weights import ClusterLayout
 
 Ints = Any
-TILE = target.tile_tokens()
+
 PATIENCE = 30.0  # seconds after which something that waits is taken for hung
 COUNTS, TOTAL, STAMPS, BEFORE, BEFORE_TOTAL = range(OPERANDS, OPERANDS + 5)
 ADDED = 2**40  # what the tally adds to its ERROR word when it sees stamps of another step
@@ -474,8 +474,8 @@ def network(m: Machine, kind: str, tile: int) -> Network:
 @pytest.mark.parametrize("kind", FFNS)
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_clusters_of_the_list_run_in_its_order(kind: str, lanes: int) -> None:
-    for tile, rows in ((1, [1, 3]), (TILE, [1, 5, TILE + 1, 3 * TILE])):
-        with machine(lanes, rows=3 * TILE) as m:
+    for tile, rows in ((1, [1, 3]), (TILE_TOKENS, [1, 5, TILE_TOKENS + 1, 3 * TILE_TOKENS])):
+        with machine(lanes, rows=3 * TILE_TOKENS) as m:
             net = network(m, kind, tile)
             every = list(range(net.layout.clusters))
             for n in rows:
@@ -487,7 +487,7 @@ def test_clusters_of_the_list_run_in_its_order(kind: str, lanes: int) -> None:
 
 def test_a_part_of_the_list_is_as_if_other_neurons_were_zero() -> None:
     with machine(2, rows=8) as m:
-        net = network(m, "Q4_0", TILE)
+        net = network(m, "Q4_0", TILE_TOKENS)
         x = np.random.default_rng(1).standard_normal((3, net.layout.dim), np.float32)
         net.choose([0, 2, 3])
         partial_result = net.run(x)
@@ -504,7 +504,7 @@ def test_clusters_that_arrive_late(lanes: int) -> None:
     """Weights and flags come in any order, each only once a lane sleeps for want of one; the bits are right."""
     with machine(lanes, rows=8) as m:
         m.unit._header[r.SPIN] = 0  # sleep at once
-        net = network(m, "Q4_0", TILE)
+        net = network(m, "Q4_0", TILE_TOKENS)
         n = net.layout.clusters
         x = np.random.default_rng(2).standard_normal((3, net.layout.dim), np.float32)
         net.choose(list(range(n)))
@@ -540,7 +540,7 @@ def test_clusters_that_arrive_late(lanes: int) -> None:
 def test_a_step_that_waits_for_clusters_can_be_abandoned(lanes: int) -> None:
     with machine(lanes, rows=8) as m:
         m.unit._header[r.SPIN] = 0
-        net = network(m, "Q4_0", TILE)
+        net = network(m, "Q4_0", TILE_TOKENS)
         n = net.layout.clusters
         x = np.random.default_rng(3).standard_normal((2, net.layout.dim), np.float32)
         net.choose(list(range(n)))
