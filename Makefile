@@ -1,7 +1,7 @@
 # make demo    set up, fetch a small model, answer a prompt
 # make test    set up for development, run the tests
 # make check   ruff and mypy (make format repairs what ruff can)
-# make bench   decode and prefill against llama-bench, in alternation
+# make bench   decode and prefill against llama-bench, in alternation: LLAMA_BENCH=PATH [MODELS="a.gguf b.gguf"]
 # make goldens rewrite the outputs that tests compare with
 #
 # Another interpreter: make PYTHON=python3.12 demo. The model and compiled kernels go to
@@ -15,7 +15,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-QUESTION ?= What is the capital of France, and what is it known for?
+QUESTION ?= Explain in one sentence why the sky is blue.
 
 # Of pip's lines only the large downloads: the rest is for whoever runs pip himself.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
@@ -25,8 +25,8 @@ SHOW = sed -Eun -e 's/^ *Downloading ([^ ]*\/)?([A-Za-z0-9_.]+)-[0-9].*\(([0-9.]
 demo: $(VENV)/.base
 	@echo '$$ coterie pull smollm2'
 	@$(BIN)/coterie pull smollm2
-	@echo '$$ coterie run smollm2 -p "$(QUESTION)"'
-	@$(BIN)/coterie run smollm2 -p "$(QUESTION)"
+	@echo '$$ coterie run smollm2 --temp 0 -p "$(QUESTION)"'
+	@$(BIN)/coterie run smollm2 --temp 0 -p "$(QUESTION)"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -41,7 +41,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.base
-	$(BIN)/python benchmarks/in_memory.py
+	$(BIN)/python benchmarks/in_memory.py $(MODELS)
 
 goldens: $(VENV)/.dev
 	$(BIN)/python tests/goldens.py

@@ -105,6 +105,7 @@ class CpuUnit:
         for name in dict.fromkeys(program.kernels):
             progress(len(kernels))
             kernels[name] = library.address(name)
+        progress(len(kernels))
         table = self.arena.allocate("programs", program.words.shape, np.int64)
         address = self.arena.address(table)
         self.arena.numpy(table)[:] = program.bound(self.arena.base, address, kernels)
@@ -116,13 +117,13 @@ class CpuUnit:
         ids: npt.ArrayLike,
         positions: npt.ArrayLike,
         tables: npt.ArrayLike,
-        outputs: npt.ArrayLike = (),
+        outputs: npt.ArrayLike,
     ) -> None:
         """Run a loaded program for one step.
 
         ids, positions: int32[rows]; tables: int64[rows], addresses of KV block tables; outputs: int32[n], rows
         that want logits. A KeyboardInterrupt takes effect between two instructions; the step is then abandoned
-        and may be run again. Raises UnitError if a kernel complains.
+        (docs/flags.md says what may be run again). Raises UnitError if a kernel complains, or without rows.
         """
         with self._lock:
             if self._closed:
@@ -130,6 +131,8 @@ class CpuUnit:
             if self._abort_word[0]:  # a second interrupt cut an abandonment short
                 self._abandon()
             program, address = self._programs[name]
+            if np.size(ids) == 0 or (program.outputs and np.size(outputs) == 0):
+                raise UnitError(f"program {name} was given no rows to work on")
             header = self._header
             for word, values in (
                 (r.IDS, ids),

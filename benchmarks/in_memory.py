@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie import LLM
+from coterie.fetch import resolve
 
 
 def peer(
@@ -101,7 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("models", nargs="*", default=["smollm2"], help="names or paths (default: smollm2)")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -111,7 +112,7 @@ def main() -> None:
     if not binary:
         sys.exit("set LLAMA_BENCH to a llama-bench binary (benchmarks/README.md says how to build one)")
     rows: list[dict[str, Any]] = []
-    for model in arguments.models:
+    for model in map(resolve, arguments.models):
         rows += measure(binary, model, arguments.pairs, arguments.reps, arguments.threads)
         print(table(rows[-2:]), flush=True)
     if arguments.out:

@@ -62,7 +62,8 @@ def peer_logits(build: Path, model: Path, vocab: int, tokens: list[int], options
     """llama.cpp's logits, ROWS positions at a time; raises RuntimeError where it fails."""
     command = [str(build / "bin" / "peer_logits"), str(model), *options]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.write(np.array(tokens, np.int32).tobytes())
         process.stdin.close()
         for first in range(0, len(tokens), ROWS):

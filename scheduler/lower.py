@@ -160,7 +160,7 @@ class Lowering:
     def _head(self, b: ProgramBuilder) -> ProgramBuilder:
         post = self.weights.layers[-1].norms.get("post_ffw_norm")
         ready = self._norm(b, len(self.weights.layers), self.weights.output_norm, self.final, True, post, select=True)
-        logits = self.shared.logits
+        logits, b.outputs = self.shared.logits, True
         self._matmul(
             b, len(self.weights.layers), self.weights.output, self.final, logits, 0, logits.shape[1],
             outputs=True, prepare=ready,
@@ -178,6 +178,7 @@ class Lowering:
                 o.EMBED_WEIGHTS: e.ref,
                 o.EMBED_GROUP: e.group_bytes,
                 o.EMBED_BLOCKS: e.blocks,
+                o.EMBED_VOCAB: self.spec.vocab,
                 o.EMBED_X: self.x[0],
                 o.EMBED_ROW: 4 * self.width,
                 o.EMBED_SCALE: float(self.spec.embedding_scale),
@@ -260,7 +261,7 @@ class Lowering:
                 o.MATMUL_BLOCKS: matrix.blocks,
                 o.MATMUL_X: tiles,
                 o.MATMUL_X_LANE: lane,
-                o.MATMUL_Y: BufferRef(y.region, y.offset + 4 * column, y.nbytes - 4 * column, y.dtype, y.shape),
+                o.MATMUL_Y: y.tail(4 * column),
                 o.MATMUL_Y_ROW: 4 * width,
                 o.MATMUL_CHUNK: self._chunk(matrix.groups, matrix.group_bytes),
                 o.MATMUL_PANEL: panel,

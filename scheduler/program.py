@@ -30,6 +30,7 @@ class Program:
     kernels: list[str]
     length: int
     done: int  # arena offset of the flag that the last instruction sets
+    outputs: bool  # whether it computes logits, and so wants rows to do it for
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +71,7 @@ class ProgramBuilder:
     arena: Ledger
     lanes: int
     error: BufferRef
+    outputs: bool = False
     drafts: list[Draft] = field(default_factory=list)
 
     def add(
@@ -85,6 +87,7 @@ class ProgramBuilder:
         """Append an instruction; returns its number, for others to wait for."""
         if waits is None:
             waits = [len(self.drafts) - 1] if self.drafts else []
+        assert len(waits) <= r.WAITS
         draft = Draft(kernel, opcode, layer, operands, waits, shared=True, prepare=prepare)
         draft.flag = self.arena.allocate("flags", r.LINE).offset
         draft.claim = self.arena.allocate("flags", r.LINE * self.lanes).offset
@@ -126,4 +129,4 @@ class ProgramBuilder:
                 elif operand is not None:
                     row[index] = operand
         kernels = [d.kernel for d in everything]
-        return Program(self.name, words, relocate, kernels, len(self.drafts), self.drafts[-1].flag)
+        return Program(self.name, words, relocate, kernels, len(self.drafts), self.drafts[-1].flag, self.outputs)

@@ -43,11 +43,12 @@ class BufferRef:
     dtype: str
     shape: tuple[int, ...]
 
-    def __add__(self, nbytes: int) -> int:
-        """The arena offset `nbytes` into the buffer; it must lie inside."""
-        if not 0 <= nbytes < max(1, self.nbytes):
-            raise PlanError(f"offset {nbytes} is outside of a buffer of {self.nbytes} bytes in {self.region}")
-        return self.offset + nbytes
+    def tail(self, nbytes: int) -> "BufferRef":
+        """The buffer without its first `nbytes` bytes, as bytes. Raises PlanError if there are not so many."""
+        if not 0 <= nbytes <= self.nbytes:
+            raise PlanError(f"byte {nbytes} is outside of a buffer of {self.nbytes} bytes in {self.region}")
+        left = self.nbytes - nbytes
+        return BufferRef(self.region, self.offset + nbytes, left, "|u1", (left,))
 
 
 @dataclass
@@ -165,15 +166,18 @@ class Arena(Ledger):
         """Where the buffer lies in this process."""
         return self.base + ref.offset
 
-    def release(self, region: str) -> None:
-        """Give a region's memory back to the system; it holds zeros again and can be used again."""
-        place = self.regions[region]
-        if self.fd >= 0:
-            _punch_hole(self.fd, place.offset, place.size)
-        else:
-            start = self.base - np.frombuffer(self._map, np.uint8).ctypes.data
-            self._map.madvise(mmap.MADV_DONTNEED, start + place.offset, place.size)
-        place.used = 0
+    def release(self, region: str, keep: int = 0) -> None:
+        """Give a region's memory behind its first `keep` bytes back to the system, in whole huge pages (all of it
+        if `keep` is 0); it holds zeros again and can be cut again."""
+        place = self._region(region)
+        first = round_up(place.offset + keep, HUGE) - place.offset if keep else 0
+        if first < place.size:
+            if self.fd >= 0:
+                _punch_hole(self.fd, place.offset + first, place.size - first)
+            else:
+                start = self.base - np.frombuffer(self._map, np.uint8).ctypes.data
+                self._map.madvise(mmap.MADV_DONTNEED, start + place.offset + first, place.size - first)
+        place.used = min(place.used, keep)
 
     def close(self) -> None:
         """Forget the mapping; it goes when the last view of it does. A second call does nothing."""

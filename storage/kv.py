@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from coterie.errors import UsageError
+from coterie.errors import PlanError, UsageError
 from coterie.kernels.shapes import SPAN
 from coterie.models.spec import ModelSpec
 from coterie.storage.arena import HUGE, Arena, BufferRef, round_up
@@ -89,7 +89,12 @@ class Sequence:
         if positions > self.cache.positions:
             raise UsageError(f"{positions} positions do not fit the context of {self.cache.positions}; raise -c")
         while len(self._blocks) * SPAN < positions:
-            block = self.cache.take()
+            try:
+                block = self.cache.take()
+            except PlanError:
+                raise UsageError(
+                    f"open generations hold all {self.cache.positions} positions of the context; close one, or raise -c"
+                ) from None
             self._table[len(self._blocks)] = self.cache.arena.address(block)
             self._blocks.append(block)
 

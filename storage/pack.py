@@ -39,13 +39,14 @@ def _interleave(to: Bytes, source: Bytes, kind: str) -> None:
 
 def _bit_planes(bits: Bytes) -> Bytes:
     """One bit a weight [..., 32] to bytes [..., 4]: bit k of byte i belongs to weight 4k + i."""
-    planes: Bytes = np.packbits(bits.reshape(*bits.shape[:-1], 8, 4), axis=-2, bitorder="little")
-    return planes[..., 0, :]
+    planes: Bytes = np.packbits(bits.reshape(*bits.shape[:-1], 8, 4), axis=-2, bitorder="little")[..., 0, :]
+    return planes
 
 
 def _pack_nibbles(q: Bytes) -> Bytes:
     """Weights [..., 32] of 4 bits to bytes [..., 16]: low nibbles are the first 16."""
-    return q[..., :16] | q[..., 16:] << 4
+    nibbles: Bytes = q[..., :16] | q[..., 16:] << 4
+    return nibbles
 
 
 def _fill_4(to: Bytes, raw: Bytes, scales: int) -> None:
@@ -70,7 +71,7 @@ def _fill_q8_0(to: Bytes, raw: Bytes) -> None:
 def _k_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
     """The eight 6-bit scales and minima of a K-quant's 12 bytes."""
     low, middle, high = packed[..., :4], packed[..., 4:8], packed[..., 8:]
-    scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], -1)
+    scales: Bytes = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], -1)
     return scales, np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], -1)
 
 

@@ -110,7 +110,7 @@ def decoded(engine: Engine, tokens: Sequence[int]) -> Floats:
 
 
 def main(folder: Path, out: Path) -> None:
-    results = {}
+    results: dict[str, Any] = {}
     for path in sorted(folder.glob("*.gguf")):
         with opened(path, threads=2) as engine:
             tokens = some_tokens(40)

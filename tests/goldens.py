@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coterie import fetch
 from coterie.models.dequant import dequantise
@@ -25,11 +26,12 @@ TEXT = (
 GOLDEN = Path(__file__).parent / "data" / "smollm2_logits.json"
 
 
-def log_softmax(logits: Floats) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def log_softmax(logits: Floats) -> NDArray[np.float64]:
     """float64[n, vocab] natural logarithms of the probabilities."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
 
 
 def main() -> None:

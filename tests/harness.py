@@ -1,5 +1,6 @@
 """A bench for kernels: a small arena, a CPU unit, and programs put together by hand."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,16 +11,18 @@ from numba import cfunc, types
 
 from coterie.actors.cpu import CpuUnit
 from coterie.kernels import operands as o
-from coterie.kernels.library import kernel_name
 from coterie.kernels.formats import FORMATS, ROWS
+from coterie.kernels.library import kernel_name
 from coterie.kernels.record import LINE, Opcode
 from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN
+from coterie.kernels.sync import post
 from coterie.kernels.vector import floats_at, set_floats
 from coterie.scheduler.program import Draft, Operand, ProgramBuilder
 from coterie.storage.arena import Arena, BufferRef, round_up
 from coterie.storage.pack import pack, packed_bytes, padded_columns
 from coterie.storage.unit import lay_out_unit
 
+PATIENCE = 30.0  # seconds after which something that waits is taken for hung
 REGIONS = ("weights", "activations", "state", "flags", "programs", "kv", "trace")
 
 
@@ -141,6 +144,21 @@ class Machine:
         self.arena.close()
 
 
+@cfunc(types.int64(types.int64, types.int64))
+def post_flag(flag, value):  # type: ignore[no-untyped-def]
+    post(flag, value)
+    return value
+
+
+def until(done: Callable[[], Any]) -> Any:
+    """Poll until something is true; fail when it takes for ever."""
+    end = time.monotonic() + PATIENCE
+    while not (value := done()):
+        assert time.monotonic() < end, "this never happened"
+        time.sleep(0)
+    return value
+
+
 def lane_bytes(tiles: BufferRef | None) -> int:
     """Distance between the lanes' copies of tiles [copies][bytes]; 0 if there is one for all."""
     return tiles.nbytes // tiles.shape[0] if tiles is not None and tiles.shape[0] > 1 else 0
@@ -149,7 +167,7 @@ def lane_bytes(tiles: BufferRef | None) -> int:
 def lanewise(operation: Any) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
     """A vector operation of the kernels as a function of float32 arrays."""
 
-    @cfunc(types.void(types.intp, types.intp, types.intp))  # type: ignore[untyped-decorator]
+    @cfunc(types.void(types.intp, types.intp, types.intp))
     def run(x, out, count):  # type: ignore[no-untyped-def]
         for at in range(0, 4 * count, 64):
             set_floats(out + at, operation(floats_at(x + at)))

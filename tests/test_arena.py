@@ -44,7 +44,8 @@ def test_arrow_numpy_and_the_arena_name_the_same_bytes(arena: Arena) -> None:
     ref = arena.allocate("weights", (3, 5), np.float32)
     array, tensor, buffer = arena.numpy(ref), arena.arrow(ref), arena.buffer(ref)
     assert array.ctypes.data == buffer.address == arena.address(ref) == tensor.to_numpy().ctypes.data
-    assert (array.shape, array.dtype, tensor.shape, buffer.size) == ((3, 5), np.float32, (3, 5), 60)
+    assert (array.shape, tensor.shape, buffer.size) == ((3, 5), (3, 5), 60)
+    assert array.dtype == np.float32
     assert array.flags.writeable
     assert buffer.is_mutable
     array[2, 4] = 7

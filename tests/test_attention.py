@@ -98,9 +98,7 @@ class Bed:
         prefill.add(kernel_name("rope"), Opcode.ROPE, operands)
         prefill.add(kernel_name("attend"), Opcode.ATTEND, operands)
         decode = m.builder()
-        decode.add(
-            kernel_name("attend_one"), Opcode.ATTEND, operands | {o.A_OUT: states, o.A_OUT_ROW: state_row}
-        )
+        decode.add(kernel_name("attend_one"), Opcode.ATTEND, operands | {o.A_OUT: states, o.A_OUT_ROW: state_row})
         merge: dict[int, Operand] = {
             o.MERGE_STATES: states,
             o.MERGE_STATES_ROW: state_row,

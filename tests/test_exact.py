@@ -121,7 +121,7 @@ def test_close_to_the_float_oracle(case: Case) -> None:
     assert nmse(case.logits, oracle) < (1e-6 if floats_only else 2e-3)
 
 
-LONG = {
+LONG: dict[str, dict[str, Any]] = {
     "llama Q4_0": {"architecture": "llama", "formats": "Q4_0"},
     "llama F16": {"architecture": "llama", "formats": "F16"},
     "gemma3 Q4_0": {"architecture": "gemma3", "formats": "Q4_0", "layers": 6},  # the sixth layer has no window
@@ -169,23 +169,22 @@ def interrupt(engine: Engine, monkeypatch: pytest.MonkeyPatch, records: int) -> 
 
 @pytest.mark.parametrize("records", [0, 1, 2, 5, 20])
 @pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_after_an_abandoned_step(
-    lanes: int, records: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_an_abandoned_step(lanes: int, records: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiny(tmp_path / "m.gguf", "gemma3", formats="Q4_0", layers=6, context=2560)
     tokens = some_tokens(200, seed=4)
     with opened(path, threads=lanes) as engine:
         expected = prefilled(engine, tokens)
         sequence = engine.sequence()
         engine.prefill(sequence, tokens[:100])
-        for call in (
+        steps: list[Callable[[], Floats]] = [
             lambda: engine.prefill(sequence, tokens[100:199]),
             lambda: engine.decode([sequence], [tokens[100]]),
-        ):
+        ]
+        for step in steps:
             with monkeypatch.context() as patch:
                 interrupt(engine, patch, records)
                 with pytest.raises(KeyboardInterrupt):
-                    call()
+                    step()
             assert sequence.length == 100
         assert same_bits(engine.prefill(sequence, tokens[100:199], range(99)), expected[100:199])
         assert same_bits(engine.decode([sequence], [tokens[199]])[0], expected[199])

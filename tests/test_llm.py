@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from tiny_models import write_tiny
 
 from coterie import LLM
 from coterie.errors import CoterieError, ModelError, PlanError, UsageError
-from coterie.kernels import library
+from coterie.kernels import library, target
 
 PROMPT = "In the beginning was the word"
-GREEDY = {"temperature": 0.0}
-WILD = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+WILD: dict[str, Any] = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +148,10 @@ def test_generations_side_by_side_are_as_if_alone(llm: LLM) -> None:
 def test_too_many_generations_at_once(paths: dict[str, Path]) -> None:
     with LLM(paths["llama"], threads=1) as llm:
         generations = [llm.generate(PROMPT, 5, seed=i) for i in range(20)]
-        alive = 0
-        with pytest.raises(CoterieError, match="too many generations|is full"):
-            for generation in generations:
-                next(generation)
-                alive += 1
-        assert alive >= 8
+        for generation in generations[:8]:
+            next(generation)
+        with pytest.raises(CoterieError, match=r"too many generations|is full"):
+            list(map(next, generations[8:]))
         generations[0].close()
         assert list(llm.generate(PROMPT, 5, seed=0))
 
@@ -192,7 +191,8 @@ def test_chat_fills_the_template(llm: LLM) -> None:
 def test_logits(llm: LLM) -> None:
     tokens = llm.tokenize(PROMPT)
     logits = llm.logits(tokens)
-    assert (logits.shape, logits.dtype) == ((len(tokens), 300), np.float32)
+    assert logits.shape == (len(tokens), 300)
+    assert logits.dtype == np.float32
     assert same_bits(llm.logits(tokens), logits)
     assert same_bits(llm.logits(tokens[:3]), logits[:3])
     before = logits.copy()
@@ -231,14 +231,16 @@ def test_bench_rows_have_llama_bench_s_names(llm: LLM) -> None:
 
 
 def test_wrong_options_are_usage_errors(llm: LLM, paths: dict[str, Path]) -> None:
-    for wrong, said in (
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"temprature": 1}, "unknown sampling option"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 2}, "top_p"),
-    ):
+    ]
+    for wrong, said in mistakes:
         with pytest.raises(UsageError, match=said):
             llm.generate(PROMPT, **wrong)
-    for options in ({"threads": 0}, {"threads": 1000}, {"context": 0}, {"context": 601}):
+    outside: list[dict[str, Any]] = [{"threads": 0}, {"threads": 1000}, {"context": 0}, {"context": 601}]
+    for options in outside:
         with pytest.raises(UsageError):
             LLM(paths["llama"], **options)
     with pytest.raises(PlanError, match="needs"):
@@ -302,7 +304,7 @@ def test_the_cache_s_name_follows_every_kernel_source(
         source.write_text(text)
     assert len(seen) == 1 + len(list(copy.glob("*.py")))
     assert library.cache_folder() == cache
-    monkeypatch.setattr(library.target, "features", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(target, "features", lambda: frozenset({"avx2"}))
     assert library.cache_folder() not in seen
 
 
@@ -327,6 +329,6 @@ def test_a_cache_that_cannot_be_written_costs_only_time(cache: Path, monkeypatch
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(library.tempfile, "mkstemp", full)
+    monkeypatch.setattr(tempfile, "mkstemp", full)
     assert cycles() <= cycles()
     assert not library.is_cached("lane_cycles")

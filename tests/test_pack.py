@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_rotary_pairs_are_split_into_halves() -> None:
 
 # --- a whole model -----------------------------------------------------------------------------------
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "Q4_0": {"formats": "Q4_0"},
     "Q6_K": {"formats": "Q6_K", "dim": 256, "ffn": 512, "head_dim": 64},
     "F16, odd": {"formats": "F16", "dim": 72, "ffn": 100, "vocab": 301},
@@ -120,7 +121,7 @@ def test_matrices_are_in_the_arena(engine: Engine) -> None:
 def clusters(engine: Engine, ffn: FFN) -> tuple[Floats, Floats, Floats]:
     """Gate and Up [neurons, dim] and Down [dim, neurons], put together from the addresses in the cluster table."""
     layout, arena = ffn.layout, engine.arena
-    gates, ups, downs = [], [], []
+    gates, ups, downs = list[Floats](), list[Floats](), list[Floats]()
     for gate_up, down, flag, _ in arena.numpy(ffn.table).tolist():
         assert flag == 0  # nothing to wait for
         start = arena.base

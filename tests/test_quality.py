@@ -11,7 +11,8 @@ from goldens import GOLDEN, MODEL, TEXT, log_softmax
 from coterie import LLM, fetch
 from coterie.models.llama import Floats
 
-# Activations are rounded to int8 in blocks of 32 columns. That moves a log-probability here by 0.06 in the mean, by 0.37 at most.
+# Activations are rounded to int8 in blocks of 32 columns: that moves a log-probability here by 0.06 in the mean, by
+# 0.37 at most.
 MEAN_SHIFT, LARGEST_SHIFT = 0.1, 0.5
 
 

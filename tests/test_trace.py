@@ -1,6 +1,7 @@
 """Traces tell what ran: rings filled by lanes, exported as Chrome's JSON."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def amounts(engine: Engine) -> list[list[tuple[str, int, int]]]:
             return -(-layout.clusters // int(words[o.UP_CHUNK]))
         return -(-int(words[o.DOWN_GROUPS]) // int(words[o.DOWN_CHUNK]))
 
-    expected = []
+    expected: list[list[tuple[str, int, int]]] = []
     for program, n in steps:
         loaded = engine.layout.programs[program]
         expected.append([])
@@ -93,7 +94,7 @@ def test_slices_of_a_lane_follow_each_other(model: Path, tmp_path: Path, lanes: 
         slices = [event for event in events if event["ph"] == "X" and event["tid"] == lane]
         spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in slices)
         assert all(first <= last for first, last in spans)
-        assert all(before[1] <= after[0] + 0.002 for before, after in zip(spans, spans[1:], strict=False))  # rounded
+        assert all(before[1] <= after[0] + 0.002 for before, after in pairwise(spans))  # times are rounded
         steps = [event["args"]["step"] for event in slices if event["cat"] == "compute"]
         assert steps == sorted(steps)
     starts = [event["ts"] for event in events if event["ph"] == "X"]
@@ -111,7 +112,7 @@ def test_off_means_no_ring_and_no_file(model: Path, tmp_path: Path) -> None:
 
 
 def test_tracing_does_not_change_bits(model: Path, tmp_path: Path) -> None:
-    results = []
+    results: list[Any] = []
     for trace in (None, tmp_path / "t.json"):
         engine = Engine(open_model(model), threads=2, trace=trace)
         results.append(decoded(engine, some_tokens(12)))

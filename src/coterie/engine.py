@@ -15,6 +15,7 @@ from coterie.models.load import Model
 from coterie.models.rope import rope_table
 from coterie.scheduler.layout import BATCH, lay_out_model
 from coterie.scheduler.plan import Plan, make_plan
+from coterie.scheduler.program import Program
 from coterie.storage.arena import Arena
 from coterie.storage.kv import KVCache, KVLayout
 from coterie.storage.kv import Sequence as KVSequence
@@ -86,12 +87,20 @@ class Engine:
         outputs: npt.ArrayLike,
     ) -> None:
         self._check_open()
-        if name not in self._loaded:
-            program = self.layout.programs[name]
-            missing = [kernel for kernel in dict.fromkeys(program.kernels) if not is_cached(kernel)]
-            self.unit.load(program, lambda n: self._progress("compiling", n, len(missing)) if missing else None)
-            self._loaded.add(name)
+        self.ready(name)
         self.unit.run(name, ids, positions, tables, outputs)
+
+    def ready(self, *names: str) -> None:
+        """Compile and link programs now, rather than when they are first run."""
+        for name in names:
+            if name not in self._loaded:
+                self._load(self.layout.programs[name])
+                self._loaded.add(name)
+
+    def _load(self, program: Program) -> None:
+        kernels = list(dict.fromkeys(program.kernels))
+        cold = not all(map(is_cached, kernels))
+        self.unit.load(program, lambda n: self._progress("compiling", n, len(kernels)) if cold else None)
 
     @property
     def weight_kind(self) -> str:
@@ -155,9 +164,9 @@ class Engine:
     def read_bandwidth(self) -> float:
         """Bytes/s at which the lanes read the layers' weights, once through."""
         program = self.layout.programs["probe"]
-        self._run("probe", (), (), (), ())
+        self._run("probe", [0], [0], [0], ())
         start = time.perf_counter()
-        self._run("probe", (), (), (), ())
+        self._run("probe", [0], [0], [0], ())
         return float(program.words[0, PROBE_BYTES] / (time.perf_counter() - start))
 
     def _check_open(self) -> None:

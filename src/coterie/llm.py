@@ -260,6 +260,7 @@ class Generation:
         """Text pieces that are not empty."""
         sequence = self._engine.sequence()
         try:
+            self._engine.ready("prefill", "head", "decode")
             start = time.perf_counter()
             logits = self._engine.prefill(sequence, self.prompt_tokens)[0]
             begun = time.perf_counter()

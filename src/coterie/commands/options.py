@@ -42,7 +42,7 @@ Context = Annotated[
         "--ctx-size",
         min=0,
         envvar="COTERIE_CONTEXT",
-        help="Positions at most; 0: what the model allows.",
+        help="Positions at most; 0: what the model allows, 4096 at most.",
     ),
 ]
 Memory = Annotated[

@@ -50,7 +50,7 @@ def record_event(step, lane, instruction, waiting, start, pieces):  # type: igno
     at = ring + RING_HEADER + count % i64_at(ring + 8) * EVENT_BYTES
     set_i64(at + _START, start)
     set_i64(at + _END, cycles())
-    set_i32(at + _WAITED, np.int32(start - waiting))
+    set_i32(at + _WAITED, np.int32(min(start - waiting, 0x7FFFFFFF)))
     set_i32(at + _EPOCH, np.int32(word(step, EPOCH)))
     set_i32(at + _OPCODE, np.int32(word(instruction, OPCODE)))  # opcode and layer
     set_i32(at + _PIECES, np.int32(pieces))

@@ -9,8 +9,10 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 
 from coterie.kernels import target
 from coterie.paths import kernels_dir
+
+KEPT_FOLDERS = 7  # of earlier versions, when a new one is made
 
 
 def kernel_name(family: str, *parameters: str | int) -> str:
@@ -40,8 +44,17 @@ def cache_folder() -> Path:
     )
     key.update("\n".join(parts).encode())
     folder = kernels_dir() / key.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not folder.exists():
+        _prune(folder.parent)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
+
+
+def _prune(parent: Path) -> None:
+    """Forget the oldest folders, of sources or machines that are gone."""
+    folders = sorted((f for f in parent.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+    for folder in folders[: -KEPT_FOLDERS or None]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @cache
@@ -85,14 +98,16 @@ def _read(name: str) -> tuple[str, bytes] | None:
 
 
 def _write(name: str, symbol: str, code: bytes) -> None:
+    """Keep a kernel, if the disk lets us: else the next process compiles it again."""
     body = symbol.encode() + b"\n" + code
-    try:
+    with suppress(OSError):
         handle, temporary = tempfile.mkstemp(dir=cache_folder())
-        with os.fdopen(handle, "wb") as file:
-            file.write(body + hashlib.sha256(body).digest())
-        os.replace(temporary, _path(name))
-    except OSError:
-        pass  # a full disk only costs the next process its compile time
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(body + hashlib.sha256(body).digest())
+            os.replace(temporary, _path(name))
+        except OSError:
+            os.unlink(temporary)
 
 
 # What compiled code calls to report an exception. Kernels raise none; where the compiler is not loaded, and so does

@@ -3,7 +3,16 @@
 from coterie.kernels.record import OPERANDS
 
 # Operands of `embed`
-EMBED_WEIGHTS, EMBED_GROUP, EMBED_BLOCKS, EMBED_X, EMBED_ROW, EMBED_SCALE, EMBED_SCRATCH = range(OPERANDS, OPERANDS + 7)
+(
+    EMBED_WEIGHTS,
+    EMBED_GROUP,  # bytes of a 16-row group
+    EMBED_BLOCKS,  # blocks in a row
+    EMBED_VOCAB,  # rows there are
+    EMBED_X,
+    EMBED_ROW,
+    EMBED_SCALE,
+    EMBED_SCRATCH,
+) = range(OPERANDS, OPERANDS + 8)
 
 # Operands of `norm`
 (

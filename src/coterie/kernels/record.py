@@ -15,13 +15,17 @@ LINE = 64  # bytes of a flag, a claim counter, a done counter
 
 KERNEL = 0  # address of the compiled kernel
 OPCODE = 1  # Opcode in the low 16 bits, layer in the next 16 (0xffff: none)
-WAIT = 2  # two flags that must carry this step's epoch before the kernel starts (0: none)
+WAITS = 2
+WAIT = 2  # WAITS flags that must carry this step's epoch before the kernel starts (0: none)
 SET = 4  # the flag that the last finished piece sets to the epoch (0: none)
 CLAIM = 5  # first of `lanes` claim lines (0: a preparation, which a lane runs whole for itself)
 DONE = 6  # the line that counts finished pieces; of a preparation, one line a lane: the epoch it last ran in
 ERROR = 7  # the word that takes a kernel's complaint (0: no error)
 PREPARE = 8  # a record that a lane runs for itself once it holds its first piece (0: none)
 OPERANDS = 9  # WORDS - OPERANDS words that belong to the kernel
+
+
+NO_SUCH_TOKEN = 1  # what ERROR words say
 
 
 class Opcode(IntEnum):

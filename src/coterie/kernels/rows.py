@@ -22,6 +22,7 @@ from coterie.kernels.operands import (
     EMBED_ROW,
     EMBED_SCALE,
     EMBED_SCRATCH,
+    EMBED_VOCAB,
     EMBED_WEIGHTS,
     EMBED_X,
     NORM_DIM,
@@ -42,7 +43,7 @@ from coterie.kernels.operands import (
     NORM_Y,
     NORM_Y_ROW,
 )
-from coterie.kernels.record import CLAIM, IDS, OUTPUT_ROWS, OUTPUTS, TOKENS
+from coterie.kernels.record import CLAIM, ERROR, IDS, NO_SUCH_TOKEN, OUTPUT_ROWS, OUTPUTS, TOKENS
 from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN, UNPACKED
 from coterie.kernels.sync import claim, finish, word
 from coterie.kernels.vector import (
@@ -69,6 +70,7 @@ from coterie.kernels.vector import (
     op,
     set_f32,
     set_floats,
+    set_i64,
     splat,
     store,
     total,
@@ -172,6 +174,9 @@ def embed(name: str) -> Callable[..., Any]:
         row = claim(record, step, lane, n)
         while row >= 0:
             token = np.int64(i32_at(word(step, IDS) + 4 * row))
+            if token < 0 or token >= word(record, EMBED_VOCAB):
+                set_i64(word(record, ERROR), NO_SUCH_TOKEN)
+                token = np.int64(0)
             group = word(record, EMBED_WEIGHTS) + (token >> 4) * word(record, EMBED_GROUP)
             out = word(record, EMBED_X) + row * word(record, EMBED_ROW)
             for block in range(word(record, EMBED_BLOCKS)):
