@@ -18,7 +18,7 @@ from coterie.storage.weights import Weights, lay_out
 
 BATCH = 8  # rows of a decode batch
 PROBE_PIECE = 256 << 10  # bytes
-OUTPUT_ROWS = 16  # rows whose logits are computed together
+OUTPUT_ROWS = 8  # rows whose logits are computed together, each in two planes
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ def lay_out_model(
         rope: ledger.allocate("state", (context, 2, rope.dims // 2), np.float32)
         for rope in dict.fromkeys(layer.rope for layer in spec.layers)
     }
-    outputs = round_up(OUTPUT_ROWS, tile)
-    logits = ledger.allocate("activations", (outputs, round_up(spec.vocab, COLUMNS)), np.float32)
+    logits = ledger.allocate("activations", (2 * OUTPUT_ROWS, round_up(spec.vocab, COLUMNS)), np.float32)
     shared = Shared(lanes, context, ledger.allocate("flags", LINE), ropes, logits)
 
     def lowering(mode: str, rows: int, tile: int) -> Lowering:

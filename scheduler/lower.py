@@ -99,8 +99,9 @@ class Lowering:
         self.attention = self._floats(private, rows, self.heads_width)
         hidden = max(layer.ffn.layout.clusters * layer.ffn.layout.neurons for layer in layers)
         self.hidden = self._tiles(hidden, rows, [layer.ffn.layout.down for layer in layers], shared=True)
-        self.output_rows = self.shared.logits.shape[0]
-        self.final = self._tiles(spec.dim, self.output_rows, [self.weights.output.format])
+        self.planes = 1 if self.weights.output.format.is_float else 2
+        self.final_tile = max(self.tile, self.planes)
+        self.final = self._tiles(spec.dim, self.shared.logits.shape[0], [self.weights.output.format])
         share = spec.n_heads // spec.n_kv_heads
         self.attend_lane = round_up(shapes.attend_scratch(share, spec.head_dim, shapes.QUERY_TOKENS), 64)
         self.attend_scratch = self.ledger.allocate("activations", self.lanes * self.attend_lane)
@@ -216,10 +217,11 @@ class Lowering:
             o.NORM_OUT_LANE: out.int_lane,
             o.NORM_FLOAT_OUT: out.floats,
             o.NORM_FLOAT_LANE: out.float_lane,
-            o.NORM_TILE: self.tile,
+            o.NORM_TILE: self.final_tile if select else self.tile,
             o.NORM_SELECT: int(select),
             o.NORM_Y_ROW: 4 * self.width,
             o.NORM_TILE_SUBS: out.subs,
+            o.NORM_PLANES: self.planes if select else 1,
         }
         return self._row_wise(b, kernel_name("norm"), Opcode.NORM, operands, layer)
 
@@ -249,10 +251,11 @@ class Lowering:
         """y[row][column:] = matrix x[row]."""
         tiles, lane = x.of(matrix.format)
         token = FLOAT_TOKEN if matrix.format.is_float else INT8_TOKEN
-        rows = self.output_rows if outputs else self.rows
+        rows = self.shared.logits.shape[0] if outputs else self.rows
+        tile = self.final_tile if outputs else self.tile
         panel = max(1, PANEL_BYTES // (rows * token * matrix.format.subs))
         return b.add(
-            kernel_name("matmul", matrix.format.name, self.tile),
+            kernel_name("matmul", matrix.format.name, tile),
             Opcode.MATMUL,
             {
                 o.MATMUL_WEIGHTS: matrix.ref,
@@ -267,6 +270,7 @@ class Lowering:
                 o.MATMUL_PANEL: panel,
                 o.MATMUL_OUTPUTS: int(outputs),
                 o.MATMUL_X_SUBS: x.subs,
+                o.MATMUL_PLANES: self.planes if outputs else 1,
             },
             layer=layer,
             waits=waits,

@@ -13,7 +13,7 @@ from coterie.kernels.library import is_cached
 from coterie.kernels.operands import PROBE_BYTES
 from coterie.models.load import Model
 from coterie.models.rope import rope_table
-from coterie.scheduler.layout import BATCH, lay_out_model
+from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model
 from coterie.scheduler.plan import Plan, make_plan
 from coterie.scheduler.program import Program
 from coterie.storage.arena import Arena
@@ -138,8 +138,8 @@ class Engine:
             self._run("prefill", ids, positions, tables, ())
             sequence.length += len(ids)
             here = wanted[(wanted >= first) & (wanted < first + len(ids))] - first
-            for part in range(0, here.size, self._logits.shape[0]):
-                outputs = here[part : part + self._logits.shape[0]]
+            for part in range(0, here.size, OUTPUT_ROWS):
+                outputs = here[part : part + OUTPUT_ROWS]
                 self._run("head", ids, positions, tables, outputs)
                 logits[done : done + outputs.size] = self._logits[: outputs.size]
                 done += outputs.size

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from numba.extending import register_jitable
+
 from coterie.kernels import formats
 from coterie.kernels.compiler import kernel
 from coterie.kernels.operands import (
@@ -12,6 +14,7 @@ from coterie.kernels.operands import (
     MATMUL_GROUPS,
     MATMUL_OUTPUTS,
     MATMUL_PANEL,
+    MATMUL_PLANES,
     MATMUL_WEIGHTS,
     MATMUL_X,
     MATMUL_X_LANE,
@@ -23,6 +26,14 @@ from coterie.kernels.record import OUTPUTS, TOKENS
 from coterie.kernels.shapes import VECTOR
 from coterie.kernels.sync import claim, finish, prepare, word
 from coterie.kernels.tile import Tile, tile_groups, tile_op
+from coterie.kernels.vector import add, floats_at, set_floats
+
+
+@register_jitable
+def join_planes(out, y, y_row, first, last):  # type: ignore[no-untyped-def]
+    """out = y + the row below it, bytes `first` to `last` of a row."""
+    for at in range(first, last, VECTOR):
+        set_floats(out + at, add(floats_at(y + at), floats_at(y + y_row + at)))
 
 
 @kernel
@@ -38,7 +49,8 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
 
     def run(record, step, lane):  # type: ignore[no-untyped-def]
         n = word(step, OUTPUTS) if word(record, MATMUL_OUTPUTS) != 0 else word(step, TOKENS)
-        tiles = (n + tile_tokens - 1) // tile_tokens
+        planes = word(record, MATMUL_PLANES)
+        tiles = (n * planes + tile_tokens - 1) // tile_tokens
         groups, chunk, blocks = (
             word(record, MATMUL_GROUPS),
             word(record, MATMUL_CHUNK),
@@ -69,6 +81,9 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
                         else:
                             tile(w, group, x_at, y_at, y_row, count, first_block)
                     g += together if wide else 1
+            if planes == 2:
+                for i in range(n):
+                    join_planes(y + i * y_row, y + 2 * i * y_row, y_row, piece * chunk * VECTOR, last * VECTOR)
             pieces += 1
             piece = claim(record, step, lane, total)
         return finish(record, step, pieces, total)

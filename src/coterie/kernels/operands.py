@@ -33,7 +33,8 @@ from coterie.kernels.record import OPERANDS
     NORM_SELECT,
     NORM_Y_ROW,
     NORM_TILE_SUBS,  # sub-blocks of a row of tiles: some readers want more columns than there are
-) = range(OPERANDS, OPERANDS + 17)
+    NORM_PLANES,  # int8 rows of tiles a row becomes: 2 adds what rounding left
+) = range(OPERANDS, OPERANDS + 18)
 
 # `matmul`
 (
@@ -49,7 +50,8 @@ from coterie.kernels.record import OPERANDS
     MATMUL_PANEL,  # blocks whose activations stay in the second-level cache
     MATMUL_OUTPUTS,  # 1: the rows are those that want logits
     MATMUL_X_SUBS,  # sub-blocks of a row of tiles
-) = range(OPERANDS, OPERANDS + 12)
+    MATMUL_PLANES,  # rows of tiles whose results make one row of y
+) = range(OPERANDS, OPERANDS + 13)
 
 # Operands of `rope`, `attend` and `attend_one`
 (

@@ -30,6 +30,7 @@ from coterie.kernels.operands import (
     NORM_FLOAT_LANE,
     NORM_FLOAT_OUT,
     NORM_OUT,
+    NORM_PLANES,
     NORM_OUT_LANE,
     NORM_POST,
     NORM_ROW,
@@ -62,8 +63,10 @@ from coterie.kernels.vector import (
     f32_at,
     floats,
     floats_at,
+    fma,
     fmadd,
     i32_at,
+    load,
     maximum,
     minimum,
     mul,
@@ -116,6 +119,23 @@ def emit_block(low, high, x, tokens, row, sub, subs, as_float):  # type: ignore[
         set_floats(at + 64, high)
     else:
         quantise_block(low, high, x + (tile * subs + sub) * tokens * INT8_TOKEN, tokens, t)
+
+
+@op(FLOATS, FLOATS, ADDRESS, types.float32)
+def left_over(b, v, quantised, scale):  # type: ignore[no-untyped-def]
+    """v - scale * q for 16 int8 at an address, rounded once."""
+    q = b.sitofp(b.sext(load(b, quantised, I8x16), I32x16), F32x16)
+    return fma(b, splat(b, b.fsub(const(F32, -0.0), scale)), q, v)
+
+
+@register_jitable
+def residual(low, high, x, tokens, row, sub, subs):  # type: ignore[no-untyped-def]
+    """What `emit_block` lost of 32 floats when it quantised them."""
+    tile = row // tokens
+    t = row - tile * tokens
+    at = x + (tile * subs + sub) * tokens * INT8_TOKEN
+    scale = f32_at(at + tokens * COLUMNS + 4 * t)
+    return left_over(low, at + t * COLUMNS, scale), left_over(high, at + t * COLUMNS + 16, scale)
 
 
 @register_jitable
@@ -200,7 +220,8 @@ def norm() -> Callable[..., Any]:
         x_out[row] = x[row] + y[row], or x[row] + rms_norm(y[row]) * post     where y is given
         out[row] = rms_norm(x_out[row]) * weight                              as int8 tiles, float tiles or both
 
-    With NORM_SELECT the rows are those that want logits, and row i of the output is the i-th of them.
+    With NORM_SELECT the rows are those that want logits, and row i of the output is the i-th of them. With two
+    planes a row becomes two: its int8 rounding, and the int8 rounding of what that left (docs/numerics.md).
     """
 
     def run(record, step, lane):  # type: ignore[no-untyped-def]
@@ -216,7 +237,7 @@ def norm() -> Callable[..., Any]:
         has_out = word(record, NORM_OUT) != 0
         float_out = word(record, NORM_FLOAT_OUT) + lane * word(record, NORM_FLOAT_LANE)
         has_float = word(record, NORM_FLOAT_OUT) != 0
-        width, tile_subs = subs * COLUMNS, word(record, NORM_TILE_SUBS)
+        width, tile_subs, planes = subs * COLUMNS, word(record, NORM_TILE_SUBS), word(record, NORM_PLANES)
         pieces = 0
         i = claim(record, step, lane, n) if shared else 0
         while 0 <= i < n:
@@ -239,7 +260,10 @@ def norm() -> Callable[..., Any]:
                 low = mul(mul(floats_at(x + c), factor), floats_at(weight + c))
                 high = mul(mul(floats_at(x + c + 64), factor), floats_at(weight + c + 64))
                 if has_out:
-                    emit_block(low, high, out, tokens, i, sub, tile_subs, False)
+                    emit_block(low, high, out, tokens, i * planes, sub, tile_subs, False)
+                if has_out and planes == 2:
+                    rest_low, rest_high = residual(low, high, out, tokens, i * planes, sub, tile_subs)
+                    emit_block(rest_low, rest_high, out, tokens, i * planes + 1, sub, tile_subs, False)
                 if has_float:
                     emit_block(low, high, float_out, tokens, i, sub, tile_subs, True)
             pieces += 1

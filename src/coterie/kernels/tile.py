@@ -212,6 +212,6 @@ def cluster_tile_op(name: str, tokens: int, groups: int = 1) -> Any:
 
 
 def tile_groups(tokens: int) -> int:
-    """Row groups a tile takes together. With several tokens two, which halves the loads of activations (four
-    tokens by two groups are 8 integer sums); with one, weights are read in order."""
-    return 2 if tokens > 1 else 1
+    """Row groups a tile takes together. With four tokens two, which halves the loads of activations and makes 8
+    integer sums; with fewer, memory is the bound, and weights are read in order."""
+    return 2 if tokens > 2 else 1
