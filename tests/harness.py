@@ -82,9 +82,9 @@ class Machine:
         pack(name, raw, self.look(ref).reshape(groups, blocks, FORMATS[name].block))
         return ref
 
-    def tiles(self, is_float: bool, subs: int, *, private: bool = False) -> BufferRef:
+    def tiles(self, is_float: bool, subs: int, *, private: bool = False, planes: int = 1) -> BufferRef:
         """Room for activation tiles of all rows."""
-        row = subs * (FLOAT_TOKEN if is_float else INT8_TOKEN)
+        row = planes * subs * (FLOAT_TOKEN if is_float else INT8_TOKEN)
         return self.room((self.lanes if private else 1, round_up(self.rows, 8) * row))
 
     def emit(
@@ -115,12 +115,14 @@ class Machine:
         *,
         panel: int = 1 << 20,
         chunk: int = 1,
+        planes: int = 1,
         prepare: Draft | None = None,
     ) -> BufferRef:
-        """Add y = W x on tiles `x` to a program; returns y, float32[steps' rows][rows, padded]."""
+        """Add y = W x on tiles `x` to a program; returns y, float32[steps' rows][rows, padded]. With two planes it is
+        the rows that want logits whose tiles `x` holds."""
         f = FORMATS[name]
         groups, blocks = -(-rows // ROWS), padded_columns(name, columns) // f.columns
-        y = self.room((round_up(self.rows, 8), groups * ROWS), np.float32)
+        y = self.room((planes * round_up(self.rows, 8), groups * ROWS), np.float32)
         self.look(y)[...] = np.nan  # what is not written is seen
         operands: dict[int, Operand] = {
             o.MATMUL_WEIGHTS: weights,
@@ -133,8 +135,9 @@ class Machine:
             o.MATMUL_Y_ROW: 4 * groups * ROWS,
             o.MATMUL_CHUNK: chunk,
             o.MATMUL_PANEL: panel,
-            o.MATMUL_OUTPUTS: 0,
+            o.MATMUL_OUTPUTS: int(planes > 1),
             o.MATMUL_X_SUBS: blocks * f.subs,
+            o.MATMUL_PLANES: planes,
         }
         builder.add(kernel_name("matmul", name, tile), Opcode.MATMUL, operands, prepare=prepare)
         return y

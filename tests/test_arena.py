@@ -15,7 +15,7 @@ from tiny_models import write_tiny
 from coterie.engine import Engine
 from coterie.errors import PlanError
 from coterie.models.load import open_model
-from coterie.storage.arena import HUGE, LINE, Arena, BufferRef, Ledger
+from coterie.storage.arena import HUGE, LINE, Arena, Ledger
 
 REGIONS = {"weights": 3 * HUGE, "state": 5000}
 
@@ -128,13 +128,14 @@ def test_wrong_buffer_refs_are_refused(arena: Arena, wrong: dict[str, Any]) -> N
             view(replace(good, **wrong))
 
 
-def test_an_offset_into_a_buffer_stays_inside() -> None:
-    ref = BufferRef("state", 640, 128, "|u1", (128,))
-    assert ref + 0 == 640
-    assert ref + 127 == 767
-    for outside in (-1, 128, 1 << 40):
+def test_the_tail_of_a_buffer_stays_inside(arena: Arena) -> None:
+    ref = arena.allocate("state", 32, np.int32)
+    arena.numpy(ref)[:] = range(32)
+    assert arena.numpy(ref.tail(120)).view(np.int32).tolist() == [30, 31]
+    assert arena.numpy(ref.tail(128)).size == 0
+    for outside in (-1, 129, 1 << 40):
         with pytest.raises(PlanError, match="outside"):
-            ref + outside
+            ref.tail(outside)
 
 
 def test_release_gives_memory_back(arena: Arena) -> None:
@@ -152,6 +153,22 @@ def test_release_gives_memory_back(arena: Arena) -> None:
     arena.numpy(again)[:] = 2
     assert array[0] == 2
     assert arena.numpy(kept).tolist() == [9] * 8
+
+
+def test_release_keeps_what_it_is_told_to(arena: Arena) -> None:
+    first, second = arena.allocate("weights", HUGE + 64), arena.allocate("weights", 2 * HUGE - 64)
+    arena.numpy(first)[:] = 1
+    arena.numpy(second)[:] = 2
+    before = resident(arena)
+    arena.release("weights", keep=first.nbytes)
+    assert arena.usage()["weights"] == first.nbytes
+    assert arena.numpy(first).all()
+    assert resident(arena) <= before - HUGE  # the third huge page
+    again = arena.allocate("weights", HUGE)
+    assert again.offset == second.offset
+    assert not arena.numpy(again)[HUGE - 64 :].any()
+    arena.release("weights", keep=3 * HUGE)
+    assert arena.numpy(first).all()
 
 
 # --- between processes -------------------------------------------------------------------------------

@@ -1,12 +1,10 @@
-"""Matrix kernels bit by bit against reference.py; activations, norms, exp and rope against better numbers."""
+"""Matrix and row kernels bit by bit against reference.py."""
 
-from collections.abc import Callable
-from decimal import Decimal, getcontext
 from typing import Any
 
 import numpy as np
 import pytest
-from harness import Machine, lanewise, machine
+from harness import Machine, machine
 from reference import (
     BLOCK,
     FLOAT_FORMATS,
@@ -14,7 +12,6 @@ from reference import (
     INTEGER_FORMATS,
     SCALES,
     Bytes,
-    Doubles,
     Floats,
     floats_of,
     fma,
@@ -26,15 +23,14 @@ from reference import (
     set_scales,
 )
 
-from coterie.kernels import mathematics
+from coterie.errors import UnitError
 from coterie.kernels import operands as o
 from coterie.kernels.formats import FORMATS as PACKED
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
 from coterie.kernels.shapes import INT8_TOKEN, TILE_TOKENS, UNPACKED
-from coterie.models.rope import cos_sin, frequencies, rope_table
-from coterie.models.spec import Rope
 from coterie.scheduler.program import Operand
+from coterie.storage.arena import BufferRef
 
 
 def run_matmul(
@@ -165,6 +161,9 @@ def test_error_to_the_float_product(name: str, bench: Machine) -> None:
 # --- activations -------------------------------------------------------------------------------------
 
 
+EPS = 1e-5
+
+
 def read_tiles(data: Bytes, tile: int, subs: int, n: int) -> tuple[Any, ...]:
     """Values int8[n, subs, 32] and the four words [n, subs] of int8 tiles (tile.py draws the layout)."""
     tiles = data.reshape(-1)[: -(-n // tile) * subs * tile * INT8_TOKEN].reshape(-1, subs, tile * INT8_TOKEN)
@@ -199,36 +198,41 @@ def reference_norm(x: Floats, weight: Floats, dim: int, eps: float) -> Floats:
     return normed
 
 
+def norm_operands(m: Machine, x: BufferRef, weight: BufferRef, dim: int, tile: int) -> dict[int, Operand]:
+    """Operands of a norm of rows float32[rows][width] to nowhere."""
+    return {
+        o.NORM_X: x,
+        o.NORM_ROW: 4 * x.shape[1],
+        o.NORM_WEIGHT: weight,
+        o.NORM_DIM: dim,
+        o.NORM_SUBS: x.shape[1] // 32,
+        o.NORM_EPS: EPS,
+        o.NORM_TILE: tile,
+        o.NORM_Y_ROW: 4 * x.shape[1],
+        o.NORM_TILE_SUBS: x.shape[1] // 32,
+        o.NORM_PLANES: 1,
+    }
+
+
 @pytest.mark.parametrize("add", ["nothing", "y", "normed y"])
 @pytest.mark.parametrize("dim", [32, 100, 576])
 def test_norm_adds_normalises_and_quantises(add: str, dim: int, bench: Machine) -> None:
     rng, m = np.random.default_rng(6), bench
-    n, width, eps = 11, -(-dim // 32) * 32, 1e-5
+    n, width = 11, -(-dim // 32) * 32
     x, y = (np.zeros((m.rows, width), np.float32) for _ in range(2))
     weight, post = (np.zeros(width, np.float32) for _ in range(2))
     for part in (x, y, weight, post):
         part[..., :dim] = rng.standard_normal((*part.shape[:-1], dim))
     chosen = [0, 3, 4, 10]  # as the rows that want logits are
-    ref = {"x": m.put(x), "y": m.put(y), "weight": m.put(weight), "post": m.put(post)}
     x_out, tiles, floats = m.room(x.shape, np.float32), m.tiles(False, width // 32), m.tiles(True, width // 32)
-    operands: dict[int, Operand] = {
-        o.NORM_X: ref["x"],
+    operands = norm_operands(m, m.put(x), m.put(weight), dim, 4) | {
         o.NORM_X_OUT: x_out,
-        o.NORM_ROW: 4 * width,
-        o.NORM_Y: None if add == "nothing" else ref["y"],
-        o.NORM_POST: ref["post"] if add == "normed y" else None,
-        o.NORM_WEIGHT: ref["weight"],
-        o.NORM_DIM: dim,
-        o.NORM_SUBS: width // 32,
-        o.NORM_EPS: eps,
+        o.NORM_Y: None if add == "nothing" else m.put(y),
+        o.NORM_POST: m.put(post) if add == "normed y" else None,
         o.NORM_OUT: tiles,
         o.NORM_FLOAT_OUT: floats,
-        o.NORM_TILE: 4,
-        o.NORM_SELECT: 0,
-        o.NORM_Y_ROW: 4 * width,
-        o.NORM_TILE_SUBS: width // 32,
     }
-    change = reference_norm(y, post, dim, eps) if add == "normed y" else y
+    change = reference_norm(y, post, dim, EPS) if add == "normed y" else y
     residual = x if add == "nothing" else x + change
     for select in (False, True):
         b = m.builder()
@@ -237,14 +241,50 @@ def test_norm_adds_normalises_and_quantises(add: str, dim: int, bench: Machine) 
         picked = np.array(chosen) if select else np.arange(n)
         if add != "nothing":
             assert same_bits(m.look(x_out)[picked], residual[picked])
-        expected = reference_norm(residual[picked], weight, dim, eps)
+        expected = reference_norm(residual[picked], weight, dim, EPS)
         exact = residual[picked].astype(np.float64)
-        exact *= weight / np.sqrt(np.square(exact).sum(-1, keepdims=True) / dim + eps)
+        exact *= weight / np.sqrt(np.square(exact).sum(-1, keepdims=True) / dim + EPS)
         np.testing.assert_allclose(expected, exact, rtol=1e-6, atol=1e-30)
         check_tiles(m.look(tiles), 4, expected)
         groups = m.look(floats).reshape(-1).view(np.float32)[: -(-len(picked) // 4) * 4 * width]
         got = groups.reshape(-1, width // 32, 4, 32).swapaxes(1, 2).reshape(-1, width)[: len(picked)]
         assert same_bits(np.ascontiguousarray(got), expected)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("tile", [2, TILE_TOKENS])
+def test_logits_from_two_planes(name: str, tile: int, bench: Machine) -> None:
+    """The final norm's rows as int8 and what that left as int8: two products, added."""
+    rng, m = np.random.default_rng(11), bench
+    vocab, dim, n, chosen = 45, 2 * PACKED[name].columns, 12, [0, 1, 5, 9, 11]
+    x, weight = rng.standard_normal((m.rows, dim), np.float32), rng.standard_normal(dim, np.float32)
+    raw, tiles = random_raw(rng, name, vocab, dim), m.tiles(False, dim // 32, planes=2)
+    b = m.builder()
+    planes: dict[int, Operand] = {o.NORM_SELECT: 1, o.NORM_PLANES: 2, o.NORM_OUT: tiles}
+    b.add(kernel_name("norm"), Opcode.NORM, norm_operands(m, m.put(x), m.put(weight), dim, tile) | planes)
+    y = m.matmul(b, name, m.pack(name, raw, dim), vocab, dim, tiles, tile, panel=2, chunk=2, planes=2)
+    m.step(m.load(b), n, outputs=chosen)
+    normed = reference_norm(x[chosen], weight, dim, EPS)
+    q, scale = quantise(normed)
+    blocks = normed.reshape(q.shape)
+    left = fma(np.broadcast_to(-scale[..., None], q.shape), q.astype(np.float32), blocks).reshape(normed.shape)
+    expected = product(name, raw, normed) + product(name, raw, left)
+    assert same_bits(np.ascontiguousarray(m.look(y)[: len(chosen), :vocab]), expected)
+    exact = normed.astype(np.float64) @ floats_of(name, raw).astype(np.float64).T
+    assert nmse(expected, exact) < 1e-8
+
+
+def embedding(m: Machine, name: str, raw: Bytes, columns: int, x: BufferRef) -> dict[int, Operand]:
+    return {
+        o.EMBED_WEIGHTS: m.pack(name, raw, columns),
+        o.EMBED_GROUP: PACKED[name].group_bytes(columns),
+        o.EMBED_BLOCKS: columns // PACKED[name].columns,
+        o.EMBED_VOCAB: len(raw),
+        o.EMBED_X: x,
+        o.EMBED_ROW: 4 * columns,
+        o.EMBED_SCALE: 1.7,
+        o.EMBED_SCRATCH: m.room(m.lanes * UNPACKED),
+    }
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -254,121 +294,19 @@ def test_embedding_rows_are_the_dequantised_weights(name: str, bench: Machine) -
     raw, ids = random_raw(rng, name, vocab, columns), np.array([42, 0, 17, 17, 16, 15, 31], np.int32)
     x = m.room((m.rows, columns), np.float32)
     b = m.builder()
-    operands: dict[int, Operand] = {
-        o.EMBED_WEIGHTS: m.pack(name, raw, columns),
-        o.EMBED_GROUP: PACKED[name].group_bytes(columns),
-        o.EMBED_BLOCKS: columns // PACKED[name].columns,
-        o.EMBED_X: x,
-        o.EMBED_ROW: 4 * columns,
-        o.EMBED_SCALE: 1.7,
-        o.EMBED_SCRATCH: m.room(m.lanes * UNPACKED),
-    }
-    b.add(kernel_name("embed", name), Opcode.EMBED, operands)
-    m.unit.run(m.load(b), ids, (), ())
+    b.add(kernel_name("embed", name), Opcode.EMBED, embedding(m, name, raw, columns, x))
+    m.unit.run(m.load(b), ids, (), (), ())
     assert same_bits(m.look(x)[: len(ids)], (floats_of(name, raw) * np.float32(1.7))[ids])
 
 
-# --- exp and its users -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def functions() -> dict[str, Callable[[Floats], Floats]]:
-    return {
-        name: lanewise(operation) for name, operation in (mathematics.ACTIVATIONS | {"exp": mathematics.exp}).items()
-    }
-
-
-def ulps(got: Floats, exact: Doubles) -> float:
-    """The largest error in units in the last place of float32."""
-    units = np.spacing(np.maximum(np.abs(exact), 2.0**-126).astype(np.float32)).astype(np.float64)
-    return float((np.abs(got - exact) / units).max())
-
-
-GRID = np.unique(np.concatenate([np.linspace(-87, 88, 2_000_001), np.geomspace(1e-30, 87, 100_001), [0.0]]))
-GRID = np.unique(np.concatenate([GRID, -GRID[(GRID > 0) & (GRID < 87)]])).astype(np.float32)
-
-
-def test_exp_is_within_two_units(functions: dict[str, Callable[[Floats], Floats]]) -> None:
-    assert ulps(functions["exp"](GRID), np.exp(GRID.astype(np.float64))) <= 2
-
-
-def test_exp_at_special_values(functions: dict[str, Callable[[Floats], Floats]]) -> None:
-    top = functions["exp"](np.array([88], np.float32))[0]
-    x = np.array([0, -0.0, -np.inf, -87.00001, -1e30, 88.1, 1e30, np.inf, np.nan], np.float32)
-    assert functions["exp"](x).tolist() == [1, 1, 0, 0, 0, top, top, top, top]  # NaN counts as large
-
-
-def silu(x: Doubles) -> Doubles:
-    exact: Doubles = x / (1 + np.exp(-x))
-    return exact
-
-
-def gelu(x: Doubles) -> Doubles:
-    exact: Doubles = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    return exact
-
-
-def test_activations_are_near_the_exact_functions(functions: dict[str, Callable[[Floats], Floats]]) -> None:
-    x = GRID.astype(np.float64)
-    assert ulps(functions["silu"](GRID), silu(x)) <= 4
-    middle = np.abs(x) <= 4  # beyond, the error of z in exp(-2z) counts z-fold
-    assert ulps(functions["gelu"](GRID[middle]), gelu(x)[middle]) <= 64
-    np.testing.assert_allclose(functions["gelu"](GRID), gelu(x), rtol=2e-6, atol=1e-7)
-    np.testing.assert_array_equal(functions["relu"](GRID), np.maximum(GRID, 0))
-
-
-@pytest.mark.parametrize("name", ["silu", "gelu"])
-def test_activations_at_special_values(name: str, functions: dict[str, Callable[[Floats], Floats]]) -> None:
-    x = np.array([0, 100, 1e10, np.inf, -100, -1e10, np.nan], np.float32)
-    got = functions[name](x)
-    assert got[:4].tolist() == [0, 100, np.float32(1e10), np.inf]
-    assert np.abs(got[4:6]).max() < 1e-27
-    assert np.isnan(got[6])
-
-
-# --- rotary tables -----------------------------------------------------------------------------------
-
-PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
-
-
-def exact_cos_sin(angle: Decimal) -> tuple[Decimal, Decimal]:
-    """By Taylor's series, to 50 digits."""
-    x = angle % (2 * PI)
-    sums, term = [Decimal(0), Decimal(0)], Decimal(1)
-    for i in range(80):
-        sums[i % 2] += term if i % 4 < 2 else -term
-        term *= x / (i + 1)
-    return sums[0], sums[1]
-
-
-def test_cos_sin_against_fifty_digits() -> None:
-    getcontext().prec = 60
-    rng = np.random.default_rng(8)
-    angles = np.concatenate([rng.uniform(0, 1.5e6, 300), np.arange(60) * (np.pi / 4), [0.0, 1e-12, 131071.0]])
-    cos, sin = cos_sin(angles)
-    for angle, c, s in zip(angles, cos, sin, strict=True):
-        exact = exact_cos_sin(Decimal(float(angle)))
-        assert abs(Decimal(float(c)) - exact[0]) < Decimal(2) ** -51
-        assert abs(Decimal(float(s)) - exact[1]) < Decimal(2) ** -51
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [Rope(10_000.0, 64), Rope(1e6, 256), Rope(5e5, 32, scale=0.125, factors=tuple(np.linspace(1, 8, 16).tolist()))],
-    ids=["llama", "gemma3", "scaled"],
-)
-def test_rope_table_against_fifty_digits(rope: Rope) -> None:
-    getcontext().prec = 60
-    exact_frequencies = []
-    for i in range(rope.dims // 2):
-        power = (Decimal(rope.base).ln() * (-2 * i) / rope.dims).exp()
-        exact_frequencies.append(power * Decimal(rope.scale) / Decimal(rope.factors[i] if rope.factors else 1))
-    np.testing.assert_allclose(frequencies(rope), [float(f) for f in exact_frequencies], rtol=3e-16)
-    for first in (0, 1000, 131_000):
-        table = rope_table(rope, first, first + 2)
-        for position, i in ((first, 0), (first + 1, 1), (first + 1, rope.dims // 2 - 1)):
-            exact = exact_cos_sin(position * exact_frequencies[i])
-            for got, wanted in zip(table[position - first, :, i], exact, strict=True):
-                # a float32 in [-1, 1], and an angle rounded to float64
-                error = abs(Decimal(float(got)) - wanted)
-                assert error <= Decimal(2) ** -25 + position * Decimal(2) ** -52
+@pytest.mark.parametrize("wrong", [-1, 43, 48, 2**31 - 1])
+def test_an_id_that_is_no_row_is_reported(wrong: int, bench: Machine) -> None:
+    m = bench
+    raw = random_raw(np.random.default_rng(12), "Q4_0", 43, 32)
+    b = m.builder()
+    operands = embedding(m, "Q4_0", raw, 32, m.room((m.rows, 32), np.float32))
+    b.add(kernel_name("embed", "Q4_0"), Opcode.EMBED, operands)
+    name = m.load(b)
+    with pytest.raises(UnitError, match="reported error 1"):
+        m.unit.run(name, [3, wrong, 4], (), (), ())
+    m.unit.run(name, [3, 42, 4], (), (), ())

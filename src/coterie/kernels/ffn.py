@@ -144,7 +144,8 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
     """
     tile_tokens = int(tokens)
     together = tile_groups(tile_tokens)
-    tile, cluster_tile = tile_op(name, tile_tokens), cluster_tile_op(name, tile_tokens)
+    block_tile = tile_op(name, tile_tokens, ahead=False)
+    cluster_tile = cluster_tile_op(name, tile_tokens)
     wide_tile = cluster_tile_op(name, tile_tokens, together)
     f = formats.FORMATS[name]
     block_bytes, x_block = f.block, Tile(f, tile_tokens).x_sub * f.subs
@@ -168,7 +169,7 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
             if clusters == 0:
                 for g in range(first_group, last_group):
                     for i in range(tiles):
-                        tile(0, 0, 0, y + i * tile_tokens * y_row + g * VECTOR, y_row, 0, 0)
+                        block_tile(0, 0, 0, y + i * tile_tokens * y_row + g * VECTOR, y_row, 0, 0)
             elif tiles == 1:
                 for c in range(clusters):
                     cluster = i32_at(ids + 4 * c)
@@ -178,7 +179,7 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
                     for g in range(first_group, last_group):
                         for line in range(0, block_bytes, 64):  # the next cluster's run starts elsewhere
                             prefetch(w + ahead + g * block_bytes + line)
-                        tile(w + g * block_bytes, 0, x + cluster * x_block, y + g * VECTOR, y_row, 1, c)
+                        block_tile(w + g * block_bytes, 0, x + cluster * x_block, y + g * VECTOR, y_row, 1, c)
             else:
                 for first in range(0, clusters, panel):
                     count = min(panel, clusters - first)

@@ -125,6 +125,14 @@ def minimum(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.fcmp_ordered("<", x, y), x, y)
 
 
+def ask_for(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Prefetch the line at an address, for reading, into all caches."""
+    pointer = b.inttoptr(address, I8.as_pointer())
+    function = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    callee = cgutils.get_or_insert_function(b.module, function, "llvm.prefetch.p0")
+    b.call(callee, [pointer, const(I32, 0), const(I32, 3), const(I32, 1)])
+
+
 def across(b: ir.IRBuilder, v: ir.Value, combine: Callable[..., ir.Value]) -> ir.Value:
     """Combine all lanes into a scalar, by halves: the same tree on every machine."""
     n = v.type.count
@@ -296,8 +304,4 @@ def absolute(b, v):  # type: ignore[no-untyped-def]
 
 @op(types.void, ADDRESS)
 def prefetch(b, address):  # type: ignore[no-untyped-def]
-    """Ask for the line at an address, into the second-level cache."""
-    pointer = b.inttoptr(address, I8.as_pointer())
-    function = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-    callee = cgutils.get_or_insert_function(b.module, function, "llvm.prefetch.p0")
-    b.call(callee, [pointer, const(I32, 0), const(I32, 2), const(I32, 1)])
+    ask_for(b, address)
