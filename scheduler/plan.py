@@ -4,6 +4,7 @@ In this version there is one unit, `cpu`, and all weights are pinned; the plan s
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,7 +27,8 @@ OVERHEAD = 200 << 20  # bytes: Python, the compiler and libraries, beside the ar
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision, and where each value came from ("flag", "automatic", ...). Sizes are bytes."""
+    """A decision, and where each value came from: "flag", "environment", "config", "argument" (of the Python API) or
+    "automatic". Sizes are bytes."""
 
     model: str
     architecture: str
@@ -80,6 +82,7 @@ def make_plan(
     context: int | None = None,
     memory: int | None = None,
     tracing: bool = False,
+    sources: Mapping[str, str] | None = None,
 ) -> Plan:
     """Lay the model out on paper. Raises UsageError for values that make no sense, PlanError where it does not fit.
 
@@ -112,7 +115,7 @@ def make_plan(
         path=target.path(),
         bytes_per_token=layout.weights.bytes_per_token,
         regions=regions,
-        sources={name: "automatic" if value is None else "flag" for name, value in given.items()},
+        sources={name: _source(name, value, sources or {}) for name, value in given.items()},
     )
     if memory is not None and plan.total + OVERHEAD > memory:
         need = -(-(plan.total + OVERHEAD) >> 20)
@@ -121,6 +124,10 @@ def make_plan(
             "allowed; lower -c, or raise --memory (models larger than memory are not in this version)"
         )
     return plan
+
+
+def _source(name: str, value: int | None, sources: Mapping[str, str]) -> str:
+    return "automatic" if value is None else sources.get(name, "argument")
 
 
 def _check_shapes(file: GGUFFile, spec: ModelSpec) -> None:

@@ -131,9 +131,7 @@ def damaged_file(chance: random.Random, content: bytes, header: int) -> bytes:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_damaged_files(architecture: str, tmp_path: Path) -> None:
-    path = write_tiny(
-        tmp_path / "m.gguf", architecture, layers=1, vocab=280, dim=32, heads=2, head_dim=16, ffn=32
-    )
+    path = write_tiny(tmp_path / "m.gguf", architecture, layers=1, vocab=280, dim=32, heads=2, head_dim=16, ffn=32)
     content = path.read_bytes()
     with GGUFFile(path) as file:
         header = min(tensor.offset for tensor in file.tensors.values())
@@ -223,9 +221,7 @@ def test_cyclic_and_garbage_merges(tmp_path: Path) -> None:
     for _ in range(500):
         tokens[-10:] = ["".join(chance.choices("abct", k=chance.randrange(1, 5))) for _ in range(10)]
         known = {*tokens}
-        pairs = [
-            (a, b) for a in tokens[-10:] + list("abct") for b in tokens[-10:] + list("abct") if a + b in known
-        ]
+        pairs = [(a, b) for a in tokens[-10:] + list("abct") for b in tokens[-10:] + list("abct") if a + b in known]
         merges = [" ".join(pair) for pair in pairs]
         chance.shuffle(merges)
         if chance.random() < 0.3:

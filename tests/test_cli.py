@@ -166,9 +166,7 @@ def test_a_chat_is_the_default_and_the_system_message_comes_first(engine: type[F
 
 
 @pytest.mark.parametrize("template", [None, object()])
-def test_without_a_template_or_with_raw_the_prompt_is_continued(
-    engine: type[FakeLLM], template: object
-) -> None:
+def test_without_a_template_or_with_raw_the_prompt_is_continued(engine: type[FakeLLM], template: object) -> None:
     engine.template = template
     coterie("run", "smollm2", "-p", "Hi", *(["--raw"] if template else []))
     assert engine.last.asked[0][0] == "Hi"
@@ -176,9 +174,7 @@ def test_without_a_template_or_with_raw_the_prompt_is_continued(
 
 def test_flags_reach_the_engine(engine: type[FakeLLM], tmp_path: Path) -> None:
     words = "run x -p Hi -n 7 -c 512 -t 3 --memory 64MiB --temp 0.5 --top-k 3 --top-p 0.9 --min-p 0.1"
-    words += (
-        f" --repeat-penalty 1.1 --repeat-last-n -1 --seed 9 --stop END --stop . --trace {tmp_path}/t.json"
-    )
+    words += f" --repeat-penalty 1.1 --repeat-last-n -1 --seed 9 --stop END --stop . --trace {tmp_path}/t.json"
     assert coterie(*words.split()).exit_code == 0
     options = engine.last.options
     assert (options["context"], options["threads"], options["memory"]) == (512, 3, 64 * 2**20)
@@ -288,9 +284,7 @@ def test_a_prompt_that_is_not_text_is_refused(tmp_path: Path) -> None:
         (OSError(28, "No space left on device", "trace.json"), 1),
     ],
 )
-def test_an_error_on_the_way_is_one_line_and_its_exit_code(
-    engine: type[FakeLLM], error: Exception, code: int
-) -> None:
+def test_an_error_on_the_way_is_one_line_and_its_exit_code(engine: type[FakeLLM], error: Exception, code: int) -> None:
     engine.pieces = ["Pa", error]
     result = coterie("run", "x", "-p", "Hi")
     assert result.exit_code == code
@@ -321,9 +315,7 @@ def test_flag_before_environment_before_configuration(
         return engine.last.options["threads"]
 
     assert threads() is None
-    (tmp_path / "config.toml").write_text(
-        '[run]\nthreads = 2\nmemory = "1GiB"\ntemp = 0\nraw = true\nstop = ["."]'
-    )
+    (tmp_path / "config.toml").write_text('[run]\nthreads = 2\nmemory = "1GiB"\ntemp = 0\nraw = true\nstop = ["."]')
     assert threads() == 2
     assert engine.last.options["memory"] == 2**30
     assert engine.last.asked[0][0] == "Hi"
@@ -419,9 +411,7 @@ def test_bos_replaces_the_first_token_of_each_chunk(engine: type[FakeLLM], tmp_p
 def test_losses_are_of_the_second_half_by_the_row_before() -> None:
     tokens = [0, 1, 2, 0, 1, 2, 0, 1]
     logits = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
-    probabilities = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(
-        1, keepdims=True
-    )
+    probabilities = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True)
     expected = [-np.log(probabilities[i, tokens[i + 1]]) for i in (4, 5, 6)]
     assert chunk_losses(logits, tokens) == pytest.approx(expected)
     value, error = estimate(expected)
@@ -526,9 +516,7 @@ def test_control_characters_reach_a_pipe_but_not_a_terminal(monkeypatch: pytest.
         assert stream.getvalue() == expected
 
 
-def test_the_spinner_is_gone_before_the_answer(
-    monkeypatch: pytest.MonkeyPatch, engine: type[FakeLLM]
-) -> None:
+def test_the_spinner_is_gone_before_the_answer(monkeypatch: pytest.MonkeyPatch, engine: type[FakeLLM]) -> None:
     screen = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", screen)
@@ -554,9 +542,7 @@ def test_the_answer_goes_to_stdout_while_stderr_has_a_spinner(monkeypatch: pytes
         assert "Paris" not in screen.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("count", "size"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2**50, "1024.0 TiB")]
-)
+@pytest.mark.parametrize(("count", "size"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2**50, "1024.0 TiB")])
 def test_sizes_for_people(count: int, size: str) -> None:
     assert terminal.size_text(count) == size
 
@@ -586,3 +572,16 @@ def test_a_reader_that_leaves_is_no_error(command: list[str]) -> None:
     os.close(writer)
     assert process.stderr == b""
     assert process.returncode == 1
+
+
+def test_the_documented_configuration_holds_the_options_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    documented = Path(__file__).parent.parent / "configs" / "default.toml"
+    lines = documented.read_text().splitlines()
+    settings = [line.removeprefix("# ") if " = " in line else line for line in lines if line.startswith(("[", "# "))]
+    config = tmp_path / "config.toml"
+    config.write_text("\n".join(line for line in settings if line.startswith("[") or " = " in line))
+    monkeypatch.setenv("COTERIE_CONFIG", str(config))
+    result = CliRunner().invoke(cli.app, ["doctor", "--json"])
+    assert result.exit_code == 0, result.output

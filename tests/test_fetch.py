@@ -143,9 +143,7 @@ def test_a_second_pull_waits_for_the_first(index: Index) -> None:
     assert len(index.calls()) == 2
 
 
-def test_another_checksum_keeps_nothing(
-    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_checksum_keeps_nothing(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     know(monkeypatch, replace(fetch.KNOWN["tiny"], sha256="0" * 64))
     with pytest.raises(FetchError, match=r"^what came for tiny has another SHA-256 .*; nothing was kept;"):
         fetch.pull("tiny")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from coterie.errors import UnitError, UsageError
-from coterie.generation import Sampler, SamplingOptions, TextStream
+from coterie.generation import Sampler, TextStream
+from coterie.sampling import SamplingOptions
 
 Floats = NDArray[np.float32]
 
@@ -124,9 +125,7 @@ def test_equal_seeds_draw_equal_tokens() -> None:
     top_p=st.sampled_from([0.0, 0.21, 0.53, 0.87, 1.0]),
     min_p=st.sampled_from([0.0, 0.013, 0.3, 1.0]),
 )
-def test_the_filters_keep_what_llama_cpp_keeps(
-    values: list[int], top_k: int, top_p: float, min_p: float
-) -> None:
+def test_the_filters_keep_what_llama_cpp_keeps(values: list[int], top_k: int, top_p: float, min_p: float) -> None:
     logits = floats(*values) / np.float32(4)
     # So hot that all tokens that are kept are about equally likely.
     options = SamplingOptions(temperature=1e6, top_k=top_k, top_p=top_p, min_p=min_p, seed=3)

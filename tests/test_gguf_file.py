@@ -16,9 +16,7 @@ from coterie.models.dequant import dequantise, finite
 from coterie.models.gguf_file import BLOCKS, GGUFFile
 
 
-def gguf_bytes(
-    metadata: bytes = b"", keys: int = 0, tensors: bytes = b"", count: int = 0, data: int = 0
-) -> bytes:
+def gguf_bytes(metadata: bytes = b"", keys: int = 0, tensors: bytes = b"", count: int = 0, data: int = 0) -> bytes:
     """A file of these parts, the data section aligned to 32."""
     head = b"GGUF" + struct.pack("<IQQ", 3, count, keys) + metadata + tensors
     return head + bytes(-len(head) % 32) + bytes(data)
@@ -51,9 +49,7 @@ def test_reads_what_the_gguf_package_reads(tmp_path: Path, weight_format: str) -
             floats = dequantise(raw, ours.format)
             assert floats.shape == (ours.rows, ours.cols)
             assert finite(raw, ours.format)
-            np.testing.assert_array_equal(
-                floats.reshape(-1), dequantize(theirs.data, theirs.tensor_type).reshape(-1)
-            )
+            np.testing.assert_array_equal(floats.reshape(-1), dequantize(theirs.data, theirs.tensor_type).reshape(-1))
         for key, field in reader.fields.items():
             if not key.startswith("GGUF."):
                 assert file.metadata[key] == field.contents()

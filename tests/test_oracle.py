@@ -30,9 +30,7 @@ def weights_of(file: GGUFFile) -> Weights:
 
 
 def logits_of(model: Model, tokens: list[int]) -> Floats:
-    logits: Floats = ARCHITECTURES[model.spec.architecture].forward(
-        model.spec, weights_of(model.file), tokens
-    )
+    logits: Floats = ARCHITECTURES[model.spec.architecture].forward(model.spec, weights_of(model.file), tokens)
     return logits
 
 
@@ -83,9 +81,7 @@ def slow_forward(spec: ModelSpec, weights: Callable[[str], Floats], tokens: list
         for i, layer in enumerate(spec.layers):
             blk = f"blk.{i}."
             h = norm(x, blk + "attn_norm.weight")
-            queries = heads(
-                matvec(blk + "attn_q.weight", h), blk + "attn_q_norm.weight", layer.rope, position
-            )
+            queries = heads(matvec(blk + "attn_q.weight", h), blk + "attn_q_norm.weight", layer.rope, position)
             key_row = matvec(blk + "attn_k.weight", h)
             keys[i].append(heads(key_row, blk + "attn_k_norm.weight", layer.rope, position))
             values[i].append(heads(matvec(blk + "attn_v.weight", h), "", None, position))

@@ -109,9 +109,7 @@ def write_tiny(
     return Path(path)
 
 
-def random_weights(
-    rng: np.random.Generator, rows: int, cols: int, weight_format: str, gain: float
-) -> NDArray[Any]:
+def random_weights(rng: np.random.Generator, rows: int, cols: int, weight_format: str, gain: float) -> NDArray[Any]:
     """Random weights of standard deviation about gain / sqrt(cols): (rows, row bytes) or floats."""
     std = gain / cols**0.5
     kind = gguf.GGMLQuantizationType[weight_format]

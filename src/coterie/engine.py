@@ -1,7 +1,7 @@
 """The engine: token ids in, logits out. Opens a model, plans, packs, compiles, and runs one step at a time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +44,15 @@ class Engine:
         memory: int | None = None,
         trace: Path | None = None,
         progress: Progress | None = None,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.spec, self._trace = model, model.spec, trace
         self._progress: Progress = progress or (lambda label, done=0, total=0: None)
         tracing = trace is not None
         self.plan: Plan = make_plan(
-            model.file, model.spec, threads=threads, context=context, memory=memory, tracing=tracing
-        )
+            model.file, model.spec, threads=threads, context=context, memory=memory, tracing=tracing,
+            sources=sources or {},
+        )  # fmt: skip
         plan = self.plan
         self.arena = Arena(plan.regions)
         self.layout = lay_out_model(

@@ -20,9 +20,10 @@ import numpy.typing as npt
 from coterie.engine import Engine
 from coterie.errors import UsageError
 from coterie.fetch import resolve
-from coterie.generation import Sampler, SamplingOptions, TextStream
+from coterie.generation import Sampler, TextStream
 from coterie.models.load import open_model
 from coterie.models.template import ChatTemplate
+from coterie.sampling import SamplingOptions
 from coterie.scheduler.plan import Plan
 
 LOGITS_BYTES = 1 << 30  # logits() refuses to return more
@@ -34,7 +35,9 @@ class LLM:
     `model` is a path to a GGUF file or a name that `coterie pull` knows. `threads` are lanes of the CPU unit,
     `context` the positions all open generations hold together, `memory` (bytes) a bound that is checked before
     anything is loaded, `trace` a file that is written on close. `progress(label, done, total)` is told of slow
-    things. Raises FetchError, ModelError, PlanError, UsageError.
+    things; `sources` says where values came from ("flag", "config"), for the plan to show.
+
+    Raises FetchError, ModelError, PlanError, UsageError.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class LLM:
         memory: int | None = None,
         trace: str | Path | None = None,
         progress: Callable[..., None] | None = None,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
         start = time.perf_counter()
         opened = open_model(resolve(model, progress))
@@ -53,7 +57,7 @@ class LLM:
         try:
             self._engine = Engine(
                 opened, threads=threads, context=context, memory=memory,
-                trace=None if trace is None else Path(trace), progress=progress,
+                trace=None if trace is None else Path(trace), progress=progress, sources=sources,
             )  # fmt: skip
         except BaseException:
             opened.close()

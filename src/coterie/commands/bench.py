@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coterie.commands import terminal
-from coterie.commands.options import Json, Memory, ModelArgument, ModelOption, Threads, pick_model
+from coterie.commands.options import Json, Memory, ModelArgument, ModelOption, Threads, pick_model, value_sources
 from coterie.errors import UsageError
 
 
@@ -19,6 +19,7 @@ class Output(StrEnum):
 
 
 def bench(
+    command: typer.Context,
     model: ModelArgument = None,
     model_option: ModelOption = None,
     prompts: Annotated[
@@ -44,7 +45,9 @@ def bench(
     context = max(max(test) for test in tests) + 1
     with (
         terminal.Progress() as progress,
-        LLM(name, threads=threads, context=context, memory=memory, progress=progress) as llm,
+        LLM(
+            name, threads=threads, context=context, memory=memory, progress=progress, sources=value_sources(command)
+        ) as llm,
     ):
         progress.say(llm.plan.lines())
         rows: list[dict[str, Any]] = []

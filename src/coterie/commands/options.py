@@ -58,6 +58,15 @@ Memory = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
+SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "config"}
+
+
+def value_sources(command: typer.Context) -> dict[str, str]:
+    """Where the values that shape a plan came from, for the plan to show."""
+    found = {name: command.get_parameter_source(name) for name in ("threads", "context", "memory")}
+    return {name: SOURCES[source.name] for name, source in found.items() if source and source.name in SOURCES}
+
+
 def pick_model(argument: str | None, option: str | None) -> str:
     """The one model that was named, as MODEL or as -m; raises UsageError."""
     if argument and option:

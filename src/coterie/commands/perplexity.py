@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coterie.commands import terminal
-from coterie.commands.options import Json, Memory, ModelArgument, ModelOption, Threads, pick_model, read_text
+from coterie.commands.options import (
+    Json,
+    Memory,
+    ModelArgument,
+    ModelOption,
+    Threads,
+    pick_model,
+    read_text,
+    value_sources,
+)
 from coterie.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def perplexity(
+    command: typer.Context,
     model: ModelArgument = None,
     model_option: ModelOption = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="The text.")] = None,
@@ -40,7 +50,9 @@ def perplexity(
 
     with (
         terminal.Progress() as progress,
-        LLM(name, threads=threads, context=context, memory=memory, progress=progress) as llm,
+        LLM(
+            name, threads=threads, context=context, memory=memory, progress=progress, sources=value_sources(command)
+        ) as llm,
     ):
         progress.say(llm.plan.lines())
         started = time.perf_counter()

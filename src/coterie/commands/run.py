@@ -18,15 +18,17 @@ from coterie.commands.options import (
     pick_model,
     read_stdin,
     read_text,
+    value_sources,
 )
 from coterie.errors import UsageError
-from coterie.generation import SamplingOptions
+from coterie.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from coterie.llm import LLM, Generation
 
 
 def run(
+    command: typer.Context,
     model: ModelArgument = None,
     model_option: ModelOption = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; else -f or a pipe.")] = None,
@@ -83,7 +85,15 @@ def run(
 
     with (
         terminal.Progress() as progress,
-        LLM(name, threads=threads, context=context or None, memory=memory, trace=trace, progress=progress) as llm,
+        LLM(
+            name,
+            threads=threads,
+            context=context or None,
+            memory=memory,
+            trace=trace,
+            progress=progress,
+            sources=value_sources(command),
+        ) as llm,
     ):
         progress.say(llm.plan.lines())
         sampling = {**dataclasses.asdict(options), "stop": stop or []}

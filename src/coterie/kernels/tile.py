@@ -43,7 +43,6 @@ from coterie.kernels.vector import (
     store,
 )
 
-
 AHEAD = 4096  # bytes; without it a core waits for a tenth to a fifth of its reads, with hardware's prefetch alone
 
 
