@@ -171,6 +171,23 @@ def test_a_late_lane_finds_nothing(m: Machine) -> None:
             np.testing.assert_array_equal(after, flags)
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 1000, 2**31 - 2])
+def test_a_late_lane_takes_nothing_from_a_step_that_has_begun(m: Machine, ahead: int) -> None:
+    name, _ = chain(m)
+    m.step(name)
+    program, table = m.unit._programs[name]
+    late = m.put(header_copy(m), "state")
+    flags = m.arena._bytes.view(np.int64)
+    for record in range(program.length):
+        first = int(program.words[record, r.CLAIM]) // 8
+        lines = flags[first : first + 8 * m.lanes : 8]
+        lines[:] = (m.unit._epoch + ahead) << 32  # claimed in that step: nothing yet
+        before = lines.copy()
+        for lane in range(m.lanes):
+            assert tally.ctypes(table + record * r.RECORD_BYTES, m.arena.address(late), lane) == 0
+        np.testing.assert_array_equal(lines, before)
+
+
 def test_attention_s_pieces_do_not_follow_the_next_step_s_rows() -> None:
     """A late lane sees positions that are the next step's; its count of pieces must be its own step's."""
     with machine(2) as m:
