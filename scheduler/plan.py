@@ -14,7 +14,7 @@ from coterie.kernels.shapes import TILE_TOKENS
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.layout import BATCH, block_table_bytes, lay_out_model
-from coterie.storage.arena import Ledger, round_up
+from coterie.storage.arena import Ledger, available_memory, round_up
 from coterie.storage.kv import KVLayout
 from coterie.storage.unit import lay_out_unit
 
@@ -122,6 +122,12 @@ def make_plan(
         raise PlanError(
             f"{file.path.name} needs {need} MiB with a context of {positions}, more than the {memory >> 20} MiB "
             "allowed; lower -c, or raise --memory (models larger than memory are not in this version)"
+        )
+    needed = plan.total - regions["kv"] + OVERHEAD  # the cache is taken only as sequences grow
+    if needed > available_memory():
+        raise PlanError(
+            f"{file.path.name} needs {needed >> 20} MiB, but only {available_memory() >> 20} MiB of memory are free; "
+            "models larger than memory are not in this version"
         )
     return plan
 

@@ -30,6 +30,13 @@ def round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
+def available_memory() -> int:
+    """Bytes that can be had without swapping, as the kernel estimates it."""
+    with open("/proc/meminfo") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
 @dataclass(frozen=True)
 class BufferRef:
     """How a buffer is named in plans, programs and messages (docs/buffer-ref.md, version 1).
@@ -108,6 +115,8 @@ class Arena(Ledger):
             at += self.regions[name].size
         self.size = round_up(at, HUGE)
         self.fd = _fd
+        if shared and _fd < 0 and self.size > available_memory():
+            raise PlanError(f"a shared arena of {self.size >> 20} MiB is more memory than there is")
         try:
             if shared and _fd < 0:
                 self.fd = os.memfd_create("coterie", os.MFD_CLOEXEC)
@@ -177,6 +186,7 @@ class Arena(Ledger):
             else:
                 start = self.base - np.frombuffer(self._map, np.uint8).ctypes.data
                 self._map.madvise(mmap.MADV_DONTNEED, start + place.offset + first, place.size - first)
+        self._bytes[place.offset + keep : place.offset + first] = 0
         place.used = min(place.used, keep)
 
     def close(self) -> None:

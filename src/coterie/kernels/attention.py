@@ -59,7 +59,7 @@ from coterie.kernels.operands import (
     MERGE_TILE_SUBS,
     MERGE_WINDOW,
 )
-from coterie.kernels.record import CLAIM, LAST, POSITIONS, TABLES, TOKENS
+from coterie.kernels.record import CLAIM, LANES_COUNT, LAST, POSITIONS, TABLES, TOKENS
 from coterie.kernels.rows import bits_to_float, emit_block, inverse_rms
 from coterie.kernels.shapes import HEAD, QUERY_ROWS, QUERY_TOKENS, SPAN, TILE
 from coterie.kernels.sync import claim, finish, word
@@ -73,6 +73,7 @@ from coterie.kernels.vector import (
     LANES,
     F32x16,
     add,
+    ask_for,
     const,
     div,
     f32_at,
@@ -97,12 +98,14 @@ from coterie.kernels.vector import (
     vec,
 )
 
+RUN_SPANS = 4  # spans of a piece of decode, where there are many
 NOTHING = np.float32(-1e30)  # the maximum of no scores
 
 
-@op(types.void, ADDRESS, types.intp, ADDRESS, types.intp, ADDRESS)
-def scores(b, q, q_row, k, dim, out):  # type: ignore[no-untyped-def]
-    """out[4][64] = q[4][dim] . keys of 64 positions: one fused multiply-add a dimension, ascending."""
+@op(types.void, ADDRESS, types.intp, ADDRESS, types.intp, ADDRESS, ADDRESS)
+def scores(b, q, q_row, k, dim, out, ahead):  # type: ignore[no-untyped-def]
+    """out[4][64] = q[4][dim] . keys of 64 positions: one fused multiply-add a dimension, ascending. The 64 keys at
+    `ahead` are prefetched."""
     groups = TILE // LANES
     sums = [[cgutils.alloca_once_value(b, const(F32x16, 0.0)) for _ in range(groups)] for _ in range(QUERY_ROWS)]
     for row in sums:
@@ -111,6 +114,8 @@ def scores(b, q, q_row, k, dim, out):  # type: ignore[no-untyped-def]
     group_bytes = b.mul(dim, const(I64, 2 * LANES))
     with cgutils.for_range(b, dim, intp=I64) as loop:
         at = b.add(k, b.mul(loop.index, const(I64, 2 * LANES)))
+        for line in range(0, 2 * TILE, 64):
+            ask_for(b, b.add(ahead, b.add(b.mul(loop.index, const(I64, 2 * TILE)), const(I64, line))), near=True)
         keys = [halves_to_floats(b, b.add(at, b.mul(group_bytes, const(I64, g)))) for g in range(groups)]
         for r in range(QUERY_ROWS):
             at_q = b.add(b.add(q, b.mul(q_row, const(I64, r))), b.mul(loop.index, const(I64, 4)))
@@ -124,10 +129,11 @@ def scores(b, q, q_row, k, dim, out):  # type: ignore[no-untyped-def]
 
 @cache
 def weigh_op(vectors: int) -> Any:
-    """weigh(p, v, v_row, count, out, out_row): out[4][16 * vectors] += p[4][count] . v[count], ascending."""
+    """weigh(p, v, v_row, count, out, out_row, ahead): out[4][16 * vectors] += p[4][count] . v[count], ascending. The
+    values at `ahead` are prefetched."""
 
-    @op(types.void, ADDRESS, ADDRESS, types.intp, types.intp, ADDRESS, types.intp)
-    def weigh(b, p, v, v_row, count, out, out_row):  # type: ignore[no-untyped-def]
+    @op(types.void, ADDRESS, ADDRESS, types.intp, types.intp, ADDRESS, types.intp, ADDRESS)
+    def weigh(b, p, v, v_row, count, out, out_row, ahead):  # type: ignore[no-untyped-def]
         places = [
             [b.add(out, b.add(b.mul(out_row, const(I64, r)), const(I64, 64 * d))) for d in range(vectors)]
             for r in range(QUERY_ROWS)
@@ -137,6 +143,8 @@ def weigh_op(vectors: int) -> Any:
             for at, s in zip(row, row_sums, strict=True):
                 b.store(load(b, at, F32x16), s)
         with cgutils.for_range(b, count, intp=I64) as loop:
+            for line in range(0, 2 * LANES * vectors, 64):
+                ask_for(b, b.add(ahead, b.add(b.mul(loop.index, v_row), const(I64, line))), near=True)
             at = b.add(v, b.mul(loop.index, v_row))
             values = [halves_to_floats(b, at, 2 * LANES * d) for d in range(vectors)]
             for r in range(QUERY_ROWS):
@@ -212,12 +220,12 @@ def store_kv(k, v, keys, values, slot, dim):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def attend_span(q, rows, bounds, keys, values, dim, first, state, weights):  # type: ignore[no-untyped-def]
+def attend_span(q, rows, bounds, keys, values, dim, first, state, weights, next_keys, next_values):  # type: ignore[no-untyped-def]
     """Softmax states of `rows` (a multiple of 4) queries over one span, from nothing.
 
     q: float32[rows][dim]; bounds: int32[rows][2], the positions each row may see; keys, values: the head's part
     of the block whose first position is `first`; state: [rows](HEAD bytes, float32[dim]); weights: scratch of
-    float32[rows][64].
+    float32[rows][64]; next_keys, next_values: what is read after this span, to be prefetched.
     """
     stride = HEAD + 4 * dim
     begin, end = np.int64(i32_at(bounds)), np.int64(i32_at(bounds + 4))
@@ -234,8 +242,11 @@ def attend_span(q, rows, bounds, keys, values, dim, first, state, weights):  # t
         if base + TILE <= begin:
             continue
         slot = base - first
+        ahead_keys, ahead_values = keys + (slot + TILE) * 2 * dim, values + (slot + TILE) * 2 * dim
+        if slot + TILE >= SPAN or base + TILE >= end:
+            ahead_keys, ahead_values = next_keys, next_values
         for r in range(0, rows, QUERY_ROWS):
-            scores(q + r * 4 * dim, 4 * dim, keys + slot * 2 * dim, dim, weights + r * 4 * TILE)
+            scores(q + r * 4 * dim, 4 * dim, keys + slot * 2 * dim, dim, weights + r * 4 * TILE, ahead_keys)
         for r in range(rows):
             soften(weights + r * 4 * TILE, base, bounds + 8 * r, state + r * stride, stride)
         count = min(TILE, end - base)
@@ -244,10 +255,10 @@ def attend_span(q, rows, bounds, keys, values, dim, first, state, weights):  # t
             v = values + slot * 2 * dim
             c = 0
             while c + 4 * LANES <= dim:
-                weigh_wide(p, v + 2 * c, 2 * dim, count, out + 4 * c, stride)
+                weigh_wide(p, v + 2 * c, 2 * dim, count, out + 4 * c, stride, ahead_values + 2 * c)
                 c += 4 * LANES
             while c < dim:
-                weigh_narrow(p, v + 2 * c, 2 * dim, count, out + 4 * c, stride)
+                weigh_narrow(p, v + 2 * c, 2 * dim, count, out + 4 * c, stride, ahead_values + 2 * c)
                 c += LANES
 
 
@@ -259,11 +270,10 @@ def soften(s, base, bounds, state, stride):  # type: ignore[no-untyped-def]
         for c in range(0, 4 * TILE, 64):
             set_floats(s + c, floats(np.float32(0)))
         return
-    v0, v1 = masked(floats_at(s), base, low, high), masked(floats_at(s + 64), base + 16, low, high)
-    v2, v3 = (
-        masked(floats_at(s + 128), base + 32, low, high),
-        masked(floats_at(s + 192), base + 48, low, high),
-    )
+    v0, v1, v2, v3 = floats_at(s), floats_at(s + 64), floats_at(s + 128), floats_at(s + 192)
+    if base < low or base + TILE > high:
+        v0, v1 = masked(v0, base, low, high), masked(v1, base + 16, low, high)
+        v2, v3 = masked(v2, base + 32, low, high), masked(v3, base + 48, low, high)
     old = f32_at(state)
     new = max(old, largest(larger(larger(v0, v1), larger(v2, v3))))
     shift = floats(-new)
@@ -272,10 +282,13 @@ def soften(s, base, bounds, state, stride):  # type: ignore[no-untyped-def]
     set_floats(s + 64, p1)
     set_floats(s + 128, p2)
     set_floats(s + 192, p3)
+    mass = total(add(add(p0, p1), add(p2, p3)))
+    if new == old:  # exp(0) is 1: nothing to rescale
+        set_f32(state + 4, f32_at(state + 4) + mass)
+        return
     keep = exp(floats(old - new))
-    correction = largest(keep)
     set_f32(state, new)
-    set_f32(state + 4, f32_at(state + 4) * correction + total(add(add(p0, p1), add(p2, p3))))
+    set_f32(state + 4, f32_at(state + 4) * largest(keep) + mass)
     for c in range(HEAD, stride, 64):
         set_floats(state + c, mul(floats_at(state + c), keep))
 
@@ -384,7 +397,7 @@ def attend() -> Callable[..., Any]:
             for span in range(low // SPAN, (high - 1) // SPAN + 1):
                 keys = i64_at(blocks + 8 * span) + word(record, A_LAYER) + h * SPAN * dim * 2
                 values = keys + word(record, A_VALUES)
-                attend_span(q, rows, bounds, keys, values, dim, span * SPAN, state, weights)
+                attend_span(q, rows, bounds, keys, values, dim, span * SPAN, state, weights, keys, values)
                 for r in range(rows):
                     if i32_at(bounds + 8 * r) < (span + 1) * SPAN and i32_at(bounds + 8 * r + 4) > span * SPAN:
                         merge_state(running + r * stride, state + r * stride, dim)
@@ -403,7 +416,7 @@ def attend() -> Callable[..., Any]:
 
 @kernel
 def attend_one() -> Callable[..., Any]:
-    """Decode: rows are last tokens of different sequences; a piece is a row, a key/value head and a span.
+    """Decode: rows are last tokens of different sequences; a piece is a row, a key/value head and a run of spans.
 
     Queries are rotated where they are used; the piece of the last span stores the new key and value. Leaves
     softmax states for `merge`.
@@ -424,19 +437,18 @@ def attend_one() -> Callable[..., Any]:
         spans = word(step, LAST) // SPAN + 1  # a row that has fewer leaves pieces with nothing to do
         if window > 0:
             spans = min(spans, (window + SPAN - 2) // SPAN + 1)
-        pieces, amount = 0, n * kv_heads * spans
+        run_spans = min(RUN_SPANS, max(1, spans // (2 * word(step, LANES_COUNT))))
+        runs = (spans + run_spans - 1) // run_spans
+        pieces, amount = 0, n * kv_heads * runs
         piece = claim(record, step, lane, amount)
         while piece >= 0:
-            span, h, row = piece % spans, piece // spans % kv_heads, piece // (spans * kv_heads)
+            first, h, row = piece % runs * run_spans, piece // runs % kv_heads, piece // (runs * kv_heads)
             position = np.int64(i32_at(word(step, POSITIONS) + 4 * row))
             low = first_visible(position, window)
-            span += low // SPAN
-            if span <= position // SPAN:
+            last = min(first + run_spans, position // SPAN - low // SPAN + 1)
+            if first < last:
                 table = word(record, A_ROPE) + position * half * 8
                 source = word(record, A_QKV) + row * word(record, A_QKV_ROW)
-                blocks = i64_at(word(step, TABLES) + 8 * row)
-                keys = i64_at(blocks + 8 * span) + word(record, A_LAYER) + h * SPAN * dim * 2
-                values = keys + word(record, A_VALUES)
                 for r in range(rows):
                     at = source + (h * share + min(r, share - 1)) * dim * 4
                     rope_head(
@@ -445,14 +457,22 @@ def attend_one() -> Callable[..., Any]:
                     )  # fmt: skip
                     set_i32(bounds + 8 * r, np.int32(low))
                     set_i32(bounds + 8 * r + 4, np.int32(position + 1))
-                if span == position // SPAN:
+            blocks = i64_at(word(step, TABLES) + 8 * row) + 8 * (low // SPAN)
+            part = word(record, A_LAYER) + h * SPAN * dim * 2
+            for span in range(first, last):
+                keys = i64_at(blocks + 8 * span) + part
+                values = keys + word(record, A_VALUES)
+                start = (low // SPAN + span) * SPAN
+                if position < start + SPAN:
                     k = source + (heads + h) * dim * 4
                     rope_head(k, key, dim, half, table, word(record, A_KEY_NORM), eps, np.float32(1))
                     store_kv(key, k + kv_heads * dim * 4, keys, values, position % SPAN, dim)
-                attend_span(q, rows, bounds, keys, values, dim, span * SPAN, state, weights)
+                next_keys = i64_at(blocks + 8 * (span + 1)) + part if position >= start + SPAN else keys
+                next_values = next_keys + word(record, A_VALUES)
+                attend_span(q, rows, bounds, keys, values, dim, start, state, weights, next_keys, next_values)
                 out = word(record, A_OUT) + row * word(record, A_OUT_ROW)
                 for r in range(share):
-                    to = out + ((h * share + r) * word(record, A_SPANS) + span - low // SPAN) * stride
+                    to = out + ((h * share + r) * word(record, A_SPANS) + span) * stride
                     for c in range(0, stride, 64):
                         set_floats(to + c, floats_at(state + r * stride + c))
             pieces += 1

@@ -75,7 +75,7 @@ def _int_sub_block(b: ir.IRBuilder, tile: Tile, w: list[Any], x: Any, shared: li
     words = COLUMNS * n
     for at in w:
         for line in range(0, f.sub if tile.ahead else 0, 64):
-            ask_for(b, b.add(at, const(I64, tile.ahead + line)))
+            ask_for(b, b.add(at, const(I64, tile.ahead + line)), near=True)
 
     def word(kind: int, t: int, ty: ir.Type) -> Any:
         return splat(b, load(b, x, ty, words + 4 * (kind * n + t)))

@@ -125,12 +125,12 @@ def minimum(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.fcmp_ordered("<", x, y), x, y)
 
 
-def ask_for(b: ir.IRBuilder, address: ir.Value) -> None:
-    """Prefetch the line at an address, for reading, into all caches."""
+def ask_for(b: ir.IRBuilder, address: ir.Value, near: bool = False) -> None:
+    """Prefetch the line at an address, for reading: into the second-level cache, or all the way if `near`."""
     pointer = b.inttoptr(address, I8.as_pointer())
     function = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
     callee = cgutils.get_or_insert_function(b.module, function, "llvm.prefetch.p0")
-    b.call(callee, [pointer, const(I32, 0), const(I32, 3), const(I32, 1)])
+    b.call(callee, [pointer, const(I32, 0), const(I32, 3 if near else 2), const(I32, 1)])
 
 
 def across(b: ir.IRBuilder, v: ir.Value, combine: Callable[..., ir.Value]) -> ir.Value:
