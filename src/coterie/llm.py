@@ -53,7 +53,7 @@ class LLM:
     ) -> None:
         start = time.perf_counter()
         opened = open_model(resolve(model, progress))
-        _return_free_memory(opened.file.metadata)
+        _forget_vocabulary(opened.file.metadata)
         try:
             self._engine = Engine(
                 opened, threads=threads, context=context, memory=memory,
@@ -63,6 +63,7 @@ class LLM:
             opened.close()
             raise
         self._model = opened
+        _return_free_memory()
         self.load_seconds = time.perf_counter() - start
 
     def __enter__(self) -> "LLM":
@@ -197,11 +198,15 @@ class LLM:
             sequence.close()
 
 
-def _return_free_memory(metadata: dict[str, Any]) -> None:
-    """Forget the vocabulary's raw arrays, which the tokenizer has taken in, and give freed memory back: a large
-    vocabulary leaves tens of megabytes of it, which a memory ceiling would count."""
+def _forget_vocabulary(metadata: dict[str, Any]) -> None:
+    """Drop the vocabulary's raw arrays, which the tokenizer has taken in."""
     for key in [key for key, value in metadata.items() if isinstance(value, list)]:
         del metadata[key]
+    _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    """Give freed memory back to the system: loading leaves megabytes of it, which a memory ceiling would count."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
     if trim is not None:
         trim(0)

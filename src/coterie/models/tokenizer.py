@@ -7,6 +7,7 @@ The merging is done by the `tokenizers` package; special tokens are cut out befo
 import math
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import ModelError, UsageError
@@ -71,17 +72,18 @@ class Tokenizer:
         if kind not in ("gpt2", "llama"):
             raise ModelError(f"tokenizer kind {str(kind)[:40]!r} is not supported, only 'gpt2' and 'llama'")
         self.sentencepiece = kind == "llama"
-        self._tokens: list[str] = _list(metadata, "tokens", str)
+        self._tokens: Sequence[str] = _list(metadata, "tokens", str)
         self.vocab_size = len(self._tokens)
         if not 1 <= self.vocab_size <= MAX_VOCAB:
             raise ModelError(f"the tokenizer has {self.vocab_size} tokens; 1 to {MAX_VOCAB} are supported")
         if max(map(len, self._tokens)) > MAX_TOKEN_CHARS:
             raise ModelError(f"the tokenizer has a token of more than {MAX_TOKEN_CHARS} characters")
         ids = {token: i for i, token in enumerate(self._tokens)}
-        self._types: list[int] = _list(metadata, "token_type", int, self.vocab_size, NORMAL)
+        types: list[int] = _list(metadata, "token_type", int, self.vocab_size, NORMAL)
         ends = [ids[text] for text in END_TEXTS if text in ids]
         for end in ends:
-            self._types[end] = CONTROL
+            types[end] = CONTROL
+        self._types = bytes(kind if 0 < kind < 256 else UNKNOWN for kind in types)
 
         pre = str(metadata.get("tokenizer.ggml.pre", "default"))
         begins = self.sentencepiece or pre in WHOLE_WORDS
@@ -104,11 +106,12 @@ class Tokenizer:
             scores = _list(metadata, "scores", float, self.vocab_size)
             if not all(map(math.isfinite, scores)):
                 raise ModelError("tokenizer.ggml.scores holds one that is not a number; the file is damaged")
-            self._scores = array("d", scores)  # a vocabulary of 262,144 is large: keep no objects
+            self._scores = array("f", scores)  # a vocabulary of 262,144 is large: keep no objects
             self._merger = self._score_merger(ids, ascii_only=True)
             self._ascii_only = True
         else:
             self._merger = self._rank_merger(pre, ids, _list(metadata, "merges", str))
+        self._tokens = _Strings(self._tokens)
 
     def encode(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
         """Token ids of `text`.
@@ -167,8 +170,10 @@ class Tokenizer:
         if self.sentencepiece:
             text = text.replace(" ", "▁")
             if self._ascii_only and not _is_ascii(text):
+                self._tokens = list(self._tokens)
                 ids = {token: i for i, token in enumerate(self._tokens)}
                 self._merger, self._ascii_only = self._score_merger(ids, ascii_only=False), False
+                self._tokens = _Strings(self._tokens)
         found: list[int] = self._merger.encode(text, add_special_tokens=False).ids
         return found
 
@@ -224,6 +229,22 @@ class Tokenizer:
         if unknown is not None:
             vocab[unknown] = ids[unknown]
         return tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, byte_fallback=True))
+
+
+class _Strings(Sequence[str]):
+    """Strings in one piece of memory: objects of their own cost a large vocabulary 20 MB."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
+        self._bytes = b"".join(encoded)
+        self._ends = array("Q", accumulate(map(len, encoded), initial=0))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        i = range(len(self))[i]
+        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogatepass")
 
 
 def _cut_out(text: str, special: list[tuple[str, int]]) -> list[str | int]:
