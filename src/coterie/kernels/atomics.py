@@ -19,36 +19,36 @@ def _word(b: ir.IRBuilder, address: ir.Value, ty: ir.Type) -> ir.Value:
 
 
 @op(types.int64, ADDRESS)
-def acquire(b, address):  # type: ignore[no-untyped-def]
+def acquire(b, address):
     return b.load_atomic(_word(b, address, I64), "acquire", 8)
 
 
 @op(types.void, ADDRESS, types.int64)
-def release(b, address, value):  # type: ignore[no-untyped-def]
+def release(b, address, value):
     b.store_atomic(value, _word(b, address, I64), "release", 8)
 
 
 @op(types.int64, ADDRESS, types.int64)
-def fetch_add(b, address, value):  # type: ignore[no-untyped-def]
+def fetch_add(b, address, value):
     """Sequentially consistent: also a full fence."""
     return b.atomic_rmw("add", _word(b, address, I64), value, "seq_cst")
 
 
 @op(types.boolean, ADDRESS, types.int64, types.int64)
-def compare_swap(b, address, expected, new):  # type: ignore[no-untyped-def]
+def compare_swap(b, address, expected, new):
     pair = b.cmpxchg(_word(b, address, I64), expected, new, "acq_rel", "acquire")
     return b.extract_value(pair, 1)
 
 
 @op(types.void)
-def pause(b):  # type: ignore[no-untyped-def]
+def pause(b):
     name, hint = ("llvm.aarch64.hint", [const(I32, 1)]) if _ARM else ("llvm.x86.sse2.pause", [])
     kind = ir.FunctionType(ir.VoidType(), [h.type for h in hint])
     b.call(cgutils.get_or_insert_function(b.module, kind, name), hint)
 
 
 @op(types.int64)
-def cycles(b):  # type: ignore[no-untyped-def]
+def cycles(b):
     """The time-stamp counter (x86-64) or the virtual counter (aarch64): constant rate, one for all cores."""
     if _ARM:
         return b.asm(ir.FunctionType(I64, []), "mrs $0, cntvct_el0", "=r", [], True)
@@ -57,13 +57,13 @@ def cycles(b):  # type: ignore[no-untyped-def]
 
 
 @op(types.int64, ADDRESS, ADDRESS, types.intp, types.intp)
-def call_kernel(b, kernel, record, step, lane):  # type: ignore[no-untyped-def]
+def call_kernel(b, kernel, record, step, lane):
     """Call a compiled kernel by its address; returns the pieces it did."""
     kind = ir.FunctionType(I64, [I64] * 3)
     return b.call(b.inttoptr(kernel, kind.as_pointer()), [record, step, lane])
 
 
 @op(types.void)
-def fence(b):  # type: ignore[no-untyped-def]
+def fence(b):
     """Order everything before against everything after."""
     b.fence("seq_cst")

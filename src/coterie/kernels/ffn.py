@@ -56,7 +56,7 @@ from coterie.kernels.vector import floats_at, i32_at, i64_at, mul, prefetch
 
 
 @register_jitable
-def arrived(entry, step):  # type: ignore[no-untyped-def]
+def arrived(entry, step):
     """Wait until a cluster's weights are there; False if the step is abandoned meanwhile."""
     flag = i64_at(entry + CLUSTER_FLAG)
     if flag == 0:
@@ -78,7 +78,7 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
     subs = gate.subs
     activate = ACTIVATIONS[activation]
 
-    def run(record, step, lane):  # type: ignore[no-untyped-def]
+    def run(record, step, lane):
         n = word(step, TOKENS)
         tiles = (n + tile_tokens - 1) // tile_tokens
         ids = word(record, UP_LIST) + 4
@@ -151,7 +151,7 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
     block_bytes, x_block = f.block, Tile(f, tile_tokens).x_sub * f.subs
     x_sub = Tile(f, tile_tokens).x_sub
 
-    def run(record, step, lane):  # type: ignore[no-untyped-def]
+    def run(record, step, lane):
         n = word(step, TOKENS)
         tiles = (n + tile_tokens - 1) // tile_tokens
         table, ids = word(record, DOWN_TABLE), word(record, DOWN_LIST) + 4

@@ -43,7 +43,7 @@ _START, _END, _WAITED, _EPOCH, _OPCODE, _PIECES = (
 
 
 @register_jitable
-def record_event(step, lane, instruction, waiting, start, pieces):  # type: ignore[no-untyped-def]
+def record_event(step, lane, instruction, waiting, start, pieces):
     """Write one event into the lane's ring; the oldest is overwritten when it is full."""
     ring = word(step, TRACE) + lane * word(step, TRACE_STRIDE)
     count = i64_at(ring)
@@ -58,7 +58,7 @@ def record_event(step, lane, instruction, waiting, start, pieces):  # type: igno
 
 
 @register_jitable
-def run_program(step, lane, first, deadline):  # type: ignore[no-untyped-def]
+def run_program(step, lane, first, deadline):
     """Run records from number `first` on until the end, or until the cycle counter passes `deadline`.
 
     Returns the number of the record to go on with (the program's length at its end), or ABANDONED.
@@ -85,7 +85,7 @@ def run_program(step, lane, first, deadline):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def take_step(header, step, go, seen, idle):  # type: ignore[no-untyped-def]
+def take_step(header, step, go, seen, idle):
     """Wait for the go flag to pass `seen`, and copy the header whole; returns the epoch.
 
     The header's epoch is its sequence lock: `lane_begin` clears it first and writes it last.
@@ -106,7 +106,7 @@ def take_step(header, step, go, seen, idle):  # type: ignore[no-untyped-def]
 def lane_begin() -> Callable[..., Any]:
     """Publish a step: put the words at `source` into the header that lanes watch, and raise the go flag."""
 
-    def run(header, source, go):  # type: ignore[no-untyped-def]
+    def run(header, source, go):
         release(header + 8 * EPOCH, 0)
         fence()
         for i in range(HEADER_WORDS):
@@ -125,7 +125,7 @@ def lane_worker() -> Callable[..., Any]:
     """Serve steps after number `seen` until one says STOP. `header`: the unit's; `step`: this lane's copy;
     `parked`: the flag that tells which step the lane has left; `idle`: cycles to spin before sleeping."""
 
-    def run(header, step, lane, go, parked, seen, idle):  # type: ignore[no-untyped-def]
+    def run(header, step, lane, go, parked, seen, idle):
         epoch = seen
         while True:
             epoch = take_step(header, step, go, epoch, idle)
@@ -141,7 +141,7 @@ def lane_worker() -> Callable[..., Any]:
 def lane_part() -> Callable[..., Any]:
     """A slice of a program: see run_program."""
 
-    def run(step, lane, first, deadline):  # type: ignore[no-untyped-def]
+    def run(step, lane, first, deadline):
         return run_program(step, lane, first, deadline)
 
     return run
@@ -151,7 +151,7 @@ def lane_part() -> Callable[..., Any]:
 def lane_wait() -> Callable[..., Any]:
     """1 when the flag has come to `value`, 0 when the step was abandoned first."""
 
-    def run(flag, value, spin, abort, nap):  # type: ignore[no-untyped-def]
+    def run(flag, value, spin, abort, nap):
         return 1 if wait_flag(flag, value, spin, abort, nap) else 0
 
     return run
@@ -161,7 +161,7 @@ def lane_wait() -> Callable[..., Any]:
 def lane_cycles() -> Callable[..., Any]:
     """The counter that trace events carry."""
 
-    def run():  # type: ignore[no-untyped-def]
+    def run():
         return cycles()
 
     return run

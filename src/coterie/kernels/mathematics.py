@@ -51,7 +51,7 @@ def build_exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 @op(FLOATS, FLOATS)
-def exp(b, x):  # type: ignore[no-untyped-def]
+def exp(b, x):
     return build_exp(b, x)
 
 
@@ -62,12 +62,12 @@ def _over_one_plus_exp(b: ir.IRBuilder, x: ir.Value, z: ir.Value) -> ir.Value:
 
 
 @op(FLOATS, FLOATS)
-def silu(b, x):  # type: ignore[no-untyped-def]
+def silu(b, x):
     return _over_one_plus_exp(b, x, x)
 
 
 @op(FLOATS, FLOATS)
-def gelu(b, x):  # type: ignore[no-untyped-def]
+def gelu(b, x):
     """The tanh form; 1 + tanh(z) = 2 / (1 + exp(-2z))."""
     cube = b.fmul(b.fmul(x, x), x)
     inner = fma(b, cube, const(F32x16, float(np.float32(GELU_CUBE))), x)
@@ -75,7 +75,7 @@ def gelu(b, x):  # type: ignore[no-untyped-def]
 
 
 @op(FLOATS, FLOATS)
-def relu(b, x):  # type: ignore[no-untyped-def]
+def relu(b, x):
     return maximum(b, x, const(F32x16, 0.0))
 
 

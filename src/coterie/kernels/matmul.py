@@ -30,7 +30,7 @@ from coterie.kernels.vector import add, floats_at, set_floats
 
 
 @register_jitable
-def join_planes(out, y, y_row, first, last):  # type: ignore[no-untyped-def]
+def join_planes(out, y, y_row, first, last):
     """out = y + the row below it, bytes `first` to `last` of a row."""
     for at in range(first, last, VECTOR):
         set_floats(out + at, add(floats_at(y + at), floats_at(y + y_row + at)))
@@ -47,7 +47,7 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
     block_bytes, x_sub = f.block, Tile(f, tile_tokens).x_sub
     subs = f.subs
 
-    def run(record, step, lane):  # type: ignore[no-untyped-def]
+    def run(record, step, lane):
         n = word(step, OUTPUTS) if word(record, MATMUL_OUTPUTS) != 0 else word(step, TOKENS)
         planes = word(record, MATMUL_PLANES)
         tiles = (n * planes + tile_tokens - 1) // tile_tokens

@@ -16,7 +16,7 @@ UNROLL = 8  # vectors an iteration
 
 
 @op(types.void, ADDRESS, types.intp, ADDRESS)
-def read_range(b, base, nbytes, out):  # type: ignore[no-untyped-def]
+def read_range(b, base, nbytes, out):
     """Read whole runs of 512 bytes, and leave their exclusive or where nobody looks."""
     sums = [cgutils.alloca_once_value(b, const(I32x16, 0)) for _ in range(UNROLL)]
     for s in sums:
@@ -35,7 +35,7 @@ def read_range(b, base, nbytes, out):  # type: ignore[no-untyped-def]
 def probe() -> Callable[..., Any]:
     """Read a buffer from end to end."""
 
-    def run(record, step, lane):  # type: ignore[no-untyped-def]
+    def run(record, step, lane):
         nbytes, size = word(record, PROBE_BYTES), word(record, PROBE_PIECE)
         total = (nbytes + size - 1) // size
         pieces = 0

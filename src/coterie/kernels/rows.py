@@ -81,13 +81,13 @@ from coterie.kernels.vector import (
 
 
 @op(types.float32, types.int64)
-def bits_to_float(b, bits):  # type: ignore[no-untyped-def]
+def bits_to_float(b, bits):
     """A float32 operand."""
     return b.bitcast(b.trunc(bits, I32), F32)
 
 
 @op(types.void, FLOATS, FLOATS, ADDRESS, types.intp, types.intp)
-def quantise_block(b, low, high, x, tokens, t):  # type: ignore[no-untyped-def]
+def quantise_block(b, low, high, x, tokens, t):
     """Write 32 floats as token `t`'s int8 sub-block and its four words (see tile.py for the layout)."""
     magnitude = maximum(b, *(call(b, "llvm.fabs.v16f32", F32x16, v) for v in (low, high)))
     top = across(b, magnitude, maximum)
@@ -109,7 +109,7 @@ def quantise_block(b, low, high, x, tokens, t):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def emit_block(low, high, x, tokens, row, sub, subs, as_float):  # type: ignore[no-untyped-def]
+def emit_block(low, high, x, tokens, row, sub, subs, as_float):
     """Write 32 floats as sub-block `sub` of `row` in the tiles at `x`: quantised, or as they are."""
     tile = row // tokens
     t = row - tile * tokens
@@ -122,14 +122,14 @@ def emit_block(low, high, x, tokens, row, sub, subs, as_float):  # type: ignore[
 
 
 @op(FLOATS, FLOATS, ADDRESS, types.float32)
-def left_over(b, v, quantised, scale):  # type: ignore[no-untyped-def]
+def left_over(b, v, quantised, scale):
     """v - scale * q for 16 int8 at an address, rounded once."""
     q = b.sitofp(b.sext(load(b, quantised, I8x16), I32x16), F32x16)
     return fma(b, splat(b, b.fsub(const(F32, -0.0), scale)), q, v)
 
 
 @register_jitable
-def residual(low, high, x, tokens, row, sub, subs):  # type: ignore[no-untyped-def]
+def residual(low, high, x, tokens, row, sub, subs):
     """What `emit_block` lost of 32 floats when it quantised them."""
     tile = row // tokens
     t = row - tile * tokens
@@ -139,7 +139,7 @@ def residual(low, high, x, tokens, row, sub, subs):  # type: ignore[no-untyped-d
 
 
 @register_jitable
-def inverse_rms(x, count, dim, eps):  # type: ignore[no-untyped-def]
+def inverse_rms(x, count, dim, eps):
     """1 / sqrt(mean of squares + eps) of `count` (a multiple of 16) floats, of which `dim` are not padding."""
     squares = floats(np.float32(0))
     for i in range(0, count, 16):
@@ -155,7 +155,7 @@ def unpack_op(name: str) -> Any:
     f = formats.FORMATS[name]
 
     @op(types.void, ADDRESS, types.intp, ADDRESS)
-    def unpack(b, block, sub, out):  # type: ignore[no-untyped-def]
+    def unpack(b, block, sub, out):
         at = b.add(b.add(block, const(I64, f.header)), b.mul(sub, const(I64, f.sub)))
         if f.is_float:
             for c in range(COLUMNS):
@@ -186,7 +186,7 @@ def embed(name: str) -> Callable[..., Any]:
     unpack = unpack_op(name)
     block_bytes, subs = formats.FORMATS[name].block, formats.FORMATS[name].subs
 
-    def run(record, step, lane):  # type: ignore[no-untyped-def]
+    def run(record, step, lane):
         n = word(step, TOKENS)
         scale = bits_to_float(word(record, EMBED_SCALE))
         scratch = word(record, EMBED_SCRATCH) + lane * UNPACKED
@@ -224,7 +224,7 @@ def norm() -> Callable[..., Any]:
     planes a row becomes two: its int8 rounding, and the int8 rounding of what that left (docs/numerics.md).
     """
 
-    def run(record, step, lane):  # type: ignore[no-untyped-def]
+    def run(record, step, lane):
         select = word(record, NORM_SELECT) != 0
         n = word(step, OUTPUTS) if select else word(step, TOKENS)
         shared = word(record, CLAIM) != 0
@@ -279,7 +279,7 @@ def unpack_blocks(name: str) -> Callable[..., Any]:
     unpack = unpack_op(name)
     block_bytes, subs = formats.FORMATS[name].block, formats.FORMATS[name].subs
 
-    def run(packed, out, blocks):  # type: ignore[no-untyped-def]
+    def run(packed, out, blocks):
         for block in range(blocks):
             for sub in range(subs):
                 unpack(packed + block * block_bytes, sub, out + (block * subs + sub) * UNPACKED)

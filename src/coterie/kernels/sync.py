@@ -31,19 +31,19 @@ SLEEPERS = 8  # offset of the count of sleepers in a flag's line
 
 
 @register_jitable
-def word(base, index):  # type: ignore[no-untyped-def]
+def word(base, index):
     """A 64-bit word of a record or a step header."""
     return i64_at(base + 8 * index)
 
 
 @register_jitable
-def reached(value, wanted):  # type: ignore[no-untyped-def]
+def reached(value, wanted):
     """Whether a counter has come to `wanted`, right across the wrap of its low 32 bits."""
     return np.int32(np.int64(value) - np.int64(wanted)) >= 0
 
 
 @register_jitable
-def post(flag, value):  # type: ignore[no-untyped-def]
+def post(flag, value):
     """Set a flag and wake who sleeps on it."""
     release(flag, value)
     if fetch_add(flag + SLEEPERS, 0) != 0:  # a read-modify-write orders the store before this look
@@ -51,7 +51,7 @@ def post(flag, value):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def sleep_on(flag, wanted, timespec):  # type: ignore[no-untyped-def]
+def sleep_on(flag, wanted, timespec):
     """Sleep until the flag is posted, or for the time at address `timespec` (seconds, nanoseconds)."""
     fetch_add(flag + SLEEPERS, 1)
     seen = acquire(flag)
@@ -61,7 +61,7 @@ def sleep_on(flag, wanted, timespec):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def wait_flag(flag, wanted, spin, abort, timespec):  # type: ignore[no-untyped-def]
+def wait_flag(flag, wanted, spin, abort, timespec):
     """Wait until a flag reaches `wanted`: spin for `spin` cycles, then sleep. False if the step is abandoned."""
     if reached(acquire(flag), wanted):
         return True
@@ -78,7 +78,7 @@ def wait_flag(flag, wanted, spin, abort, timespec):  # type: ignore[no-untyped-d
 
 
 @register_jitable
-def claim(record, step, lane, total):  # type: ignore[no-untyped-def]
+def claim(record, step, lane, total):
     """The next piece of `total` for this lane, or -1."""
     line = word(record, CLAIM)
     epoch, lanes = word(step, EPOCH), word(step, LANES_COUNT)
@@ -105,7 +105,7 @@ def claim(record, step, lane, total):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def finish(record, step, pieces, total):  # type: ignore[no-untyped-def]
+def finish(record, step, pieces, total):
     """Count finished pieces; whoever finishes the last of `total` posts the instruction's flag."""
     if pieces > 0:
         done = word(record, DONE)
@@ -116,7 +116,7 @@ def finish(record, step, pieces, total):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def prepare(record, step, lane):  # type: ignore[no-untyped-def]
+def prepare(record, step, lane):
     """Run the instruction's preparation into this lane's own buffers.
 
     Called after the first claim: while a lane holds a piece the step cannot pass this instruction, so nothing

@@ -201,7 +201,7 @@ def tile_op(name: str, tokens: int, groups: int = 1, *, ahead: bool = True) -> A
     tile = Tile(formats.FORMATS[name], tokens, groups, AHEAD if ahead and tokens <= 2 else 0)
 
     @op(types.void, ADDRESS, types.intp, ADDRESS, ADDRESS, types.intp, types.intp, types.intp)
-    def run_tile(b, w, group, x, y, y_stride, blocks, keep):  # type: ignore[no-untyped-def]
+    def run_tile(b, w, group, x, y, y_stride, blocks, keep):
         build_tile(b, tile, w, group, x, y, y_stride, blocks, keep)
 
     return run_tile
@@ -213,7 +213,7 @@ def cluster_tile_op(name: str, tokens: int, groups: int = 1) -> Any:
     tile = Tile(formats.FORMATS[name], tokens, groups)
 
     @op(types.void, ADDRESS, ADDRESS, types.intp, types.intp, ADDRESS, ADDRESS, types.intp, types.intp)
-    def run_tile(b, table, ids, count, offset, x, y, y_stride, keep):  # type: ignore[no-untyped-def]
+    def run_tile(b, table, ids, count, offset, x, y, y_stride, keep):
         build_cluster_tile(b, tile, table, ids, count, offset, x, y, y_stride, keep)
 
     return run_tile

@@ -199,52 +199,52 @@ def _dot4_arm_wide(b: ir.IRBuilder, acc: ir.Value, u: ir.Value, s: ir.Value) -> 
 
 
 @op(types.int64, ADDRESS)
-def i64_at(b, address):  # type: ignore[no-untyped-def]
+def i64_at(b, address):
     return load(b, address, I64)
 
 
 @op(types.int32, ADDRESS)
-def i32_at(b, address):  # type: ignore[no-untyped-def]
+def i32_at(b, address):
     return load(b, address, I32)
 
 
 @op(types.float32, ADDRESS)
-def f32_at(b, address):  # type: ignore[no-untyped-def]
+def f32_at(b, address):
     return load(b, address, F32)
 
 
 @op(types.void, ADDRESS, types.int64)
-def set_i64(b, address, value):  # type: ignore[no-untyped-def]
+def set_i64(b, address, value):
     store(b, address, value)
 
 
 @op(types.void, ADDRESS, types.int32)
-def set_i32(b, address, value):  # type: ignore[no-untyped-def]
+def set_i32(b, address, value):
     store(b, address, value)
 
 
 @op(types.void, ADDRESS, types.float32)
-def set_f32(b, address, value):  # type: ignore[no-untyped-def]
+def set_f32(b, address, value):
     store(b, address, value)
 
 
 @op(FLOATS, ADDRESS)
-def floats_at(b, address):  # type: ignore[no-untyped-def]
+def floats_at(b, address):
     return load(b, address, F32x16)
 
 
 @op(FLOATS, ADDRESS)
-def float16s_at(b, address):  # type: ignore[no-untyped-def]
+def float16s_at(b, address):
     return halves_to_floats(b, address)
 
 
 @op(types.void, ADDRESS, FLOATS)
-def set_floats(b, address, v):  # type: ignore[no-untyped-def]
+def set_floats(b, address, v):
     store(b, address, v)
 
 
 @op(types.void, ADDRESS, FLOATS)
-def set_float16s(b, address, v):  # type: ignore[no-untyped-def]
+def set_float16s(b, address, v):
     """Round to nearest even; beyond float16's range the largest finite value, so that the cache holds no
     infinity which a masked zero would turn into NaN."""
     limit = const(F32x16, 65504.0)
@@ -253,55 +253,55 @@ def set_float16s(b, address, v):  # type: ignore[no-untyped-def]
 
 
 @op(FLOATS, types.float32)
-def floats(b, scalar):  # type: ignore[no-untyped-def]
+def floats(b, scalar):
     return splat(b, scalar)
 
 
 @op(FLOATS, FLOATS, FLOATS, FLOATS)
-def fmadd(b, x, y, z):  # type: ignore[no-untyped-def]
+def fmadd(b, x, y, z):
     return fma(b, x, y, z)
 
 
 @op(FLOATS, FLOATS, FLOATS)
-def add(b, x, y):  # type: ignore[no-untyped-def]
+def add(b, x, y):
     return b.fadd(x, y)
 
 
 @op(FLOATS, FLOATS, FLOATS)
-def sub(b, x, y):  # type: ignore[no-untyped-def]
+def sub(b, x, y):
     return b.fsub(x, y)
 
 
 @op(FLOATS, FLOATS, FLOATS)
-def mul(b, x, y):  # type: ignore[no-untyped-def]
+def mul(b, x, y):
     return b.fmul(x, y)
 
 
 @op(FLOATS, FLOATS, FLOATS)
-def div(b, x, y):  # type: ignore[no-untyped-def]
+def div(b, x, y):
     return b.fdiv(x, y)
 
 
 @op(FLOATS, FLOATS, FLOATS)
-def larger(b, x, y):  # type: ignore[no-untyped-def]
+def larger(b, x, y):
     return maximum(b, x, y)
 
 
 @op(types.float32, FLOATS)
-def total(b, v):  # type: ignore[no-untyped-def]
+def total(b, v):
     return across(b, v, lambda b, x, y: b.fadd(x, y))
 
 
 @op(types.float32, FLOATS)
-def largest(b, v):  # type: ignore[no-untyped-def]
+def largest(b, v):
     return across(b, v, maximum)
 
 
 @op(FLOATS, FLOATS)
-def absolute(b, v):  # type: ignore[no-untyped-def]
+def absolute(b, v):
     return call(b, "llvm.fabs.v16f32", F32x16, v)
 
 
 @op(types.void, ADDRESS)
-def prefetch(b, address):  # type: ignore[no-untyped-def]
+def prefetch(b, address):
     ask_for(b, address)
