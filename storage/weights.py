@@ -201,6 +201,7 @@ class Packer:
         self.file, self.spec, self.arena, self._progress = file, spec, arena, progress
         self._done = 0
         self._lock = Lock()
+        self._stopped = False
 
     def fill(self, weights: Weights, workers: int) -> None:
         """Pack everything, several layers at a time: copying releases the GIL."""
@@ -212,6 +213,9 @@ class Packer:
             jobs += [pool.submit(self.layer, i, layer) for i, layer in enumerate(weights.layers)]
             for job in as_completed(jobs):
                 job.result()
+        except BaseException:
+            self._stopped = True  # jobs under way end with the piece they are packing
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -290,6 +294,8 @@ class Packer:
             )
 
     def _count(self, nbytes: int) -> None:
+        if self._stopped:
+            raise InterruptedError("loading was stopped")
         with self._lock:
             self._done += nbytes
             self._progress(self._done)

@@ -82,6 +82,9 @@ class FakeLLM:
     def chat(self, messages: list[Any], max_tokens: int = 256, **sampling: Any) -> FakeGeneration:
         return self.generate(messages, max_tokens, **sampling)  # type: ignore[arg-type]
 
+    def forecast(self) -> dict[str, float]:
+        return {"read_bandwidth": 4e10, "tokens_per_s": 400.0}
+
     def memory(self) -> dict[str, int]:
         return {"peak_rss": 64 * 2**20}
 
@@ -151,8 +154,9 @@ def test_only_the_answer_is_on_stdout(engine: type[FakeLLM]) -> None:
     result = coterie("run", "smollm2", "-p", "Capital of France?", "--seed", "5")
     assert result.exit_code == 0
     assert result.stdout == "Paris.\n"
-    first, last = result.stderr.splitlines()
+    first, forecast, last = result.stderr.splitlines()
     assert first == "plan: all resident"
+    assert forecast == "memory gives 40 GB/s now: expect up to 400 tokens/s"
     for word in ("12.5/s", "30.0/s", "ended by stop", "seed 5", "64.0 MiB"):
         assert word in last
     assert engine.last.closed
@@ -201,7 +205,7 @@ def test_run_as_json(engine: type[FakeLLM]) -> None:
     assert data["tokens"] == [0, 1, 2]
     assert data["seed"] == engine.last.asked[0][2]["seed"]
     assert data["timings"]["tokens_per_s"] == 12.5
-    assert data["plan"] == {"lanes": 2}
+    assert data["plan"] == {"lanes": 2, "forecast": {"read_bandwidth": 4e10, "tokens_per_s": 400.0}}
 
 
 def test_the_prompt_comes_from_a_file_or_a_pipe(engine: type[FakeLLM], tmp_path: Path) -> None:
@@ -290,7 +294,7 @@ def test_an_error_on_the_way_is_one_line_and_its_exit_code(engine: type[FakeLLM]
     assert result.exit_code == code
     assert result.stdout == "Pa"
     assert result.stderr.splitlines()[-1].startswith("coterie: error: ")
-    assert len(result.stderr.splitlines()) == 2
+    assert len(result.stderr.splitlines()) == 3
     assert "\x1b" not in result.stderr
     assert engine.last.closed
 

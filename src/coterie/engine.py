@@ -175,6 +175,11 @@ class Engine:
         if self._closed:
             raise UsageError("this model has been closed; open it again to use it")
 
+    def forecast(self) -> dict[str, float]:
+        """What decoding can be: bytes/s that memory gives now, and tokens/s if nothing else took time."""
+        bandwidth = self.read_bandwidth()
+        return {"read_bandwidth": bandwidth, "tokens_per_s": bandwidth / self.plan.bytes_per_token}
+
     def close(self) -> None:
         """Stop the unit, write the trace, forget the memory. A second call does nothing."""
         if self._closed:

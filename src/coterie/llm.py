@@ -154,6 +154,11 @@ class LLM:
         finally:
             sequence.close()
 
+    def forecast(self) -> dict[str, float]:
+        """What decoding can be on this machine now: "read_bandwidth" (bytes/s, measured) and "tokens_per_s", the bound
+        it sets."""
+        return self._engine.forecast()
+
     def memory(self) -> dict[str, int]:
         """Bytes: planned by region, KV cache taken so far, and the process's peak ("peak_rss")."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

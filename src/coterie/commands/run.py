@@ -95,7 +95,8 @@ def run(
             sources=value_sources(command),
         ) as llm,
     ):
-        progress.say(llm.plan.lines())
+        forecast = llm.forecast()
+        progress.say([*llm.plan.lines(), _forecast_line(forecast)])
         sampling = {**dataclasses.asdict(options), "stop": stop or []}
         generation = _start(llm, text, system, raw, n, sampling)
         _show(generation, progress, as_json)
@@ -109,9 +110,16 @@ def run(
                     "seed": options.seed,
                     "timings": generation.timings,
                     "memory": llm.memory(),
-                    "plan": llm.plan.as_dict(),
+                    "plan": llm.plan.as_dict() | {"forecast": forecast},
                 }
             )
+
+
+def _forecast_line(forecast: dict[str, float]) -> str:
+    return (
+        f"memory gives {forecast['read_bandwidth'] / 1e9:.0f} GB/s now: "
+        f"expect up to {forecast['tokens_per_s']:.0f} tokens/s"
+    )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
