@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -47,13 +48,14 @@ class CpuUnit:
         self._closed = False
         self._header: npt.NDArray[np.int64] = arena.numpy(buffers.steps)[0]  # lane 0's copy
         self._rows = {word: arena.numpy(ref) for word, ref in buffers.rows.items()}
+        self._header_address = arena.address(buffers.header)
         self._fill_header()
-        self._threads = [
-            threading.Thread(target=self._serve, args=(i,), name=f"coterie-lane-{i}", daemon=True)
-            for i in range(1, lanes)
-        ]
+        self._threads = [self._lane_thread(lane) for lane in range(1, lanes)]
         for thread in self._threads:
             thread.start()
+        # Threads know the arena, not the unit: one that is dropped without close() stops its lanes all the same.
+        publish = self._begin, self._header_address, self._step(0), self._go
+        self._stop = weakref.finalize(self, _stop_lanes, arena, self._header, publish, self._threads)
 
     def _fill_header(self) -> None:
         arena, buffers, header = self.arena, self.buffers, self._header
@@ -75,13 +77,12 @@ class CpuUnit:
             header[r.TRACE], header[r.TRACE_STRIDE] = arena.address(buffers.rings), buffers.rings.shape[1]
         arena.numpy(buffers.header)[:] = header
 
-    def _serve(self, lane: int) -> None:
-        """A lane's thread: pinned to its core if there are enough, and never back in Python until the end."""
+    def _lane_thread(self, lane: int) -> threading.Thread:
         idle = int(IDLE_SPIN * cycles_per_second()) if self._spinning else 0
-        if self._spinning:
-            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[lane]})
-        header = self.arena.address(self.buffers.header)
-        self._worker(header, self._step(lane), lane, self._go, self._parked[lane], 0, idle)
+        core = sorted(os.sched_getaffinity(0))[lane] if self._spinning else None
+        call = self._header_address, self._step(lane), lane, self._go, self._parked[lane], 0, idle
+        arguments = self.arena, self._worker, call, core
+        return threading.Thread(target=_serve, args=arguments, name=f"coterie-lane-{lane}", daemon=True)
 
     def _step(self, lane: int) -> int:
         return self.arena.address(self.buffers.steps) + lane * r.HEADER_BYTES
@@ -158,7 +159,7 @@ class CpuUnit:
     def _publish(self) -> None:
         """Show the lanes the step's header, and raise the go flag."""
         self._header[r.EPOCH] = self._epoch
-        self._begin(self.arena.address(self.buffers.header), self._step(0), self._go)
+        self._begin(self._header_address, self._step(0), self._go)
 
     def _take_part(self, program: Program) -> None:
         """Be lane 0 until the step is done; Python's signal handlers run between slices."""
@@ -195,11 +196,28 @@ class CpuUnit:
     def close(self) -> None:
         """Stop the lanes; a second call does nothing."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
-            self._header[r.STOP] = 1
-            self._epoch += 1
-            self._publish()
-        for thread in self._threads:
-            thread.join()
+            self._stop()
+
+
+def _serve(arena: Arena, worker: Callable[..., int], call: tuple[int, ...], core: int | None) -> None:
+    """A lane's thread: pinned to its core if there are enough, and never back in Python until the end. It keeps the
+    arena alive."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    worker(*call)
+
+
+def _stop_lanes(
+    arena: Arena,
+    header: npt.NDArray[np.int64],
+    publish: tuple[Callable[..., int], int, int, int],
+    threads: list[threading.Thread],
+) -> None:
+    """Publish a last step that tells the lanes to leave."""
+    header[r.STOP] = 1
+    header[r.EPOCH] += 1
+    begin, *addresses = publish
+    begin(*addresses)
+    for thread in threads:
+        thread.join()

@@ -228,7 +228,9 @@ class Packer:
 
     def vector(self, name: str, ref: BufferRef) -> None:
         """A norm's weights, float32 in the file too; the padding stays 0."""
-        values = self.file.read(name).view(np.float32)[0]
+        raw = self.file.read(name)
+        self._check(self.file.tensors[name], raw)
+        values = raw.view(np.float32)[0]
         self.arena.numpy(ref)[: values.size] = values
 
     def matrix(self, matrix: Matrix, rope_dims: int = 0) -> None:

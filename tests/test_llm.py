@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -332,3 +333,35 @@ def test_a_cache_that_cannot_be_written_costs_only_time(cache: Path, monkeypatch
     monkeypatch.setattr(tempfile, "mkstemp", full)
     assert cycles() <= cycles()
     assert not library.is_cached("lane_cycles")
+
+
+def test_leaving_an_iteration_early_gives_the_cache_back_at_once(paths: dict[str, Path]) -> None:
+    with LLM(paths["llama"], context=256) as llm:
+        for _ in range(3 * 9):
+            for _piece in llm.generate("Once", 20, temperature=0):
+                break
+
+
+def test_an_llm_that_is_dropped_stops_its_lanes(paths: dict[str, Path]) -> None:
+    before = threading.active_count()
+    llm = LLM(paths["llama"], threads=3, context=64)
+    list(llm.generate("Once", 2, temperature=0))
+    assert threading.active_count() == before + 2
+    del llm
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 1.5}, {"threads": True}, {"context": "a"}, {"memory": -1}])
+def test_settings_that_are_no_numbers_are_refused(paths: dict[str, Path], wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="whole number"):
+        LLM(paths["llama"], **wrong)
+
+
+def test_tokens_that_are_no_whole_numbers_are_refused(paths: dict[str, Path]) -> None:
+    with LLM(paths["llama"], context=64) as llm, pytest.raises(UsageError, match=r"token 1\.5"):
+        llm.logits([1.5])  # type: ignore[list-item]
+
+
+def test_a_trace_that_cannot_be_written_is_known_at_once(paths: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot write the trace"):
+        LLM(paths["llama"], context=64, trace=tmp_path)

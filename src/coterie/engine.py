@@ -49,6 +49,8 @@ class Engine:
         self.model, self.spec, self._trace = model, model.spec, trace
         self._progress: Progress = progress or (lambda label, done=0, total=0: None)
         tracing = trace is not None
+        if trace is not None:
+            write_chrome_trace(trace, np.zeros((0, 0), np.uint8), 1.0)  # a path that cannot be written is known now
         self.plan: Plan = make_plan(
             model.file, model.spec, threads=threads, context=context, memory=memory, tracing=tracing,
             sources=sources or {},
@@ -119,7 +121,7 @@ class Engine:
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raise UsageError for ids that are no tokens of this model."""
-        wrong = [t for t in tokens if not 0 <= t < self.spec.vocab]
+        wrong = [t for t in tokens if not isinstance(t, int | np.integer) or not 0 <= t < self.spec.vocab]
         if wrong:
             raise UsageError(f"token {wrong[0]} does not exist: this model's ids are 0 to {self.spec.vocab - 1}")
 

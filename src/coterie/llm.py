@@ -9,6 +9,7 @@
 import ctypes
 import resource
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +52,9 @@ class LLM:
         progress: Callable[..., None] | None = None,
         sources: Mapping[str, str] | None = None,
     ) -> None:
+        for name, value in (("threads", threads), ("context", context), ("memory", memory)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{name} is {value!r}: give a whole number above 0, or None to have it chosen")
         start = time.perf_counter()
         opened = open_model(resolve(model, progress))
         _forget_vocabulary(opened.file.metadata)
@@ -104,6 +108,8 @@ class LLM:
         the context is full ("context"): nothing is shifted out of it. Raises UsageError if the prompt does not
         fit the context.
         """
+        if not isinstance(prompt, str):
+            raise UsageError(f"the prompt is a {type(prompt).__name__}; give text")
         return self._generation(self.tokenize(prompt), max_tokens, stop, sampling)
 
     def chat(
@@ -118,6 +124,8 @@ class LLM:
         for a model without a chat template."""
         if self.template is None:
             raise UsageError("this model has no chat template; use generate() on plain text")
+        if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
+            raise UsageError('messages are a list of {"role": ..., "content": ...}')
         text = self.template.render([dict(message) for message in messages])
         tokenizer = self._model.tokenizer
         ids = tokenizer.encode(text, parse_special=True)
@@ -128,7 +136,7 @@ class LLM:
     def _generation(
         self, ids: list[int], max_tokens: int, stop: str | Sequence[str], sampling: dict[str, Any]
     ) -> "Generation":
-        if max_tokens < -1:
+        if not isinstance(max_tokens, int) or max_tokens < -1:
             raise UsageError(f"max_tokens is {max_tokens}: give 0 or more, or -1 for no limit")
         if not ids:
             raise UsageError("the prompt is empty, and this model does not begin texts by itself; give some text")
@@ -168,6 +176,8 @@ class LLM:
     def bench(self, n_prompt: int, n_gen: int, repetitions: int = 5) -> list[dict[str, Any]]:
         """Time prefill of `n_prompt` random tokens, or decoding of `n_gen`, as llama-bench does: a warm-up, then
         `repetitions` runs from an empty context. One row with llama-bench's field names."""
+        if min(n_prompt, n_gen) < 0 or n_prompt + n_gen == 0 or repetitions < 1:
+            raise UsageError("nothing to time: give a number of prompt or generated tokens, and a repetition")
         self._timed(n_prompt, n_gen)
         samples = [self._timed(n_prompt, n_gen) for _ in range(repetitions)]
         rates = [(n_prompt + n_gen) / seconds for seconds in samples]
@@ -242,7 +252,9 @@ class Generation:
         self._end_ids = tokenizer.end_ids
         self._stream = TextStream(tokenizer.token_bytes, stop)
         self._prompt_seconds = self._seconds = 0.0
-        self._pieces = self._run()
+        self._pieces = Generation._run(
+            weakref.proxy(self)
+        )  # dropping this object ends the generator, and frees the cache
 
     def __iter__(self) -> Iterator[str]:
         return self
