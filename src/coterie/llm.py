@@ -252,9 +252,8 @@ class Generation:
         self._end_ids = tokenizer.end_ids
         self._stream = TextStream(tokenizer.token_bytes, stop)
         self._prompt_seconds = self._seconds = 0.0
-        self._pieces = Generation._run(
-            weakref.proxy(self)
-        )  # dropping this object ends the generator, and frees the cache
+        # The generator does not hold this object: dropping it ends the generator, and frees the cache.
+        self._pieces = Generation._run(weakref.proxy(self))
 
     def __iter__(self) -> Iterator[str]:
         return self
