@@ -11,7 +11,7 @@ from coterie.kernels.record import LINE, Opcode
 from coterie.kernels.shapes import SPAN
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.spec import ModelSpec
-from coterie.scheduler.lower import Lowering, Shared
+from coterie.scheduler.lower import Lowering, Mode, Shared
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
 from coterie.storage.arena import Ledger, round_up
 from coterie.storage.weights import Weights, lay_out
@@ -44,9 +44,8 @@ def lay_out_model(
     logits = ledger.allocate("activations", (2 * OUTPUT_ROWS, round_up(spec.vocab, COLUMNS)), np.float32)
     shared = Shared(lanes, context, ledger.allocate("flags", LINE), ropes, logits)
 
-    def lowering(mode: str, rows: int, tile: int) -> Lowering:
-        kind = "decode" if mode == "decode" else "prefill"
-        return Lowering(spec, weights, shared, ledger, mode=kind, rows=rows, tile=tile)  # type: ignore[arg-type]
+    def lowering(mode: Mode, rows: int, tile: int) -> Lowering:
+        return Lowering(spec, weights, shared, ledger, mode=mode, rows=rows, tile=tile)
 
     prefill = lowering("prefill", chunk, tile)
     programs = [

@@ -17,7 +17,7 @@ from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
 from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN
 from coterie.models.spec import ModelSpec, Rope
-from coterie.scheduler.program import Draft, Operand, Program, ProgramBuilder
+from coterie.scheduler.program import NO_LAYER, Draft, Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.kv import KVLayout
 from coterie.storage.weights import Layer, Matrix, Weights
@@ -160,10 +160,10 @@ class Lowering:
 
     def _head(self, b: ProgramBuilder) -> ProgramBuilder:
         post = self.weights.layers[-1].norms.get("post_ffw_norm")
-        ready = self._norm(b, len(self.weights.layers), self.weights.output_norm, self.final, True, post, select=True)
+        ready = self._norm(b, NO_LAYER, self.weights.output_norm, self.final, True, post, select=True)
         logits, b.outputs = self.shared.logits, True
         self._matmul(
-            b, len(self.weights.layers), self.weights.output, self.final, logits, 0, logits.shape[1],
+            b, NO_LAYER, self.weights.output, self.final, logits, 0, logits.shape[1],
             outputs=True, prepare=ready,
         )  # fmt: skip
         return b

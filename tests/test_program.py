@@ -13,6 +13,8 @@ import pytest
 from harness import PATIENCE, Machine, machine, post_flag, until
 from numba import cfunc, types
 
+from coterie.actors.cpu import CpuUnit
+from coterie.actors.unit import Unit
 from coterie.errors import UnitError
 from coterie.kernels import library
 from coterie.kernels import operands as o
@@ -360,3 +362,8 @@ def test_a_post_wakes_another_process() -> None:
         assert child.wait(PATIENCE) == 0
     assert words[SLEEPERS // 8] == 0
     arena.close()
+
+
+def test_the_cpu_unit_does_what_a_unit_does() -> None:
+    kind: type[Unit] = CpuUnit  # mypy compares the signatures
+    assert {name for name in vars(Unit) if not name.startswith("_")} <= set(dir(kind))

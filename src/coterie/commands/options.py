@@ -64,7 +64,8 @@ SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "
 def value_sources(command: typer.Context) -> dict[str, str]:
     """Where the values that shape a plan came from, for the plan to show."""
     found = {name: command.get_parameter_source(name) for name in ("threads", "context", "memory")}
-    return {name: SOURCES[source.name] for name, source in found.items() if source and source.name in SOURCES}
+    given = {name: SOURCES[source.name] for name, source in found.items() if source and source.name in SOURCES}
+    return {"context": "automatic"} | given  # a command may work out how much it needs
 
 
 def pick_model(argument: str | None, option: str | None) -> str:

@@ -233,11 +233,6 @@ def floats_at(b, address):
     return load(b, address, F32x16)
 
 
-@op(FLOATS, ADDRESS)
-def float16s_at(b, address):
-    return halves_to_floats(b, address)
-
-
 @op(types.void, ADDRESS, FLOATS)
 def set_floats(b, address, v):
     store(b, address, v)
