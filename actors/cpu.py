@@ -35,26 +35,33 @@ def cycles_per_second() -> float:
 
 
 class CpuUnit:
-    """Runs programs in `arena` with `lanes` lanes; `buffers` are its own."""
+    """Runs programs in `arena` with `lanes` lanes; `buffers` are its own.
 
-    def __init__(self, arena: Arena, lanes: int, buffers: UnitBuffers) -> None:
-        self.arena, self.lanes, self.buffers = arena, lanes, buffers
+    The thread that asks for a step is lane 0, unless the unit is `detached`: then all lanes are threads of its own, and
+    the caller only watches, so that it can still be interrupted while lanes wait for weights.
+    """
+
+    def __init__(self, arena: Arena, lanes: int, buffers: UnitBuffers, *, detached: bool = False) -> None:
+        self.arena, self.lanes, self.buffers, self.detached = arena, lanes, buffers, detached
         self._worker, self._part = library.function("lane_worker", 7), library.function("lane_part", 4)
         self._begin, self._wait = library.function("lane_begin", 3), library.function("lane_wait", 5)
+        self._watch = library.function("lane_watch", 3)
         self._cycles = library.function("lane_cycles", 0)
         self._programs: dict[str, tuple[Program, int]] = {}
         self._lock = threading.Lock()
         self._epoch = 0
         self._closed = False
-        self._header: npt.NDArray[np.int64] = arena.numpy(buffers.steps)[0]  # lane 0's copy
+        # The header that is published is lane 0's copy, or where that is another thread's, one behind all lanes'.
+        self._own = self._step(lanes if detached else 0)
+        self._header: npt.NDArray[np.int64] = arena.numpy(buffers.steps)[lanes if detached else 0]
         self._rows = {word: arena.numpy(ref) for word, ref in buffers.rows.items()}
         self._header_address = arena.address(buffers.header)
         self._fill_header()
-        self._threads = [self._lane_thread(lane) for lane in range(1, lanes)]
+        self._threads = [self._lane_thread(lane) for lane in range(0 if detached else 1, lanes)]
         for thread in self._threads:
             thread.start()
         # Threads know the arena, not the unit: one that is dropped without close() stops its lanes all the same.
-        publish = self._begin, self._header_address, self._step(0), self._go
+        publish = self._begin, self._header_address, self._own, self._go
         self._stop = weakref.finalize(self, _stop_lanes, arena, self._header, publish, self._threads)
 
     def _fill_header(self) -> None:
@@ -70,6 +77,7 @@ class CpuUnit:
         self._spin = int(SPIN * cycles_per_second()) if self._spinning else 0
         header[r.LANES_COUNT], header[r.ABORT], header[r.NEVER] = self.lanes, self._abort, self._never
         header[r.SPIN], header[r.NAP] = self._spin, self._nap
+        header[r.STALLED] = arena.address(buffers.stalled)
         for word, ref in buffers.rows.items():
             header[word] = arena.address(ref)
         if buffers.rings is not None:
@@ -99,6 +107,20 @@ class CpuUnit:
         """The rate of the counter that trace events carry."""
         return cycles_per_second()
 
+    @property
+    def abort_address(self) -> int:
+        """The word that another unit sets to 1 when this one waits for something that will not come."""
+        return self._abort
+
+    def connect(self, arrived: int, freed: int) -> None:
+        """Tell the lanes which flags count a flash unit's reads."""
+        self._header[r.ARRIVED], self._header[r.FREED] = arrived, freed
+
+    def stalled_seconds(self) -> float:
+        """How long lanes have waited for weights, on average."""
+        cycles = int(self.arena.numpy(self.buffers.stalled)[:, 0].sum())
+        return cycles / self.lanes / cycles_per_second()
+
     def load(self, program: Program, progress: Callable[[int], None] = lambda done: None) -> None:
         """Compile what the program needs (`progress` is told how many kernels are ready), and put its records
         into the arena."""
@@ -119,11 +141,16 @@ class CpuUnit:
         positions: npt.ArrayLike,
         tables: npt.ArrayLike,
         outputs: npt.ArrayLike,
+        embeddings: npt.ArrayLike = (),
+        tape: int = 0,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
         """Run a loaded program for one step.
 
         ids, positions: int32[rows]; tables: int64[rows], addresses of KV block tables; outputs: int32[n], rows
-        that want logits. A KeyboardInterrupt takes effect between two instructions; the step is then abandoned
+        that want logits; embeddings: int64[rows], addresses of the groups that hold the ids' embeddings; tape: the
+        number of the read that stands for tape position 0. A detached unit calls `watch` some times a second; what it
+        raises ends the step. A KeyboardInterrupt takes effect between two instructions; the step is then abandoned
         (docs/flags.md says what may be run again). Raises UnitError if a kernel complains, or without rows.
         """
         with self._lock:
@@ -140,17 +167,21 @@ class CpuUnit:
                 (r.POSITIONS, positions),
                 (r.TABLES, tables),
                 (r.OUTPUT_ROWS, outputs),
+                (r.EMBEDDINGS, embeddings),
             ):
                 array = np.asarray(values)
                 self._rows[word][: array.size] = array
                 if word == r.IDS:
                     header[r.TOKENS] = array.size
             header[r.OUTPUTS], header[r.LAST] = np.size(outputs), np.max(positions, initial=0)
-            header[r.PROGRAM], header[r.RECORDS] = address, program.length
+            header[r.PROGRAM], header[r.RECORDS], header[r.TAPE] = address, program.length, tape
             try:
                 self._epoch += 1
                 self._publish()
-                self._take_part(program)
+                if self.detached:
+                    self._look_on(program, watch)
+                else:
+                    self._take_part(program)
             except BaseException:
                 self._abandon()
                 raise
@@ -159,7 +190,15 @@ class CpuUnit:
     def _publish(self) -> None:
         """Show the lanes the step's header, and raise the go flag."""
         self._header[r.EPOCH] = self._epoch
-        self._begin(self._header_address, self._step(0), self._go)
+        self._begin(self._header_address, self._own, self._go)
+
+    def _look_on(self, program: Program, watch: Callable[[], None]) -> None:
+        """Wait until the step is done; Python's signal handlers run between looks."""
+        flag = self.arena.base + program.done
+        while not self._watch(flag, self._epoch, self._nap):
+            watch()
+            if self._abort_word[0]:
+                raise UnitError("the step was abandoned")
 
     def _take_part(self, program: Program) -> None:
         """Be lane 0 until the step is done; Python's signal handlers run between slices."""
@@ -176,12 +215,23 @@ class CpuUnit:
         """Call the lanes off, and make the counters ready for another try."""
         self._abort_word[0] = 1
         self._publish()  # an interrupt may have come before the lanes heard of the step
-        for lane in range(1, self.lanes):
-            self._wait(self._parked[lane], self._epoch, 0, self._never, self._nap)
+        self._park()
         for program, _ in self._programs.values():
             for offset in program.words[: program.length, r.DONE]:
                 self._word(int(offset))[0] = 0
         self._abort_word[0] = 0
+
+    def _park(self) -> None:
+        """Wait until every lane has left the last step."""
+        for lane in range(0 if self.detached else 1, self.lanes):
+            self._wait(self._parked[lane], self._epoch, 0, self._never, self._nap)
+
+    def unload(self) -> None:
+        """Forget all programs, once no lane can look at one any more."""
+        with self._lock:
+            if self._epoch:
+                self._park()
+            self._programs.clear()
 
     def _word(self, offset: int) -> npt.NDArray[np.int64]:
         words: npt.NDArray[np.int64] = self.arena.numpy(BufferRef("flags", offset, 8, "<i8", (1,)))

@@ -40,7 +40,7 @@ def oracle_weights(model: Model) -> Callable[[str], Floats]:
 
     def weights(name: str) -> Floats:
         if name not in kept:
-            floats = dequantise(model.file.read(name), model.file.tensors[name].format)
+            floats = dequantise(model.gguf.read(name), model.file.tensors[name].format)
             kept[name] = floats[0] if len(floats) == 1 else floats
         return kept[name]
 

@@ -9,15 +9,17 @@ from coterie.kernels.formats import COLUMNS
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import LINE, Opcode
 from coterie.kernels.shapes import SPAN
-from coterie.models.gguf_file import GGUFFile
-from coterie.models.spec import ModelSpec
+from coterie.models.header import ModelHeader
+from coterie.models.spec import ModelSpec, Rope
 from coterie.scheduler.lower import Lowering, Mode, Shared
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
-from coterie.storage.arena import Ledger, round_up
-from coterie.storage.weights import Weights, lay_out
+from coterie.storage.arena import BufferRef, Ledger, round_up
+from coterie.storage.runs import PAGE, Run
+from coterie.storage.weights import Residency, Weights, lay_out
 
 BATCH = 8  # rows of a decode batch
 PROBE_PIECE = 256 << 10  # bytes
+LOOKUPS = 4  # threads that look embeddings up on flash
 OUTPUT_ROWS = 8  # rows whose logits are computed together, each in two planes
 
 
@@ -25,19 +27,32 @@ OUTPUT_ROWS = 8  # rows whose logits are computed together, each in two planes
 class ModelLayout:
     """A model's buffers and programs. Programs by name: `decode` (one row), `batch` (2 to 8 rows of different
     sequences), `prefill` (a chunk of one sequence, no logits), `head` (logits of chosen rows of a prefill), `probe`
-    (reads the layers' weights: the machine's bandwidth, with the same lanes on the same memory)."""
+    (reads the pinned weights: the machine's bandwidth, with the same lanes on the same memory). `lookups`: uint8[rows][group
+    bytes], room for embeddings that are not pinned; `bounce`: uint8[LOOKUPS][extent bytes]."""
 
     weights: Weights
     shared: Shared
     programs: dict[str, Program]
+    lookups: BufferRef | None
+    bounce: BufferRef | None
 
 
 def lay_out_model(
-    ledger: Ledger, file: GGUFFile, spec: ModelSpec, *, lanes: int, context: int, chunk: int, tile: int
+    ledger: Ledger,
+    file: ModelHeader,
+    spec: ModelSpec,
+    runs: tuple[Run, ...],
+    residency: Residency,
+    *,
+    lanes: int,
+    context: int,
+    chunk: int,
+    tile: int,
+    ropes: dict[Rope, BufferRef] | None = None,
 ) -> ModelLayout:
-    """Cut everything but KV blocks and trace rings, in a fixed order."""
-    weights = lay_out(file, spec, ledger)
-    ropes = {
+    """Cut everything but KV blocks and trace rings, in a fixed order. `ropes`: tables that are there already."""
+    weights = lay_out(file.tensors, spec, runs, residency, ledger)
+    ropes = ropes or {
         rope: ledger.allocate("state", (context, 2, rope.dims // 2), np.float32)
         for rope in dict.fromkeys(layer.rope for layer in spec.layers)
     }
@@ -55,16 +70,22 @@ def lay_out_model(
         prefill.head("head"),
     ]
     programs.append(_probe(ledger, weights, shared))
-    return ModelLayout(weights, shared, {p.name: p for p in programs})
+    lookups = bounce = None
+    run = weights.embedding.run
+    if sum(part.count for part in weights.embedding.slices) < run.extents:
+        lookups = ledger.allocate("activations", (max(chunk, BATCH), run.item_bytes))
+        bounce = ledger.allocate("activations", (LOOKUPS, run.stride), align=PAGE)
+    return ModelLayout(weights, shared, {p.name: p for p in programs}, lookups, bounce)
 
 
 def _probe(ledger: Ledger, weights: Weights, shared: Shared) -> Program:
-    """Read all that lies from the first layer's FFN to the last layer's."""
-    first, last = weights.layers[0].ffn.gate_up, weights.layers[-1].ffn.down
+    """Read all pinned weights, or the ring where that is more."""
+    pinned, staging = weights.pinned, weights.staging
+    buffer = pinned if pinned.nbytes >= staging.nbytes else staging
     builder = ProgramBuilder("probe", ledger, shared.lanes, shared.error)
     operands: dict[int, Operand] = {
-        o.PROBE_BASE: first,
-        o.PROBE_BYTES: last.offset + last.nbytes - first.offset,
+        o.PROBE_BASE: buffer,
+        o.PROBE_BYTES: buffer.nbytes,
         o.PROBE_PIECE: PROBE_PIECE,
         o.PROBE_OUT: ledger.allocate("activations", shared.lanes * LINE),
     }

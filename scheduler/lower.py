@@ -6,13 +6,13 @@ over rows and claimed like the rest.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 
 from coterie.kernels import operands as o
 from coterie.kernels import shapes
-from coterie.kernels.formats import COLUMNS, Format
+from coterie.kernels.formats import COLUMNS, ROWS, Format
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
 from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN
@@ -20,7 +20,7 @@ from coterie.models.spec import ModelSpec, Rope
 from coterie.scheduler.program import NO_LAYER, Draft, Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.kv import KVLayout
-from coterie.storage.weights import Layer, Matrix, Weights
+from coterie.storage.weights import FFN, PINNED, Layer, Matrix, Span, Weights
 
 Mode = Literal["decode", "prefill"]
 PIECES = 4  # pieces a lane of an operator, at least
@@ -89,6 +89,8 @@ class Lowering:
         spec, rows = self.spec, self.rows
         self.x = [self._floats(rows, self.width) for _ in range(2)]
         self.y = self._floats(rows, self.width)
+        # A preparation of one span's Up may still read y while another span's Down adds to its sums.
+        self.z = self._floats(rows, self.width) if self.mode == "decode" else self.y
         self.qkv = self._floats(rows, self.qkv_width)
         layers = self.weights.layers
         readers = [m.format for layer in layers for m in layer.projections]
@@ -152,15 +154,16 @@ class Lowering:
         self._embed(b)
         for i, layer in enumerate(self.weights.layers):
             post = self.weights.layers[i - 1].norms.get("post_ffw_norm") if i else None
-            ready = self._norm(b, i, layer.norms["attn_norm"], self.normed, i > 0, post)
+            ready = self._norm(b, i, layer.norms["attn_norm"], self.normed, self.z if i else None, post)
             self._attend(b, i, layer, self._project(b, i, layer, ready))
-            ready = self._norm(b, i, layer.norms["ffn_norm"], self.normed, True, layer.norms.get("post_attention_norm"))
+            post = layer.norms.get("post_attention_norm")
+            ready = self._norm(b, i, layer.norms["ffn_norm"], self.normed, self.y, post)
             self._ffn(b, i, layer, ready)
         return b
 
     def _head(self, b: ProgramBuilder) -> ProgramBuilder:
         post = self.weights.layers[-1].norms.get("post_ffw_norm")
-        ready = self._norm(b, NO_LAYER, self.weights.output_norm, self.final, True, post, select=True)
+        ready = self._norm(b, NO_LAYER, self.weights.output_norm, self.final, self.z, post, select=True)
         logits, b.outputs = self.shared.logits, True
         self._matmul(
             b, NO_LAYER, self.weights.output, self.final, logits, 0, logits.shape[1],
@@ -176,8 +179,6 @@ class Lowering:
             kernel_name("embed", e.format.name),
             Opcode.EMBED,
             {
-                o.EMBED_WEIGHTS: e.ref,
-                o.EMBED_GROUP: e.group_bytes,
                 o.EMBED_BLOCKS: e.blocks,
                 o.EMBED_VOCAB: self.spec.vocab,
                 o.EMBED_X: self.x[0],
@@ -193,21 +194,21 @@ class Lowering:
         layer: int,
         weight: BufferRef,
         out: Tiles,
-        add: bool,
+        add: BufferRef | None,
         post: BufferRef | None,
         *,
         select: bool = False,
     ) -> Draft | None:
-        """Residual addition (if `add`) and norm: in decode a preparation for the instructions that read `out`,
+        """Residual addition of `add` (if there is one) and norm: in decode a preparation for the instructions that read `out`,
         which writes the new residual into the other of two buffers; in prefill an instruction of its own."""
         source = self.x[self._at]
-        if self.mode == "decode" and add:
+        if self.mode == "decode" and add is not None:
             self._at = 1 - self._at
         operands: dict[int, Operand] = {
             o.NORM_X: source,
             o.NORM_X_OUT: self.x[self._at],
             o.NORM_ROW: 4 * self.width,
-            o.NORM_Y: self.y if add else None,
+            o.NORM_Y: add,
             o.NORM_POST: post,
             o.NORM_WEIGHT: weight,
             o.NORM_DIM: self.spec.dim,
@@ -248,34 +249,39 @@ class Lowering:
         prepare: Draft | None = None,
         waits: list[int] | None = None,
     ) -> int:
-        """y[row][column:] = matrix x[row]."""
+        """y[row][column:] = matrix x[row], a slice after the other."""
+        run, number = matrix.run, 0
         tiles, lane = x.of(matrix.format)
         token = FLOAT_TOKEN if matrix.format.is_float else INT8_TOKEN
         rows = self.shared.logits.shape[0] if outputs else self.rows
         tile = self.final_tile if outputs else self.tile
         panel = max(1, PANEL_BYTES // (rows * token * matrix.format.subs))
-        return b.add(
-            kernel_name("matmul", matrix.format.name, tile),
-            Opcode.MATMUL,
-            {
-                o.MATMUL_WEIGHTS: matrix.ref,
-                o.MATMUL_GROUP: matrix.group_bytes,
-                o.MATMUL_GROUPS: matrix.groups,
+        for part in matrix.slices:
+            first, last = part.first * run.per, min(run.items, (part.first + part.count) * run.per)
+            operands: dict[int, Operand] = {
+                o.MATMUL_WEIGHTS: part.ref,
+                o.MATMUL_GROUP: run.item_bytes,
+                o.MATMUL_GROUPS: last - first,
                 o.MATMUL_BLOCKS: matrix.blocks,
                 o.MATMUL_X: tiles,
                 o.MATMUL_X_LANE: lane,
-                o.MATMUL_Y: y.tail(4 * column),
+                o.MATMUL_Y: y.tail(4 * (column + first * ROWS)),
                 o.MATMUL_Y_ROW: 4 * width,
-                o.MATMUL_CHUNK: self._chunk(matrix.groups, matrix.group_bytes),
+                o.MATMUL_CHUNK: self._chunk(last - first, run.item_bytes),
                 o.MATMUL_PANEL: panel,
                 o.MATMUL_OUTPUTS: int(outputs),
                 o.MATMUL_X_SUBS: x.subs,
                 o.MATMUL_PLANES: self.planes if outputs else 1,
-            },
-            layer=layer,
-            waits=waits,
-            prepare=prepare,
-        )
+                o.MATMUL_PER: run.per,
+                o.MATMUL_STRIDE: run.stride,
+                o.MATMUL_ARRIVAL: 0 if part.position == PINNED else part.position + 1,
+            }
+            number = b.add(
+                kernel_name("matmul", matrix.format.name, tile), Opcode.MATMUL, operands,
+                layer=layer, waits=waits, prepare=prepare, **_streaming(part.position, part.position + part.count),
+            )  # fmt: skip
+            waits = None
+        return number
 
     def _chunk(self, groups: int, nbytes: int) -> int:
         """Row groups (or clusters) of `nbytes` each in a piece."""
@@ -283,14 +289,18 @@ class Lowering:
 
     def _project(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> list[int]:
         """Queries, keys and values: up to two instructions that run side by side (a record has two waits; a
-        third, where every one has a format of its own, waits for the first)."""
+        third, where every one has a format of its own, waits for the first). What is streamed is computed in order."""
+        pinned = all(part.position == PINNED for matrix in layer.projections for part in matrix.slices)
         waits, column, numbers = [len(b.drafts) - 1], 0, list[int]()
         for matrix in layer.projections:
-            before = waits if len(numbers) < 2 else numbers[:1]
+            if pinned:
+                before = waits if len(numbers) < 2 else numbers[:1]
+            else:
+                before = numbers[-1:] or waits
             target = self.normed, self.qkv, column, self.qkv_width
             numbers.append(self._matmul(b, i, matrix, *target, prepare=ready, waits=before))
             column += matrix.rows
-        return numbers[-2:]
+        return numbers[-2:] if pinned else numbers[-1:]
 
     def _attend(self, b: ProgramBuilder, i: int, layer: Layer, waits: list[int]) -> None:
         spec, at = self.spec, self.spec.layers[i]
@@ -345,40 +355,63 @@ class Lowering:
         self._matmul(b, i, layer.output, self.attended, self.y, 0, self.width, prepare=ready)
 
     def _ffn(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> None:
-        layout, tile = layer.ffn.layout, self.tile
+        layout = layer.ffn.layout
+        names = layout.gate.name, layout.up.name, self.spec.activation, self.tile
+        for span in layer.ffn.spans:
+            up, down = self._up(layer.ffn, span), self._down(layer.ffn, span)
+            streaming = _streaming(span.position, span.end)
+            ordered, frees = streaming["ordered"], streaming["frees"]
+            b.add(kernel_name("ffn_up", *names), Opcode.FFN_UP, up, layer=i, prepare=ready, ordered=ordered)
+            b.add(kernel_name("ffn_down", layout.down.name, self.tile), Opcode.FFN_DOWN, down, layer=i, frees=frees)
+
+    def _up(self, ffn: FFN, span: Span) -> dict[int, Operand]:
+        layout = ffn.layout
         x, x_lane = self.normed.of(layout.gate)
         token = FLOAT_TOKEN if layout.gate.is_float else INT8_TOKEN
         hidden, _ = self.hidden.of(layout.down)
-        hidden_token = FLOAT_TOKEN if layout.down.is_float else INT8_TOKEN
-        blocks = round_up(layout.dim, layout.gate.columns) // layout.gate.columns
-        up: dict[int, Operand] = {
-            o.UP_TABLE: layer.ffn.table,
-            o.UP_LIST: layer.ffn.list,
+        return {
+            o.UP_TABLE: ffn.table,
+            o.UP_LIST: span.list,
             o.UP_NEURONS: layout.neurons,
-            o.UP_BLOCKS: blocks,
+            o.UP_BLOCKS: round_up(layout.dim, layout.gate.columns) // layout.gate.columns,
             o.UP_X: x,
             o.UP_X_LANE: x_lane,
             o.UP_X_SUBS: self.normed.subs,
             o.UP_OUT: hidden,
             o.UP_OUT_SUBS: self.hidden.subs,
             o.UP_OUT_FLOAT: int(layout.down.is_float),
-            o.UP_CHUNK: self._chunk(layout.clusters, layout.gate_up_stride),
+            o.UP_CHUNK: self._chunk(span.count, layout.down_offset),
             o.UP_PANEL: max(1, PANEL_BYTES // (self.rows * token * layout.gate.subs)),
             o.UP_SCRATCH: self.ffn_scratch,
             o.UP_SCRATCH_LANE: self.ffn_lane,
             o.UP_UP_OFFSET: layout.gate_bytes,
         }
-        down: dict[int, Operand] = {
-            o.DOWN_TABLE: layer.ffn.table,
-            o.DOWN_LIST: layer.ffn.list,
+
+    def _down(self, ffn: FFN, span: Span) -> dict[int, Operand]:
+        layout = ffn.layout
+        hidden, _ = self.hidden.of(layout.down)
+        token = FLOAT_TOKEN if layout.down.is_float else INT8_TOKEN
+        return {
+            o.DOWN_TABLE: ffn.table,
+            o.DOWN_LIST: span.list,
             o.DOWN_GROUPS: layout.down_groups,
             o.DOWN_X: hidden,
             o.DOWN_X_SUBS: self.hidden.subs,
-            o.DOWN_Y: self.y,
+            o.DOWN_Y: self.z,
             o.DOWN_Y_ROW: 4 * self.width,
             o.DOWN_CHUNK: max(1, layout.down_groups // (PIECES * self.lanes)),
-            o.DOWN_PANEL: max(1, PANEL_BYTES // (self.rows * hidden_token * layout.down.subs)),
+            o.DOWN_PANEL: max(1, PANEL_BYTES // (self.rows * token * layout.down.subs)),
+            o.DOWN_KEEP: int(span.first > 0),
         }
-        names = layout.gate.name, layout.up.name, self.spec.activation, tile
-        b.add(kernel_name("ffn_up", *names), Opcode.FFN_UP, up, layer=i, prepare=ready)
-        b.add(kernel_name("ffn_down", layout.down.name, tile), Opcode.FFN_DOWN, down, layer=i)
+
+
+class _Streaming(TypedDict):
+    frees: int
+    ordered: bool
+
+
+def _streaming(position: int, end: int) -> _Streaming:
+    """How an instruction on weights at tape positions `position` to `end` (excluded) differs from one on pinned ones:
+    what it frees, and that lanes take its pieces as they arrive."""
+    streamed = position != PINNED
+    return {"frees": end if streamed else 0, "ordered": streamed}

@@ -57,6 +57,8 @@ class Draft:
     operands: dict[int, Operand]
     waits: list[int]
     shared: bool
+    frees: int = 0
+    ordered: bool = False
     flag: int = 0
     claim: int = 0
     done: int = 0
@@ -83,12 +85,15 @@ class ProgramBuilder:
         layer: int = NO_LAYER,
         waits: "list[int] | None" = None,
         prepare: Draft | None = None,
+        frees: int = 0,
+        ordered: bool = False,
     ) -> int:
-        """Append an instruction; returns its number, for others to wait for."""
+        """Append an instruction; returns its number, for others to wait for. `frees`: the tape position below which
+        nothing is needed once it is finished; `ordered`: its pieces are taken strictly in order."""
         if waits is None:
             waits = [len(self.drafts) - 1] if self.drafts else []
         assert len(waits) <= r.WAITS
-        draft = Draft(kernel, opcode, layer, operands, waits, shared=True, prepare=prepare)
+        draft = Draft(kernel, opcode, layer, operands, waits, True, frees, ordered, prepare=prepare)
         draft.flag = self.arena.allocate("flags", r.LINE).offset
         draft.claim = self.arena.allocate("flags", r.LINE * self.lanes).offset
         draft.done = self.arena.allocate("flags", r.LINE).offset
@@ -112,6 +117,7 @@ class ProgramBuilder:
         for i, draft in enumerate(everything):
             row, moves = words[i], relocate[i]
             row[r.OPCODE] = draft.opcode | draft.layer << 16
+            row[r.FREES], row[r.ORDERED] = draft.frees, draft.ordered
             places = {r.ERROR: self.error.offset, r.DONE: draft.done}
             if draft.shared:
                 places |= {r.SET: draft.flag, r.CLAIM: draft.claim}

@@ -189,6 +189,10 @@ class Arena(Ledger):
         self._bytes[place.offset + keep : place.offset + first] = 0
         place.used = min(place.used, keep)
 
+    def rewind(self, region: str) -> None:
+        """Cut a region anew from its start; it keeps its bytes."""
+        self._region(region).used = 0
+
     def close(self) -> None:
         """Forget the mapping; it goes when the last view of it does. A second call does nothing."""
         self._close_fd()

@@ -33,13 +33,23 @@ class KVLayout:
         return index * 2 * self.values
 
     @property
+    def stride(self) -> int:
+        """Bytes from one block to the next."""
+        return round_up(self.block, 64)
+
+    @property
+    def positions(self) -> int:
+        """Positions of a block."""
+        return SPAN
+
+    @property
     def block(self) -> int:
         """Bytes of a block."""
         return self.layers * 2 * self.values
 
     def region(self, positions: int) -> int:
         """Bytes that hold `positions` positions of one sequence, block table included."""
-        return -(-positions // SPAN) * round_up(self.block, 64) + HUGE
+        return -(-positions // SPAN) * self.stride + HUGE
 
 
 class KVCache:

@@ -1,100 +1,92 @@
-"""A model's weights in the arena: packed matrices, norm vectors, and neuron clusters with their tables."""
+"""A model's weights in the arena: where each extent lies, and the matrices and neuron clusters made of them.
 
-from collections.abc import Callable
+Pinned extents lie in the region `weights`, in the order in which they are given up last to first. The others come
+through `staging`, a ring that reads fill and instructions free, at addresses that never change: a streamed extent has a
+place on the tape, the order in which a step uses them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from coterie.errors import ModelError, PlanError
-from coterie.kernels.formats import COLUMNS, FORMATS, ROWS, Format
-from coterie.kernels.shapes import CLUSTER_DOWN, CLUSTER_GATE_UP, CLUSTER_ROW
-from coterie.models.dequant import finite
-from coterie.models.gguf_file import GGUFFile, TensorInfo
+from coterie.errors import PlanError
+from coterie.kernels.formats import FORMATS, ROWS, Format
+from coterie.kernels.shapes import CLUSTER_DOWN, CLUSTER_FLAG, CLUSTER_GATE_UP, CLUSTER_ROW, CLUSTER_WANTED
+from coterie.models.header import TensorInfo
 from coterie.models.spec import ModelSpec
-from coterie.storage.arena import LINE, Arena, BufferRef, Ledger, round_up
-from coterie.storage.pack import pack, packed_bytes, padded_columns
+from coterie.storage.arena import Arena, BufferRef, Ledger
+from coterie.storage.runs import PAGE, ClusterLayout, Extents, Run, cluster_layout, norm_places, norm_sizes
 
-CHUNK = 1 << 20  # raw bytes packed at a time: what packing needs beside stays in the cache
-Bytes = npt.NDArray[np.uint8]
-Progress = Callable[[int], None]  # told the raw bytes packed so far
+PARTS = 4  # of the ring: what one instruction uses at once is no more than one of them
+Progress = Callable[[int], None]  # told the bytes packed so far
+PINNED = -1  # the tape position of an extent that is not streamed
+
+
+@dataclass(frozen=True)
+class Residency:
+    """What stays in memory: `pinned`, numbers of extents in the order of their addresses; all others are streamed
+    through a ring of `ring` bytes."""
+
+    pinned: npt.NDArray[np.int64]
+    ring: int = 0
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive extents of a matrix that lie together; `position` is the first one's on the tape, or PINNED."""
+
+    first: int
+    count: int
+    ref: BufferRef
+    position: int
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A packed matrix: the rows of one tensor, or of several of one format, one below the other."""
+    """A packed matrix: rows of one tensor, or of several of one format, one below the other. Together the slices are
+    all of it, but for an embedding that is only looked up in."""
 
-    names: tuple[str, ...]
-    ref: BufferRef
-    format: Format
+    run: Run
     rows: int
     columns: int
+    slices: tuple[Slice, ...]
 
     @property
-    def groups(self) -> int:
-        """Groups of 16 rows."""
-        return -(-self.rows // ROWS)
+    def format(self) -> Format:
+        return FORMATS[self.run.format]
 
     @property
     def blocks(self) -> int:
         """Blocks in a row."""
-        return padded_columns(self.format.name, self.columns) // self.format.columns
-
-    @property
-    def group_bytes(self) -> int:
-        return self.blocks * self.format.block
+        return self.run.item_bytes // self.format.block
 
 
 @dataclass(frozen=True)
-class ClusterLayout:
-    """How a layer's FFN is cut into neuron clusters (docs/packed-format.md)."""
+class Span:
+    """Neuron clusters that run together. `list`: int32[1 + count], the count and the ids; `position`: of the first
+    one's extent on the tape, or PINNED; `end`: the position behind the last one's."""
 
-    gate: Format
-    up: Format
-    down: Format
-    dim: int
-    ffn_dim: int
-
-    @property
-    def neurons(self) -> int:
-        """Neurons of a cluster: one block of Down's columns."""
-        return self.down.columns
-
-    @property
-    def clusters(self) -> int:
-        return -(-self.ffn_dim // self.neurons)
-
-    @property
-    def gate_bytes(self) -> int:
-        """Bytes of a cluster's Gate rows; its Up rows follow."""
-        return packed_bytes(self.gate.name, self.neurons, self.dim)
-
-    @property
-    def gate_up_stride(self) -> int:
-        return round_up(self.gate_bytes + packed_bytes(self.up.name, self.neurons, self.dim), LINE)
-
-    @property
-    def down_groups(self) -> int:
-        return -(-self.dim // ROWS)
-
-    @property
-    def down_stride(self) -> int:
-        """An odd number of lines, so that a row group's blocks do not all fall into one cache set."""
-        return (round_up(self.down_groups * self.down.block, LINE) // LINE | 1) * LINE
+    list: BufferRef
+    first: int
+    count: int
+    position: int
+    end: int
 
 
 @dataclass(frozen=True)
 class FFN:
-    """A layer's clusters. `gate_up`: [clusters][stride]; `down`: [clusters][stride]; `table`:
-    int64[clusters][4] (tile.py); `list`: int32[1 + clusters], the count and the ids of those that run."""
+    """A layer's clusters, cut into spans in ascending order. `table`: int64[clusters][4] (docs/packed-format.md)."""
 
+    run: Run
+    index: int  # of the run
     layout: ClusterLayout
-    gate_up: BufferRef
-    down: BufferRef
     table: BufferRef
-    list: BufferRef
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -109,8 +101,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a model."""
+    """All weights of a model. `where`: the arena offset of every extent, -1 of those that have none (parts of an
+    embedding that is only looked up in); `tape`: numbers of the streamed extents in the order of use, the last layers'
+    before the output's, which begin at position `head`."""
 
+    runs: tuple[Run, ...]
+    extents: Extents
+    where: npt.NDArray[np.int64]
+    tape: npt.NDArray[np.int64]
+    head: int
+    pinned: BufferRef
+    staging: BufferRef
     embedding: Matrix
     output: Matrix
     output_norm: BufferRef
@@ -118,186 +119,197 @@ class Weights:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that one decode token reads."""
-        size = self.output.ref.nbytes
-        for layer in self.layers:
-            size += sum(m.ref.nbytes for m in (*layer.projections, layer.output))
-            size += layer.ffn.gate_up.nbytes + layer.ffn.down.nbytes
-        return size
+        """Bytes of weights that one decoded token reads from memory."""
+        used = {"qkv", "attention", "ffn", self.output.run.kind}
+        return sum(run.nbytes for run in self.runs if run.kind in used)
+
+    @property
+    def streamed(self) -> int:
+        """Bytes that one decoded token has read from flash."""
+        return int(self.extents.nbytes[self.tape].sum())
 
 
-def norm_sizes(spec: ModelSpec) -> dict[str, int]:
-    """A layer's norm vectors, as GGUF names them, and their lengths."""
-    sizes = {"attn_norm": spec.dim, "ffn_norm": spec.dim}
-    if spec.qk_norm:
-        sizes |= {"attn_q_norm": spec.head_dim, "attn_k_norm": spec.head_dim}
-    if spec.post_norms:
-        sizes |= {"post_attention_norm": spec.dim, "post_ffw_norm": spec.dim}
-    return sizes
+class _Placing:
+    """Gives extents their addresses and tape positions."""
+
+    def __init__(self, runs: tuple[Run, ...], residency: Residency, ledger: Ledger) -> None:
+        self.runs, self.extents = runs, Extents.of(runs)
+        sizes = self.extents.nbytes[residency.pinned]
+        self.pinned = ledger.allocate("weights", int(sizes.sum()), align=PAGE)
+        self.staging = ledger.allocate("staging", residency.ring, align=PAGE)
+        self.where = np.full(int(self.extents.first[-1]), -1, np.int64)
+        self.where[residency.pinned] = self.pinned.offset + np.cumsum(sizes) - sizes
+        self._resident = np.bincount(self.extents.run[residency.pinned], minlength=len(runs))
+        self.tape: list[int] = []
+        self._at = 0  # in the ring
+
+    @property
+    def limit(self) -> int:
+        return self.staging.nbytes // PARTS
+
+    def resident(self, index: int) -> int:
+        """How many of a run's extents are pinned: always the first ones."""
+        return int(self._resident[index])
+
+    def slices(self, index: int, *, streamed: bool = True) -> Iterator[Slice]:
+        run, first = self.runs[index], int(self.extents.first[index])
+        pinned = self.resident(index)
+        if pinned:
+            yield Slice(0, pinned, self._ref("weights", int(self.where[first]), run.span(0, pinned)), PINNED)
+        at = pinned
+        while streamed and at < run.extents:
+            count = max(1, min(run.extents - at, self.limit // run.stride))
+            position = len(self.tape)
+            offset = self._take(first + at, count, run.span(at, at + count))
+            yield Slice(at, count, self._ref("staging", offset, run.span(at, at + count)), position)
+            at += count
+
+    def spans(self, index: int, ledger: Ledger) -> Iterator[Span]:
+        run, first = self.runs[index], int(self.extents.first[index])
+
+        def span(begin: int, end: int, position: int) -> Span:
+            clusters = begin * run.per, min(run.items, end * run.per)
+            count = clusters[1] - clusters[0]
+            names = ledger.allocate("tables", 1 + count, np.int32)
+            return Span(names, clusters[0], count, position, len(self.tape))
+
+        pinned = self.resident(index)
+        if pinned:
+            yield span(0, pinned, PINNED)
+        at = pinned
+        while at < run.extents:
+            count = max(1, min(run.extents - at, self.limit // run.stride))
+            position = len(self.tape)
+            for extent in range(at, at + count):
+                self._take(first + extent, 1, run.extent_bytes(extent))
+            yield span(at, at + count, position)
+            at += count
+
+    def _take(self, number: int, count: int, nbytes: int) -> int:
+        """Put extents on the tape, and together into the ring; returns their arena offset."""
+        if nbytes > self.staging.nbytes:
+            raise PlanError(f"a ring of {self.staging.nbytes >> 10} KiB cannot hold an extent of {nbytes >> 10} KiB")
+        if self._at + nbytes > self.staging.nbytes:
+            self._at = 0
+        offset = self.staging.offset + self._at
+        sizes = self.extents.nbytes[number : number + count]
+        self.where[number : number + count] = offset + np.cumsum(sizes) - sizes
+        self.tape.extend(range(number, number + count))
+        self._at += nbytes
+        return offset
+
+    def _ref(self, region: str, offset: int, nbytes: int) -> BufferRef:
+        return BufferRef(region, offset, nbytes, "|u1", (nbytes,))
 
 
-def lay_out(file: GGUFFile, spec: ModelSpec, ledger: Ledger) -> Weights:
-    """Cut buffers for all weights from the region `weights`. Raises PlanError for a mixture of formats that no
-    kernel serves."""
+def lay_out(
+    tensors: Mapping[str, TensorInfo],
+    spec: ModelSpec,
+    runs: tuple[Run, ...],
+    residency: Residency,
+    ledger: Ledger,
+) -> Weights:
+    """Cut buffers for all weights. Raises PlanError where an extent is larger than the ring."""
+    placing = _Placing(runs, residency, ledger)
+    index = {(run.kind, run.layer, run.part): i for i, run in enumerate(runs)}
+    norms = int(placing.where[0])
 
-    def matrix(*names: str) -> Matrix:
-        tensors = [file.tensors[name] for name in names]
-        name, columns = tensors[0].format, tensors[0].cols
-        rows = sum(t.rows for t in tensors)
-        ref = ledger.allocate("weights", packed_bytes(name, rows, columns))
-        return Matrix(names, ref, FORMATS[name], rows, columns)
+    def vector(name: str) -> BufferRef:
+        at, size = places[name]
+        return BufferRef("weights", norms + 4 * at, 4 * size, "<f4", (size,))
 
-    def projections(i: int) -> tuple[Matrix, ...]:
-        runs: list[list[str]] = []
-        for name in (f"blk.{i}.attn_{part}.weight" for part in "qkv"):
-            if runs and file.tensors[runs[-1][0]].format == file.tensors[name].format:
-                runs[-1].append(name)
-            else:
-                runs.append([name])
-        return tuple(matrix(*run) for run in runs)
+    def matrix(kind: str, layer: int = -1, part: int = 0, *, streamed: bool = True) -> Matrix:
+        i = index[kind, layer, part]
+        name = {"embedding": "token_embd.weight", "output": "output.weight"}.get(kind, f"blk.{layer}.attn_output.weight")
+        rows, columns = runs[i].items * ROWS, spec.dim
+        if kind == "attention":
+            columns = tensors[name].cols
+        elif kind != "qkv":
+            rows = tensors[name].rows
+        return Matrix(runs[i], rows, columns, tuple(placing.slices(i, streamed=streamed)))
 
-    def ffn(i: int) -> FFN:
-        names = (f"blk.{i}.ffn_{part}.weight" for part in ("gate", "up", "down"))
-        gate, up, down = (FORMATS[file.tensors[name].format] for name in names)
-        if gate.subs != up.subs or gate.is_float != up.is_float:
-            raise PlanError(f"{file.path.name}: layer {i} mixes Gate {gate.name} with Up {up.name}: not supported")
-        layout = ClusterLayout(gate, up, down, spec.dim, spec.ffn_dim)
-        return FFN(
-            layout,
-            gate_up=ledger.allocate("weights", (layout.clusters, layout.gate_up_stride)),
-            down=ledger.allocate("weights", (layout.clusters, layout.down_stride)),
-            table=ledger.allocate("weights", (layout.clusters, CLUSTER_ROW // 8), np.int64),
-            list=ledger.allocate("weights", 1 + layout.clusters, np.int32),
-        )
+    def layer(i: int) -> Layer:
+        parts = [run.part for run in runs if (run.kind, run.layer) == ("qkv", i)]
+        projections = tuple(matrix("qkv", i, part) for part in parts)
+        output = matrix("attention", i)
+        layout, run = cluster_layout(tensors, spec, i), index["ffn", i, 0]
+        table = ledger.allocate("tables", (layout.clusters, CLUSTER_ROW // 8), np.int64)
+        ffn = FFN(runs[run], run, layout, table, tuple(placing.spans(run, ledger)))
+        return Layer(projections, output, ffn, {name: vector(f"blk.{i}.{name}.weight") for name in norm_sizes(spec)})
 
-    def vector(size: int) -> BufferRef:
-        return ledger.allocate("weights", round_up(size, COLUMNS), np.float32)
-
-    embedding = matrix("token_embd.weight")
-    output = embedding if spec.tied else matrix("output.weight")
-    layers = (
-        Layer(
-            projections(i),
-            matrix(f"blk.{i}.attn_output.weight"),
-            ffn(i),
-            {name: vector(size) for name, size in norm_sizes(spec).items()},
-        )
-        for i in range(len(spec.layers))
+    places = norm_places(spec)
+    layers = tuple(layer(i) for i in range(len(spec.layers)))
+    head = len(placing.tape)
+    output = matrix("embedding" if spec.tied else "output")
+    embedding = matrix("embedding", streamed=False)
+    return Weights(
+        runs,
+        placing.extents,
+        placing.where,
+        np.array(placing.tape, np.int64),
+        head,
+        placing.pinned,
+        placing.staging,
+        embedding,
+        output,
+        vector("output_norm.weight"),
+        layers,
     )
-    return Weights(embedding, output, vector(spec.dim), tuple(layers))
 
 
-def half_split_rows(head_dim: int, rope_dims: int, heads: int) -> npt.NDArray[np.intp]:
-    """The row order that turns rotary pairs (2i, 2i+1) into (i, i + dims/2), for `heads` heads."""
-    order = np.arange(head_dim)
-    order[:rope_dims] = np.concatenate([np.arange(0, rope_dims, 2), np.arange(1, rope_dims, 2)])
-    return (np.arange(heads)[:, None] * head_dim + order).ravel()
+def fill_tables(arena: Arena, weights: Weights, arrived: int) -> None:
+    """Write every layer's cluster table and lists; `arrived` is the address of the flag that counts reads."""
+    position = np.full(weights.where.size, PINNED, np.int64)
+    position[weights.tape] = np.arange(weights.tape.size)
+    for layer in weights.layers:
+        ffn, run = layer.ffn, layer.ffn.run
+        clusters = np.arange(run.items)
+        numbers = weights.extents.first[ffn.index] + clusters // run.per
+        table = arena.numpy(ffn.table)
+        bundle = arena.base + weights.where[numbers] + clusters % run.per * run.item_bytes
+        table[:, CLUSTER_GATE_UP // 8] = bundle
+        table[:, CLUSTER_DOWN // 8] = bundle + ffn.layout.down_offset
+        streamed = position[numbers] != PINNED
+        table[:, CLUSTER_FLAG // 8] = np.where(streamed, arrived, 0)
+        table[:, CLUSTER_WANTED // 8] = np.where(streamed, position[numbers] + 1, 0)
+        for span in ffn.spans:
+            arena.numpy(span.list)[:] = [span.count, *range(span.first, span.first + span.count)]
 
 
-class Packer:
-    """Fills laid-out weights from a model file, a few megabytes at a time."""
+class Packing(Protocol):
+    """What makes the extents of a run."""
 
-    def __init__(self, file: GGUFFile, spec: ModelSpec, arena: Arena, progress: Progress) -> None:
-        self.file, self.spec, self.arena, self._progress = file, spec, arena, progress
-        self._done = 0
-        self._lock = Lock()
-        self._stopped = False
+    def fill(self, extent: int, out: npt.NDArray[np.uint8]) -> None: ...
 
-    def fill(self, weights: Weights, workers: int) -> None:
-        """Pack everything, several layers at a time: copying releases the GIL."""
-        self.vector("output_norm.weight", weights.output_norm)
-        ends = [weights.embedding] if self.spec.tied else [weights.embedding, weights.output]
-        pool = ThreadPoolExecutor(workers)
-        try:
-            jobs = [pool.submit(self.matrix, matrix) for matrix in ends]
-            jobs += [pool.submit(self.layer, i, layer) for i, layer in enumerate(weights.layers)]
-            for job in as_completed(jobs):
-                job.result()
-        except BaseException:
-            self._stopped = True  # jobs under way end with the piece they are packing
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
 
-    def layer(self, i: int, layer: Layer) -> None:
-        for matrix in (*layer.projections, layer.output):
-            self.matrix(matrix, self.spec.layers[i].rope.dims)
-        for name, ref in layer.norms.items():
-            self.vector(f"blk.{i}.{name}.weight", ref)
-        self.ffn(i, layer.ffn)
+def pack_into(
+    arena: Arena,
+    weights: Weights,
+    packers: Sequence[Packing],
+    workers: int,
+    progress: Progress,
+) -> None:
+    """Fill the pinned extents of each run from its packer, several runs at a time: copying releases the GIL."""
+    lock, stopped, done = Lock(), False, 0
 
-    def vector(self, name: str, ref: BufferRef) -> None:
-        """A norm's weights, float32 in the file too; the padding stays 0."""
-        raw = self.file.read(name)
-        self._check(self.file.tensors[name], raw)
-        values = raw.view(np.float32)[0]
-        self.arena.numpy(ref)[: values.size] = values
+    def fill(index: int) -> None:
+        nonlocal done
+        run = weights.runs[index]
+        for extent, offset in enumerate(weights.where[weights.extents.of_run(index)].tolist()):
+            if stopped:
+                return
+            size = run.extent_bytes(extent)
+            packers[index].fill(extent, arena.numpy(BufferRef("weights", offset, size, "|u1", (size,))))
+            with lock:
+                done += size
+                progress(done)
 
-    def matrix(self, matrix: Matrix, rope_dims: int = 0) -> None:
-        f = matrix.format
-        out = self.arena.numpy(matrix.ref).reshape(matrix.groups, matrix.blocks, f.block)
-        first = 0
-        for name in matrix.names:
-            groups = -(-self.file.tensors[name].rows // ROWS)
-            rotary = name.endswith(("attn_q.weight", "attn_k.weight")) and self.spec.interleaved_rope
-            self._rows(name, out[first : first + groups], rope_dims if rotary else 0)
-            first += groups
-
-    def ffn(self, i: int, ffn: FFN) -> None:
-        """A layer's clusters; all of them run, all of them are there."""
-        layout = ffn.layout
-        clusters, groups = layout.clusters, layout.neurons // ROWS
-        for name, f, first in (("gate", layout.gate, 0), ("up", layout.up, layout.gate_bytes)):
-            blocks = padded_columns(f.name, layout.dim) // f.columns
-            area = self.arena.numpy(ffn.gate_up)[:, first : first + groups * blocks * f.block]
-            self._clusters(f"blk.{i}.ffn_{name}.weight", area.reshape(clusters, groups, blocks, f.block))
-        used = layout.down_groups * layout.down.block
-        area = self.arena.numpy(ffn.down)[:, :used].reshape(clusters, layout.down_groups, layout.down.block)
-        self._rows(f"blk.{i}.ffn_down.weight", area.transpose(1, 0, 2), 0)
-        table, numbers = self.arena.numpy(ffn.table), np.arange(clusters)
-        table[:, CLUSTER_GATE_UP // 8] = self.arena.address(ffn.gate_up) + numbers * layout.gate_up_stride
-        table[:, CLUSTER_DOWN // 8] = self.arena.address(ffn.down) + numbers * layout.down_stride
-        self.arena.numpy(ffn.list)[:] = [clusters, *range(clusters)]
-
-    def _rows(self, name: str, out: Bytes, rope_dims: int) -> None:
-        """Pack a tensor into out[groups, blocks, bytes]; rotary pairs are split if `rope_dims` is not 0."""
-        tensor = self.file.tensors[name]
-        unit = np.lcm(ROWS, self.spec.head_dim) if rope_dims else ROWS  # whole heads, whole groups
-        step = max(1, CHUNK // (unit * tensor.row_bytes)) * unit
-        for row in range(0, tensor.rows, step):
-            last = min(tensor.rows, row + step)
-            raw = self.file.read(name, row, last)
-            self._check(tensor, raw)
-            if rope_dims:
-                raw = raw[half_split_rows(self.spec.head_dim, rope_dims, (last - row) // self.spec.head_dim)]
-            pack(tensor.format, raw, out[row // ROWS : -(-last // ROWS)])
-            self._count(raw.nbytes)
-
-    def _clusters(self, name: str, out: Bytes) -> None:
-        """Pack a tensor into out[clusters, groups, blocks, bytes]."""
-        tensor = self.file.tensors[name]
-        clusters, groups, blocks, size = out.shape
-        rows = groups * ROWS
-        step = max(1, CHUNK // (rows * tensor.row_bytes))
-        for c in range(0, clusters, step):
-            last = min(clusters, c + step)
-            raw = self.file.read(name, c * rows, min(tensor.rows, last * rows))
-            self._check(tensor, raw)
-            packed = np.empty(((last - c) * groups, blocks, size), np.uint8)
-            pack(tensor.format, raw, packed)
-            out[c:last] = packed.reshape(last - c, groups, blocks, size)
-            self._count(raw.nbytes)
-
-    def _check(self, tensor: TensorInfo, raw: Bytes) -> None:
-        if not finite(raw, tensor.format):
-            raise ModelError(
-                f"{self.file.path.name}: tensor {tensor.name!r} holds a weight that is not a number; "
-                "the file is damaged"
-            )
-
-    def _count(self, nbytes: int) -> None:
-        if self._stopped:
-            raise InterruptedError("loading was stopped")
-        with self._lock:
-            self._done += nbytes
-            self._progress(self._done)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for job in as_completed([pool.submit(fill, i) for i in range(len(weights.runs))]):
+            job.result()
+    except BaseException:
+        stopped = True  # jobs under way end with the extent they are packing
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

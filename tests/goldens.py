@@ -38,7 +38,7 @@ def main() -> None:
     model = open_model(fetch.pull(MODEL))
 
     def weights(name: str) -> Floats:
-        floats = dequantise(model.file.read(name), model.file.tensors[name].format)
+        floats = dequantise(model.gguf.read(name), model.file.tensors[name].format)
         return floats[0] if len(floats) == 1 else floats
 
     tokens = model.tokenizer.encode(TEXT)

@@ -138,6 +138,7 @@ class Machine:
             o.MATMUL_OUTPUTS: int(planes > 1),
             o.MATMUL_X_SUBS: blocks * f.subs,
             o.MATMUL_PLANES: planes,
+            o.MATMUL_PER: groups,
         }
         builder.add(kernel_name("matmul", name, tile), Opcode.MATMUL, operands, prepare=prepare)
         return y

@@ -1,17 +1,15 @@
 """Ten thousand and more damaged models: each works, or is refused in one line and in little memory."""
 
 import random
-import resource
-import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import damaged_bytes, little_memory_and_no_hang, survives
 from tiny_models import write_tiny
 
-from coterie.errors import CoterieError
 from coterie.models.dequant import finite
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import ARCHITECTURES, open_model
@@ -20,62 +18,16 @@ from coterie.models.tokenizer import Tokenizer
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 TEXT = "the word 42, abctabctttaaa naïve 中\n\n  <|im_end|>"
-GIANTS = (
-    0,
-    1,
-    2,
-    7,
-    255,
-    2**15,
-    2**16,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**48,
-    2**62,
-    2**63 - 1,
-    2**63,
-    2**64 - 1,
-)
-MEMORY = 64 << 20
-HANG_SECONDS = 60  # a guard against waiting for ever, no measure
 
 
 @pytest.fixture(autouse=True)
 def _little_memory_and_no_hang() -> Iterator[None]:
-    """Make a big allocation fail, and a hang end in an error."""
-
-    def hang(*_: object) -> None:
-        raise TimeoutError("a damaged model made loading hang")
-
     # What is loaded on first use must not count.
     Tokenizer.from_metadata(
         {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []}
     )
-    with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGALRM, hang)
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, limits)
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-def survives(use: Callable[..., object], *args: object) -> bool:
-    """Whether `use(*args)` works; if not, it must have been refused in one line."""
-    signal.alarm(HANG_SECONDS)
-    try:
-        use(*args)
-    except CoterieError as error:
-        message = str(error)
-        assert message
-        assert "\n" not in message
-        assert len(message) < 500
-        assert "MemoryError" not in message
-        return False
-    return True
+    with little_memory_and_no_hang():
+        yield
 
 
 def load_and_use(path: Path) -> None:
@@ -85,7 +37,7 @@ def load_and_use(path: Path) -> None:
         if model.template is not None:
             model.template.render(TALK)
         for name, tensor in model.file.tensors.items():
-            finite(model.file.read(name, 0, 1), tensor.format)
+            finite(model.gguf.read(name, 0, 1), tensor.format)
     finally:
         model.close()
 
@@ -107,28 +59,6 @@ def use_tokenizer(tokenizer: Tokenizer) -> None:
         assert id is None or isinstance(tokenizer.token_bytes(id), bytes)
 
 
-def damaged_file(chance: random.Random, content: bytes, header: int) -> bytes:
-    """One or a few of: flipped bits, a number made absurd, bytes cut out, doubled or cut off."""
-    data = bytearray(content)
-    for _ in range(chance.choice((1, 1, 1, 2, 5))):
-        at = chance.randrange(max(1, min(header, len(data) - 8)))
-        match chance.randrange(7):
-            case 0 | 1:
-                data[at] ^= 1 << chance.randrange(8)
-            case 2 | 3:
-                size = chance.choice((4, 8))
-                data[at : at + size] = (chance.choice(GIANTS) % 256**size).to_bytes(size, "little")
-            case 4:
-                del data[at : at + chance.choice((1, 4, 8, 100))]
-            case 5:
-                data[at:at] = data[at : at + chance.choice((1, 4, 8, 100))]
-            case 6:
-                del data[chance.randrange(len(data)) :]
-        if len(data) < 9:
-            break
-    return bytes(data)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_damaged_files(architecture: str, tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m.gguf", architecture, layers=1, vocab=280, dim=32, heads=2, head_dim=16, ffn=32)
@@ -141,7 +71,7 @@ def test_damaged_files(architecture: str, tmp_path: Path) -> None:
     for _ in range(4000):
         # Vocabularies are most of a header: aim at the rest as often.
         near = chance.choice((header, chance.choice(sorted(settings)) + 80, 120))
-        path.write_bytes(damaged_file(chance, content, near))
+        path.write_bytes(damaged_bytes(chance, content, near))
         alive += survives(load_and_use, path)
     assert 0 < alive < 4000
 

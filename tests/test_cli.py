@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from coterie import cli, fetch
 from coterie.commands import terminal
-from coterie.commands.options import parse_size
+from coterie.sizes import parse_size
 from coterie.commands.perplexity import chunk_losses, estimate
 from coterie.errors import CoterieError, FetchError, ModelError, PlanError, UsageError
 

@@ -22,7 +22,7 @@ from coterie.kernels.sync import SLEEPERS
 from coterie.scheduler.program import Operand
 from coterie.storage.arena import BufferRef
 from coterie.storage.pack import pack
-from coterie.storage.weights import ClusterLayout
+from coterie.storage.runs import ClusterLayout
 
 FFNS = {  # Gate, Up, Down, columns of the input, neurons
     "Q4_0": ("Q4_0", "Q4_0", "Q4_0", 64, 160),
@@ -42,7 +42,7 @@ class Network:
     raw: tuple[Bytes, Bytes, Bytes]
     ids: BufferRef
     table: BufferRef
-    gate_up: BufferRef
+    bundles: BufferRef
     x: BufferRef
     y: BufferRef
     name: str
@@ -82,19 +82,19 @@ def network(m: Machine, kind: str, tile: int) -> Network:
         random_raw(rng, down, dim, clusters * n),
     )
     raw[2].reshape(dim, -1)[:, -(-ffn_dim // per) * size :] = 0  # columns of padding
-    gate_up = m.room((clusters, layout.gate_up_stride), region="weights")
-    down_ref = m.room((clusters, layout.down_stride), region="weights")
+    bundles = m.room((clusters, layout.bundle), region="weights")
     blocks = -(-dim // layout.gate.columns)
     for c in range(clusters):
         for f, rows, first in ((layout.gate, raw[0], 0), (layout.up, raw[1], layout.gate_bytes)):
-            area = m.look(gate_up)[c, first : first + n // ROWS * blocks * f.block]
+            area = m.look(bundles)[c, first : first + n // ROWS * blocks * f.block]
             pack(f.name, rows[c * n : (c + 1) * n], area.reshape(n // ROWS, blocks, f.block))
-        area = m.look(down_ref)[c, : layout.down_groups * layout.down.block]
+        size_down = layout.down_groups * layout.down.block
+        area = m.look(bundles)[c, layout.down_offset : layout.down_offset + size_down]
         column = raw[2].reshape(dim, clusters, -1)[:, c]
         pack(down, np.ascontiguousarray(column), area.reshape(layout.down_groups, 1, layout.down.block))
     table = m.room((clusters, CLUSTER_ROW // 8), np.int64, "weights")
-    for word_, ref, stride in ((0, gate_up, layout.gate_up_stride), (1, down_ref, layout.down_stride)):
-        m.look(table)[:, word_] = m.arena.address(ref) + np.arange(clusters) * stride
+    for word_, first in ((0, 0), (1, layout.down_offset)):
+        m.look(table)[:, word_] = m.arena.address(bundles) + first + np.arange(clusters) * layout.bundle
     ids = m.room(1 + clusters, np.int32, "weights")
 
     x_subs, hidden_subs = blocks * layout.gate.subs, clusters * n // 32
@@ -133,7 +133,7 @@ def network(m: Machine, kind: str, tile: int) -> Network:
     b.add("merge", Opcode.MERGE, m.emit(x, x_subs, tile, ints, floats))
     b.add(kernel_name("ffn_up", gate, up, "silu", tile), Opcode.FFN_UP, up_operands)
     b.add(kernel_name("ffn_down", down, tile), Opcode.FFN_DOWN, down_operands)
-    return Network(m, layout, raw, ids, table, gate_up, x, y, m.load(b))
+    return Network(m, layout, raw, ids, table, bundles, x, y, m.load(b))
 
 
 @pytest.mark.parametrize("kind", FFNS)
@@ -177,7 +177,7 @@ def test_clusters_that_arrive_late(lanes: int) -> None:
         flags = m.room((n, 64), region="flags")
         counters = m.look(flags).view(np.int64)
         m.look(net.table)[:, CLUSTER_FLAG // 8] = m.arena.address(flags) + 64 * np.arange(n)
-        weights = m.look(net.gate_up)
+        weights = m.look(net.bundles)
         whole = weights.copy()
         for epoch in (1, 2, 3):
             m.look(net.table)[:, CLUSTER_WANTED // 8] = epoch

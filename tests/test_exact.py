@@ -113,7 +113,7 @@ def test_close_to_the_float_oracle(case: Case) -> None:
     model = case.engine.model
 
     def weights(name: str) -> Floats:
-        floats = dequantise(model.file.read(name), model.file.tensors[name].format)
+        floats = dequantise(model.gguf.read(name), model.file.tensors[name].format)
         return floats[0] if len(floats) == 1 else floats
 
     oracle: Floats = ARCHITECTURES[model.spec.architecture].forward(model.spec, weights, case.tokens)

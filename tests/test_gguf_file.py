@@ -13,7 +13,8 @@ from tiny_models import write_tiny
 
 from coterie.errors import ModelError
 from coterie.models.dequant import dequantise, finite
-from coterie.models.gguf_file import BLOCKS, GGUFFile
+from coterie.models.gguf_file import GGUFFile
+from coterie.models.header import BLOCKS
 
 
 def gguf_bytes(metadata: bytes = b"", keys: int = 0, tensors: bytes = b"", count: int = 0, data: int = 0) -> bytes:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from harness import Machine, machine
 from reference import (
@@ -276,8 +277,6 @@ def test_logits_from_two_planes(name: str, tile: int, bench: Machine) -> None:
 
 def embedding(m: Machine, name: str, raw: Bytes, columns: int, x: BufferRef) -> dict[int, Operand]:
     return {
-        o.EMBED_WEIGHTS: m.pack(name, raw, columns),
-        o.EMBED_GROUP: PACKED[name].group_bytes(columns),
         o.EMBED_BLOCKS: columns // PACKED[name].columns,
         o.EMBED_VOCAB: len(raw),
         o.EMBED_X: x,
@@ -285,6 +284,12 @@ def embedding(m: Machine, name: str, raw: Bytes, columns: int, x: BufferRef) -> 
         o.EMBED_SCALE: 1.7,
         o.EMBED_SCRATCH: m.room(m.lanes * UNPACKED),
     }
+
+
+def groups(m: Machine, name: str, raw: Bytes, columns: int, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Where each id's group lies."""
+    first = m.arena.address(m.pack(name, raw, columns))
+    return first + np.asarray(ids, np.int64) // 16 * PACKED[name].group_bytes(columns)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -295,7 +300,7 @@ def test_embedding_rows_are_the_dequantised_weights(name: str, bench: Machine) -
     x = m.room((m.rows, columns), np.float32)
     b = m.builder()
     b.add(kernel_name("embed", name), Opcode.EMBED, embedding(m, name, raw, columns, x))
-    m.unit.run(m.load(b), ids, (), (), ())
+    m.unit.run(m.load(b), ids, (), (), (), groups(m, name, raw, columns, ids))
     assert same_bits(m.look(x)[: len(ids)], (floats_of(name, raw) * np.float32(1.7))[ids])
 
 
@@ -308,5 +313,5 @@ def test_an_id_that_is_no_row_is_reported(wrong: int, bench: Machine) -> None:
     b.add(kernel_name("embed", "Q4_0"), Opcode.EMBED, operands)
     name = m.load(b)
     with pytest.raises(UnitError, match="reported error 1"):
-        m.unit.run(name, [3, wrong, 4], (), (), ())
-    m.unit.run(name, [3, 42, 4], (), (), ())
+        m.unit.run(name, [3, wrong, 4], (), (), (), groups(m, "Q4_0", raw, 32, [3, 0, 4]))
+    m.unit.run(name, [3, 42, 4], (), (), (), groups(m, "Q4_0", raw, 32, [3, 42, 4]))

@@ -30,7 +30,7 @@ def weights_of(file: GGUFFile) -> Weights:
 
 
 def logits_of(model: Model, tokens: list[int]) -> Floats:
-    logits: Floats = ARCHITECTURES[model.spec.architecture].forward(model.spec, weights_of(model.file), tokens)
+    logits: Floats = ARCHITECTURES[model.spec.architecture].forward(model.spec, weights_of(model.gguf), tokens)
     return logits
 
 
@@ -118,7 +118,7 @@ def test_agrees_with_one_number_after_the_other(name: str, tmp_path: Path) -> No
     path = write_tiny(tmp_path / "m.gguf", dim=32, heads=4, head_dim=8, ffn=64, formats="Q8_0", **CASES[name])
     model = open_model(path)
     tokens = [5, 200, 17, 17, 250, 99, 3]
-    expected = np.array(slow_forward(model.spec, weights_of(model.file), tokens))
+    expected = np.array(slow_forward(model.spec, weights_of(model.gguf), tokens))
     np.testing.assert_allclose(logits_of(model, tokens), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     model.close()
 

@@ -15,7 +15,8 @@ from coterie.kernels.formats import FORMATS as PACKED
 from coterie.models.dequant import dequantise
 from coterie.models.load import open_model
 from coterie.storage.pack import RAW, pack, packed_bytes, padded_columns, raw_bytes, unpack
-from coterie.storage.weights import FFN, Matrix, half_split_rows
+from coterie.storage.packer import half_split_rows
+from coterie.storage.weights import FFN, Matrix
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -90,13 +91,16 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def tensor(engine: Engine, name: str) -> Floats:
     """A tensor of the file as floats."""
-    return dequantise(engine.model.file.read(name), engine.model.file.tensors[name].format)
+    return dequantise(engine.model.gguf.read(name), engine.model.file.tensors[name].format)
 
 
 def unpacked(engine: Engine, matrix: Matrix) -> Floats:
     f = matrix.format
-    data = engine.arena.numpy(matrix.ref).reshape(matrix.groups, matrix.blocks, f.block)
-    return unpack(f.name, data)[: matrix.rows, : matrix.columns]
+    (whole,) = matrix.slices
+    run, data = matrix.run, engine.arena.numpy(whole.ref)
+    extents = [data[i * run.stride :][: run.items_of(i) * run.item_bytes] for i in range(run.extents)]
+    groups = np.concatenate(extents).reshape(run.items, matrix.blocks, f.block)
+    return unpack(f.name, groups)[: matrix.rows, : matrix.columns]
 
 
 def test_matrices_are_in_the_arena(engine: Engine) -> None:
@@ -143,7 +147,8 @@ def test_clusters_are_where_their_table_says(engine: Engine) -> None:
             wanted = tensor(engine, f"blk.{i}.ffn_{name}.weight")
             np.testing.assert_array_equal(got[:n], wanted.T if name == "down" else wanted)
             assert not got[n:].any()
-        count, *ids = engine.arena.numpy(layer.ffn.list).tolist()
+        (span,) = layer.ffn.spans
+        count, *ids = engine.arena.numpy(span.list).tolist()
         assert ids == list(range(count))
         assert count == layer.ffn.layout.clusters
         assert (engine.arena.numpy(layer.ffn.table)[:, :2] % 64 == 0).all()

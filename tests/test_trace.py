@@ -156,7 +156,7 @@ def test_rings_are_read_oldest_first(count: int) -> None:
 
 def test_times_are_microseconds_from_the_first_event(tmp_path: Path) -> None:
     rings = np.stack([ring(8, [1000, 3000]), ring(8, [])])
-    write_chrome_trace(tmp_path / "t.json", rings, 1e9)
+    write_chrome_trace(tmp_path / "t.json", [("cpu", rings)], 1e9)
     slices = [e for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if e["ph"] == "X"]
     assert [(e["name"], e["ts"], e["dur"]) for e in slices] == [
         ("wait", 0.0, 0.002),
@@ -169,13 +169,13 @@ def test_times_are_microseconds_from_the_first_event(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot write the trace"):
-        write_chrome_trace(tmp_path / "no" / "t.json", ring(8, [1])[None], 1e9)
+        write_chrome_trace(tmp_path / "no" / "t.json", [("cpu", ring(8, [1])[None])], 1e9)
 
 
 def test_a_machine_without_programs_writes_an_empty_trace(tmp_path: Path) -> None:
     with machine(2, tracing=True) as m:
         rings = m.unit.buffers.rings
         assert rings is not None
-        write_chrome_trace(tmp_path / "t.json", m.look(rings), m.unit.cycles_per_second())
+        write_chrome_trace(tmp_path / "t.json", [("cpu", m.look(rings))], m.unit.cycles_per_second())
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert [event["ph"] for event in events] == ["M"] * 3

@@ -18,7 +18,10 @@ from coterie.commands import models
 from coterie.commands.bench import bench
 from coterie.commands.doctor import doctor
 from coterie.commands.inspect import inspect
+from coterie.commands.pack import pack, verify
 from coterie.commands.perplexity import perplexity
+from coterie.commands.plan import plan
+from coterie.commands.profile import profile
 from coterie.commands.run import run
 from coterie.commands.terminal import printable
 from coterie.errors import CoterieError, PlanError, UsageError
@@ -129,7 +132,7 @@ def _defaults(path: Path, group: TyperGroup, name: str, table: Any) -> dict[str,
     return {names[key]: value if isinstance(value, (bool, list)) else str(value) for key, value in table.items()}
 
 
-for command in (run, bench, perplexity, inspect, doctor, models.pull, models.ls):
+for command in (run, plan, bench, perplexity, pack, verify, inspect, profile, doctor, models.pull, models.ls):
     app.command()(command)
 
 

@@ -1,29 +1,52 @@
-"""The engine: token ids in, logits out. Opens a model, plans, packs, compiles, and runs one step at a time."""
+"""The engine: token ids in, logits out. Opens a model, plans, loads, compiles, and runs one step at a time."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from threading import RLock
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
 from coterie.errors import UsageError
+from coterie.kernels.formats import ROWS
 from coterie.kernels.library import is_cached
 from coterie.kernels.operands import PROBE_BYTES
+from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model
+from coterie.meter import Meter
 from coterie.models.rope import rope_table
 from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model
-from coterie.scheduler.plan import Plan, make_plan
+from coterie.scheduler.plan import Plan, Wishes, make_plan, plan_flash
 from coterie.scheduler.program import Program
-from coterie.storage.arena import Arena
+from coterie.scheduler.residency import ring_room
+from coterie.models.spec import Rope
+from coterie.sizes import Memory
+from coterie.storage.arena import HUGE, Arena, BufferRef
+from coterie.storage.flash_buffers import lay_out_flash
+from coterie.storage.flash_file import FlashFile
 from coterie.storage.kv import KVCache, KVLayout
 from coterie.storage.kv import Sequence as KVSequence
+from coterie.storage.packer import RunPacker
+from coterie.storage.runs import Extents, Run, lay_out_runs
 from coterie.storage.unit import lay_out_unit
-from coterie.storage.weights import Packer
+from coterie.storage.weights import Residency, fill_tables, pack_into
+from coterie.stream import Stream
 from coterie.trace.chrome import write_chrome_trace
 
+# Bytes of address space for regions that are laid out anew when the ceiling changes.
+SCRATCH_ROOM = {"flags": 256 << 20, "programs": 256 << 20, "tables": 64 << 20, "activations": 64 << 20}
 ROPE_ROWS = 256  # positions of a rope table computed at a time
+
+
+
+class _Yield(Exception):
+    """The step under way makes room for a new ceiling."""
+
+
 Floats = npt.NDArray[np.float32]
 Progress = Callable[..., None]  # progress(label, done=0, total=0)
 
@@ -38,42 +61,76 @@ class Engine:
     def __init__(
         self,
         model: Model,
+        wishes: Wishes = Wishes(),  # noqa: B008 - it is frozen
         *,
-        threads: int | None = None,
-        context: int | None = None,
-        memory: int | None = None,
         trace: Path | None = None,
         progress: Progress | None = None,
-        sources: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.spec, self._trace = model, model.spec, trace
         self._progress: Progress = progress or (lambda label, done=0, total=0: None)
-        tracing = trace is not None
+        self._wishes = replace(wishes, tracing=trace is not None)
         if trace is not None:
-            write_chrome_trace(trace, np.zeros((0, 0), np.uint8), 1.0)  # a path that cannot be written is known now
-        self.plan: Plan = make_plan(
-            model.file, model.spec, threads=threads, context=context, memory=memory, tracing=tracing,
-            sources=sources or {},
-        )  # fmt: skip
-        plan = self.plan
-        self.arena = Arena(plan.regions)
-        self.layout = lay_out_model(
-            self.arena, model.file, self.spec,
-            lanes=plan.lanes, context=plan.context, chunk=plan.chunk, tile=plan.tile,
-        )  # fmt: skip
-        buffers = lay_out_unit(self.arena, plan.lanes, plan.chunk, tracing=tracing)
+            write_chrome_trace(trace, [], 1.0)  # a path that cannot be written is known now
+        self._packed = model.file if isinstance(model.file, FlashFile) else None
+        self._flash = None
+        if self._packed is not None:
+            self._flash = plan_flash(self._packed.path, self._packed.identity, wishes)
+        self.plan, self._residency = make_plan(model.file, model.spec, self._wishes, self._flash)
+        plan, self.runs = self.plan, lay_out_runs(model.file.tensors, model.spec)
+        self.arena = Arena(plan.regions if self._packed is None else plan.regions | _reserve(self.runs, plan))
+        buffers = lay_out_unit(self.arena, plan.lanes, plan.chunk, tracing=self._wishes.tracing)
         self.cache = KVCache(self.arena, KVLayout.of(self.spec), plan.context, BATCH + 1)
-        self._logits: Floats = self.arena.numpy(self.layout.shared.logits)[:, : self.spec.vocab]
-        self._pack()
-        self._fill_rope_tables()
-        self.unit = CpuUnit(self.arena, plan.lanes, buffers)
+        self.unit = CpuUnit(self.arena, plan.lanes, buffers, detached=self._packed is not None)
+        self.stream: Stream | None = None
+        self.meter: Meter | None = None
+        self._lock = RLock()  # held while a step runs, or the ceiling changes
+        self._ceiling: tuple[Plan, Residency] | None = None  # asked for, not yet applied
+        self._ropes: dict[Rope, BufferRef] | None = None
         self._loaded: set[str] = set()
         self._closed = False
+        try:
+            if self._packed is not None:
+                self.stream = self._open_stream(self._packed)
+                self.meter = Meter(self.stream.counters, self.unit.stalled_seconds)
+            self._lay_out()
+            if isinstance(model.file, GGUFFile):
+                self._pack(model.file)
+            self._fill_rope_tables()
+        except BaseException:
+            self.close()
+            raise
 
-    def _pack(self) -> None:
-        total = sum(tensor.nbytes for tensor in self.model.file.tensors.values())
-        packer = Packer(self.model.file, self.spec, self.arena, lambda done: self._progress("packing", done, total))
-        packer.fill(self.layout.weights, self.plan.lanes)
+    def _open_stream(self, file: FlashFile) -> Stream:
+        plan = self.plan
+        assert plan.flash is not None
+        entries = int(Extents.of(self.runs).first[-1])
+        buffers = lay_out_flash(
+            self.arena, entries=entries, ring_bytes=ring_room(self.runs), depth=plan.flash.depth, tracing=self._wishes.tracing
+        )
+        stream = Stream(self.arena, file, plan, buffers, self.unit.abort_address)
+        self.unit.connect(stream.unit.arrived, stream.unit.freed)
+        self.plan = replace(plan, flash=replace(plan.flash, engine=stream.unit.engine))
+        return stream
+
+    def _lay_out(self) -> None:
+        """Cut the buffers that depend on what is resident, and fill the tables."""
+        plan = self.plan
+        self.layout = lay_out_model(
+            self.arena, self.model.file, self.spec, self.runs, self._residency,
+            lanes=plan.lanes, context=plan.context, chunk=plan.chunk, tile=plan.tile, ropes=self._ropes,
+        )  # fmt: skip
+        self._ropes = self.layout.shared.ropes
+        self._logits: Floats = self.arena.numpy(self.layout.shared.logits)[:, : self.spec.vocab]
+        stream = self.stream
+        if stream is not None:
+            stream.adopt(self.layout.weights, self._residency.pinned, self._progress)
+        fill_tables(self.arena, self.layout.weights, 0 if stream is None else stream.unit.arrived)
+
+    def _pack(self, file: GGUFFile) -> None:
+        total = self.plan.weight_bytes
+        packers = [RunPacker(file, self.spec, run) for run in self.runs]
+        progress = lambda done: self._progress("packing", done, total)  # noqa: E731
+        pack_into(self.arena, self.layout.weights, packers, self.plan.lanes, progress)
 
     def _fill_rope_tables(self) -> None:
         for rope, ref in self.layout.shared.ropes.items():
@@ -89,10 +146,63 @@ class Engine:
         positions: npt.ArrayLike,
         tables: npt.ArrayLike,
         outputs: npt.ArrayLike,
+        *,
+        more: bool = False,
     ) -> None:
-        self._check_open()
-        self.ready(name)
-        self.unit.run(name, ids, positions, tables, outputs)
+        """Run a program for one step; `more`: logits of this chunk's rows are wanted after it. A step that a new
+        ceiling cuts short is run again; but not `head`, which cannot be."""
+        while True:
+            if name != "head":
+                self._apply_ceiling()
+            self.ready(name)
+            try:
+                self._step(name, ids, positions, tables, outputs, more)
+            except _Yield:
+                continue
+            return
+
+    def _step(
+        self,
+        name: str,
+        ids: Sequence[int],
+        positions: npt.ArrayLike,
+        tables: npt.ArrayLike,
+        outputs: npt.ArrayLike,
+        more: bool,
+    ) -> None:
+        program, stream, meter = self.layout.programs[name], self.stream, self.meter
+        rows = np.asarray(ids, np.int64)
+        if stream is None or meter is None:
+            self.unit.run(name, ids, positions, tables, outputs, self._embeddings(rows))
+            return
+
+        def watch() -> None:
+            stream.watch()
+            if self._ceiling is not None and name != "head":
+                raise _Yield
+
+        meter.start()
+        tape = stream.begin(program, again=more)
+        try:
+            self.unit.run(name, ids, positions, tables, outputs, self._embeddings(rows), tape, watch)
+        except _Yield:
+            stream.lose()
+            raise
+        except BaseException:
+            stream.lose()
+            stream.watch()  # if the flash unit complains, that is the reason
+            raise
+        meter.stop(len(ids) if name in ("decode", "batch") else 0)
+
+    def _embeddings(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Addresses of the groups of rows in which the ids' embeddings lie."""
+        layout = self.layout
+        if layout.lookups is not None and layout.bounce is not None:
+            assert self.stream is not None
+            return self.stream.look_up(ids, layout.lookups, layout.bounce)
+        run, (part,) = layout.weights.embedding.run, layout.weights.embedding.slices
+        extents, groups = np.divmod(ids // ROWS, run.per)
+        return self.arena.address(part.ref) + extents * run.stride + groups * run.item_bytes
 
     def ready(self, *names: str) -> None:
         """Compile and link programs now, rather than when they are first run."""
@@ -137,21 +247,29 @@ class Engine:
         done = 0
         for first in range(0, len(tokens), self.plan.chunk):
             ids = tokens[first : first + self.plan.chunk]
-            positions = sequence.length + np.arange(len(ids))
-            tables = np.full(len(ids), sequence.table_address)
-            self._run("prefill", ids, positions, tables, ())
-            sequence.length += len(ids)
             here = wanted[(wanted >= first) & (wanted < first + len(ids))] - first
-            for part in range(0, here.size, OUTPUT_ROWS):
-                outputs = here[part : part + OUTPUT_ROWS]
-                self._run("head", ids, positions, tables, outputs)
-                logits[done : done + outputs.size] = self._logits[: outputs.size]
-                done += outputs.size
+            with self._lock:
+                self._chunk(sequence, ids, here, logits[done : done + here.size])
+            done += here.size
             self._progress("prompt", first + len(ids), len(tokens))
         return logits
 
+    def _chunk(
+        self, sequence: KVSequence, ids: Sequence[int], wanted: npt.NDArray[np.int64], logits: Floats
+    ) -> None:
+        """Append a chunk's tokens; logits of the rows `wanted`."""
+        self._check_open()
+        positions = sequence.length + np.arange(len(ids))
+        tables = np.full(len(ids), sequence.table_address)
+        self._run("prefill", ids, positions, tables, (), more=wanted.size > 0)
+        sequence.length += len(ids)
+        for first in range(0, wanted.size, OUTPUT_ROWS):
+            outputs = wanted[first : first + OUTPUT_ROWS]
+            self._run("head", ids, positions, tables, outputs, more=first + OUTPUT_ROWS < wanted.size)
+            logits[first : first + outputs.size] = self._logits[: outputs.size]
+
     def decode(self, sequences: Sequence[KVSequence], tokens: Sequence[int]) -> Floats:
-        """Append one token to each of up to BATCH different sequences; logits float32[n, vocab], a view that the
+        """Append one token to each of up to BATCH different sequences; logits float32[n, vocab], maybe a view that the
         next step overwrites."""
         n = len(tokens)
         if not 1 <= n <= BATCH or n != len(sequences):
@@ -160,36 +278,105 @@ class Engine:
         for s in sequences:
             s.reserve(s.length + 1)
         positions, tables = [s.length for s in sequences], [s.table_address for s in sequences]
-        self._run("decode" if n == 1 else "batch", tokens, positions, tables, range(n))
-        for s in sequences:
-            s.length += 1
-        return self._logits[:n]
+        with self._lock:
+            self._check_open()
+            self._run("decode" if n == 1 else "batch", tokens, positions, tables, range(n))
+            for s in sequences:
+                s.length += 1
+            # A new ceiling, from another thread, may move the buffer.
+            return self._logits[:n] if self.stream is None else self._logits[:n].copy()
 
     def read_bandwidth(self) -> float:
         """Bytes/s at which the lanes read the layers' weights, once through."""
-        program = self.layout.programs["probe"]
-        self._run("probe", [0], [0], [0], ())
-        start = time.perf_counter()
-        self._run("probe", [0], [0], [0], ())
-        return float(program.words[0, PROBE_BYTES] / (time.perf_counter() - start))
+        with self._lock:
+            self._check_open()
+            self.ready("probe")
+            for _ in range(2):
+                start = time.perf_counter()
+                self.unit.run("probe", [0], [0], [0], ())
+            nbytes = self.layout.programs["probe"].words[0, PROBE_BYTES]
+            return float(nbytes / (time.perf_counter() - start))
+
+    # --- the ceiling ----------------------------------------------------------------------------------
+
+    def set_memory(self, memory: Memory) -> None:
+        """Change the ceiling: at once between two steps, else the step under way is cut short and run again.
+
+        Raises PlanError for a ceiling that cannot hold what is not weights, and the smallest ring; UsageError where
+        there is nothing to stream from.
+        """
+        if self.stream is None:
+            raise UsageError(
+                "this model was opened to be in memory as a whole; open it with memory=, or from a packed file"
+            )
+        self._check_open()
+        plan = self.plan
+        wishes = replace(
+            self._wishes, memory=memory, threads=plan.lanes, context=plan.context, chunk=plan.chunk, pinned=None
+        )
+        new, residency = make_plan(self.model.file, self.spec, wishes, self._flash)
+        new = replace(new, flash=plan.flash, sources=plan.sources | {"memory": "argument"})
+        self._ceiling = new, residency
+        with self._lock:
+            self._apply_ceiling()
+
+    def _apply_ceiling(self) -> None:
+        """Lay out anew for the ceiling that was asked for last."""
+        if self._ceiling is None or self.stream is None:
+            return
+        (self.plan, self._residency), self._ceiling = self._ceiling, None
+        self.unit.unload()
+        self._loaded.clear()
+        self.stream.forget(self._residency.pinned.size)
+        keep = int(Extents.of(self.runs).nbytes[self._residency.pinned].sum())
+        self.arena.release("weights", keep)
+        self.arena.rewind("weights")
+        for region in ("staging", "tables", "flags", "programs", "activations"):
+            self.arena.release(region)
+        self._lay_out()
+
+    def flash_report(self) -> dict[str, Any] | None:
+        """What streaming costs, since the model was opened or `count_anew` was called; None without a packed file."""
+        return None if self.meter is None else self.meter.report(self.plan)
+
+    def count_anew(self) -> None:
+        if self.meter is not None:
+            self.meter.reset()
 
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this model has been closed; open it again to use it")
 
-    def forecast(self) -> dict[str, float]:
-        """What decoding can be: bytes/s that memory gives now, and tokens/s if nothing else took time."""
-        bandwidth = self.read_bandwidth()
-        return {"read_bandwidth": bandwidth, "tokens_per_s": bandwidth / self.plan.bytes_per_token}
+    def forecast(self) -> dict[str, Any]:
+        """What decoding can be, with the bandwidth that memory gives now (Plan.forecast)."""
+        return self.plan.forecast(self.read_bandwidth())
 
     def close(self) -> None:
-        """Stop the unit, write the trace, forget the memory. A second call does nothing."""
+        """Stop the units, write the trace, forget the memory. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
         self.unit.close()
-        rings = self.unit.buffers.rings
-        if self._trace is not None and rings is not None:
-            write_chrome_trace(self._trace, self.arena.numpy(rings), self.unit.cycles_per_second())
+        if self.stream is not None:
+            self.stream.close()
+        if self._trace is not None:
+            self._write_trace(self._trace)
         self.model.close()
         self.arena.close()
+
+    def _write_trace(self, path: Path) -> None:
+        rings = [("cpu", self.unit.buffers.rings)]
+        if self.stream is not None:
+            rings.append(("flash", self.stream.unit.buffers.rings))
+        arrays = [(name, self.arena.numpy(ref)) for name, ref in rings if ref is not None]
+        write_chrome_trace(path, arrays, self.unit.cycles_per_second())
+
+
+def _reserve(runs: tuple[Run, ...], plan: Plan) -> dict[str, int]:
+    """Room, not memory, for regions that may grow when the ceiling is raised."""
+    every = int(Extents.of(runs).nbytes.sum())
+    return {
+        "weights": every + HUGE,
+        "staging": ring_room(runs),
+        **{name: size + plan.regions[name] for name, size in SCRATCH_ROOM.items()},
+    }

@@ -22,10 +22,12 @@ from coterie.engine import Engine
 from coterie.errors import UsageError
 from coterie.fetch import resolve
 from coterie.generation import Sampler, TextStream
-from coterie.models.load import open_model
 from coterie.models.template import ChatTemplate
 from coterie.sampling import SamplingOptions
-from coterie.scheduler.plan import Plan
+from coterie.opening import open_to_run
+from coterie.scheduler.plan import OVERHEAD, Plan, Wishes
+from coterie.scheduler.plan_file import read_plan
+from coterie.sizes import Memory, Share, parse_memory
 
 LOGITS_BYTES = 1 << 30  # logits() refuses to return more
 
@@ -33,10 +35,13 @@ LOGITS_BYTES = 1 << 30  # logits() refuses to return more
 class LLM:
     """A language model, ready to generate.
 
-    `model` is a path to a GGUF file or a name that `coterie pull` knows. `threads` are lanes of the CPU unit,
-    `context` the positions all open generations hold together, `memory` (bytes) a bound that is checked before
-    anything is loaded, `trace` a file that is written on close. `progress(label, done, total)` is told of slow
-    things; `sources` says where values came from ("flag", "config"), for the plan to show.
+    `model` is a path to a GGUF or packed file, or a name that `coterie pull` knows. `threads` are lanes of the CPU unit,
+    `context` the positions all open generations hold together, `trace` a file that is written on close.
+
+    `memory` is a hard ceiling: bytes, or text such as "6GiB"; "50%" lets half the weights' bytes be resident; "auto"
+    follows what the machine can spare. What does not fit is streamed from a packed copy of the model, made on first use.
+    `plan` is a plan file to follow. `progress(label, done, total)` is told of slow things; `sources` says where values
+    came from ("flag", "config"), for the plan to show.
 
     Raises FetchError, ModelError, PlanError, UsageError.
     """
@@ -47,22 +52,23 @@ class LLM:
         *,
         threads: int | None = None,
         context: int | None = None,
-        memory: int | None = None,
+        memory: int | str | Share | None = None,
+        plan: str | Path | None = None,
         trace: str | Path | None = None,
         progress: Callable[..., None] | None = None,
         sources: Mapping[str, str] | None = None,
     ) -> None:
-        for name, value in (("threads", threads), ("context", context), ("memory", memory)):
+        for name, value in (("threads", threads), ("context", context)):
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} is {value!r}: give a whole number above 0, or None to have it chosen")
         start = time.perf_counter()
-        opened = open_model(resolve(model, progress))
+        wanted = Wishes(threads, context, None, _ceiling(memory), trace is not None, dict(sources or {}))
+        if plan is not None:
+            wanted = read_plan(Path(plan), wanted)
+        opened = open_to_run(resolve(model, progress), wanted, progress or (lambda label, done=0, total=0: None))
         _forget_vocabulary(opened.file.metadata)
         try:
-            self._engine = Engine(
-                opened, threads=threads, context=context, memory=memory,
-                trace=None if trace is None else Path(trace), progress=progress, sources=sources,
-            )  # fmt: skip
+            self._engine = Engine(opened, wanted, trace=None if trace is None else Path(trace), progress=progress)
         except BaseException:
             opened.close()
             raise
@@ -90,6 +96,15 @@ class LLM:
     def template(self) -> ChatTemplate | None:
         """The model's chat template, if it has one."""
         return self._model.template
+
+    def set_memory(self, memory: int | str | Share) -> None:
+        """Change the ceiling, also while answers are being generated: before the next token, weights are dropped, or
+        read, until the new one is filled. Tokens do not change. The context and what else is not weights keep their size.
+
+        Raises PlanError if the new ceiling cannot hold them (the old one then stays), UsageError for a model that was
+        opened without `memory` from a file that is not packed.
+        """
+        self._engine.set_memory(_required(memory))
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of plain text, begun as the model wants it; special tokens are not recognised."""
@@ -168,10 +183,22 @@ class LLM:
         return self._engine.forecast()
 
     def memory(self) -> dict[str, int]:
-        """Bytes: planned by region, KV cache taken so far, and the process's peak ("peak_rss")."""
+        """Bytes: planned by region and in all ("total"), the ceiling (0: none), KV cache taken so far, and the process's
+        peak ("peak_rss")."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        regions = dict(self.plan.regions)
-        return {**regions, "kv_taken": self._engine.cache.nbytes, "peak_rss": peak}
+        plan = self.plan
+        return {
+            **plan.regions,
+            "total": plan.total,
+            "ceiling": plan.memory or 0,
+            "overhead": OVERHEAD,
+            "kv_taken": self._engine.cache.nbytes,
+            "peak_rss": peak,
+        }
+
+    def flash(self) -> dict[str, Any] | None:
+        """What streaming has done so far (None: everything is in memory): see Engine.flash_report."""
+        return self._engine.flash_report()
 
     def bench(self, n_prompt: int, n_gen: int, repetitions: int = 5) -> list[dict[str, Any]]:
         """Time prefill of `n_prompt` random tokens, or decoding of `n_gen`, as llama-bench does: a warm-up, then
@@ -179,6 +206,7 @@ class LLM:
         if min(n_prompt, n_gen) < 0 or n_prompt + n_gen == 0 or repetitions < 1:
             raise UsageError("nothing to time: give a number of prompt or generated tokens, and a repetition")
         self._timed(n_prompt, n_gen)
+        self._engine.count_anew()
         samples = [self._timed(n_prompt, n_gen) for _ in range(repetitions)]
         rates = [(n_prompt + n_gen) / seconds for seconds in samples]
         file = self._model.file
@@ -195,6 +223,8 @@ class LLM:
                 "stddev_ts": float(np.std(rates, ddof=1)) if len(rates) > 1 else 0.0,
                 "samples_ts": rates,
                 "samples_ns": [round(seconds * 1e9) for seconds in samples],
+                "flash": self.flash(),
+                "memory": self.memory(),
             }
         ]
 
@@ -211,6 +241,21 @@ class LLM:
             return time.perf_counter() - start
         finally:
             sequence.close()
+
+
+def _ceiling(memory: int | str | Share | None) -> Memory | None:
+    if isinstance(memory, str):
+        return parse_memory(memory)
+    if memory is not None and not isinstance(memory, Share) and (type(memory) is not int or memory < 1):
+        raise UsageError(f'memory is {memory!r}: give bytes, or text such as "6GiB", "50%" or "auto"')
+    return memory
+
+
+def _required(memory: int | str | Share) -> Memory:
+    ceiling = _ceiling(memory)
+    if ceiling is None:
+        raise UsageError('memory is None: give bytes, or text such as "6GiB", "50%" or "auto"')
+    return ceiling
 
 
 def _forget_vocabulary(metadata: dict[str, Any]) -> None:

@@ -34,6 +34,11 @@ def kernels_dir() -> Path:
     return _made(cache_dir() / "kernels")
 
 
+def packed_dir() -> Path:
+    """Where packed copies of models lie."""
+    return _made(cache_dir() / "packed")
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder

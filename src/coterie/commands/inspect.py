@@ -9,6 +9,8 @@ from coterie.commands.options import Json, ModelArgument, ModelOption, pick_mode
 
 if TYPE_CHECKING:
     from coterie.models.load import Model
+    from coterie.storage.flash_file import FlashFile
+    from coterie.storage.runs import Run
 
 LONG = 16  # longer lists, such as a vocabulary, are told by their length
 
@@ -57,9 +59,25 @@ def describe(path: Path, model: "Model") -> dict[str, Any]:
             "end_ids": sorted(model.tokenizer.end_ids),
             "chat_template": model.template is not None,
         },
+        "packed": _packed(model),
         "metadata": {key: _short(value) for key, value in model.file.metadata.items()},
         "tensors": [dataclasses.asdict(tensor) for tensor in tensors],
     }
+
+
+def _packed(model: "Model") -> dict[str, Any] | None:
+    """How a packed file is laid out; None for a GGUF."""
+    runs: tuple[Run, ...] = getattr(model.file, "runs", ())  # by name, so that a GGUF costs no look at packed files
+    if not runs:
+        return None
+    kinds: dict[str, dict[str, int]] = {}
+    for run in runs:
+        entry = kinds.setdefault(run.kind, {"runs": 0, "extents": 0, "bytes": 0})
+        entry["runs"] += 1
+        entry["extents"] += run.extents
+        entry["bytes"] += run.nbytes
+    file: FlashFile = model.file  # type: ignore[assignment]
+    return {"layout": "dense", "identity": file.identity, "source_key": file.source_key, "kinds": kinds}
 
 
 def _short(value: Any) -> Any:
@@ -79,6 +97,12 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"{terminal.size_text(entry['bytes']):>11}"
         for name, entry in facts["formats"].items()
     ]
+    if packed := facts["packed"]:
+        lines += ["", f"packed, layout {packed['layout']}, identity {packed['identity'][:16]}"]
+        lines += [
+            f"  {kind:10} {entry['runs']:4} runs {entry['extents']:7,} extents {terminal.size_text(entry['bytes']):>11}"
+            for kind, entry in packed["kinds"].items()
+        ]
     lines += ["", "metadata"]
     for key, value in facts["metadata"].items():
         text = f"[{value['length']} items]" if isinstance(value, dict) else repr(value)

@@ -1,29 +1,15 @@
 """Options that several commands share, and reading what the user named."""
 
-import re
 import sys
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import typer
 
 from coterie.errors import UsageError
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-UNITS |= {f"{unit}B": factor for unit, factor in UNITS.items()}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+from coterie.sizes import parse_memory
 
 TEXT_LIMIT = 64 * 2**20  # bytes of a prompt or a text to score
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "64MiB", "1.5 GiB", "2G" (10^9) or "65536"; raises UsageError."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
-    if match and match[2].upper() in UNITS:
-        size = int(float(match[1]) * UNITS[match[2].upper()])
-        if size > 0:
-            return size
-    raise UsageError(f"--memory {text!r} is not a size: write it as 64MiB, 1.5GiB, 2G (10^9 bytes) or plain bytes")
 
 
 ModelArgument = Annotated[
@@ -46,13 +32,13 @@ Context = Annotated[
     ),
 ]
 Memory = Annotated[
-    int | None,
+    Any,
     typer.Option(
         "--memory",
-        parser=parse_size,
+        parser=parse_memory,
         metavar="SIZE",
         envvar="COTERIE_MEMORY",
-        help="Ceiling, as 64MiB or 2G.",
+        help="Ceiling, as 64MiB or 2G; 50%: half of the weights in memory; auto: what the machine can spare.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]

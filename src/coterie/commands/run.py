@@ -57,6 +57,9 @@ def run(
     ] = SamplingOptions.repeat_last_n,
     seed: Annotated[int | None, typer.Option("--seed", help="Equal seeds, equal answers.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Follow a plan that coterie plan --save wrote.")
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome/Perfetto trace.")
     ] = None,
@@ -90,17 +93,18 @@ def run(
             threads=threads,
             context=context or None,
             memory=memory,
+            plan=plan,
             trace=trace,
             progress=progress,
             sources=value_sources(command),
         ) as llm,
     ):
         forecast = llm.forecast()
-        progress.say([*llm.plan.lines(), _forecast_line(forecast)])
+        progress.say([*llm.plan.lines(), llm.plan.forecast_line(forecast)])
         sampling = {**dataclasses.asdict(options), "stop": stop or []}
         generation = _start(llm, text, system, raw, n, sampling)
         _show(generation, progress, as_json)
-        progress.say([_summary(generation, llm.memory(), options)])
+        progress.say([_summary(generation, llm, options)])
         if as_json:
             terminal.write_json(
                 {
@@ -110,16 +114,10 @@ def run(
                     "seed": options.seed,
                     "timings": generation.timings,
                     "memory": llm.memory(),
+                    "flash": llm.flash(),
                     "plan": llm.plan.as_dict() | {"forecast": forecast},
                 }
             )
-
-
-def _forecast_line(forecast: dict[str, float]) -> str:
-    return (
-        f"memory gives {forecast['read_bandwidth'] / 1e9:.0f} GB/s now: "
-        f"expect up to {forecast['tokens_per_s']:.0f} tokens/s"
-    )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -166,8 +164,8 @@ def _show(generation: "Generation", progress: terminal.Progress, as_json: bool) 
         terminal.write("\n")
 
 
-def _summary(generation: "Generation", memory: dict[str, Any], options: SamplingOptions) -> str:
-    timings = generation.timings
+def _summary(generation: "Generation", llm: "LLM", options: SamplingOptions) -> str:
+    timings, memory, flash = generation.timings, llm.memory(), llm.flash()
     parts = [
         f"prompt {timings['prompt_tokens']} tokens, {timings['prompt_tokens_per_s']:.1f}/s",
         f"answer {timings['generated_tokens']} tokens, {timings['tokens_per_s']:.1f}/s",
@@ -175,6 +173,10 @@ def _summary(generation: "Generation", memory: dict[str, Any], options: Sampling
     ]
     if options.temperature > 0:
         parts.append(f"seed {options.seed}")
-    if "peak_rss" in memory:
-        parts.append(f"peak memory {terminal.size_text(memory['peak_rss'])}")
+    if flash is not None:
+        parts.append(
+            f"flash {flash['read_bytes_per_token'] / 1e6:.0f} MB/token at {flash['bandwidth'] / 1e9:.2f} GB/s, "
+            f"hit rate {100 * flash['hit_rate']:.0f} %, stalled {100 * flash['stall_share']:.0f} %"
+        )
+    parts.append(f"peak memory {terminal.size_text(memory['peak_rss'])}")
     return " · ".join(parts)

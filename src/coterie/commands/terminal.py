@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 NOTE_SECONDS = 5.0  # without a terminal, a line of progress this often
 
+PACE_SECONDS = 2.0  # after these, time left is worth saying
+
 # Control characters by which a text could command the terminal, as their visible pictures.
 VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -70,6 +72,7 @@ class Progress:
         self._live: Live | None = None
         self._spinner: Spinner | None = None
         self._noted = time.monotonic()
+        self._began = ("", 0, 0.0)  # label, what was done and when, at its first report
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -90,7 +93,7 @@ class Progress:
         self.stop()
 
     def __call__(self, label: str, done: int = 0, total: int = 0) -> None:
-        text = printable(f"{label} {100 * done // total} %" if total else label)
+        text = printable(f"{label} {100 * done // total} %{self._time_left(label, done, total)}" if total else label)
         if self._spinner is not None:
             from rich.text import Text
 
@@ -98,6 +101,17 @@ class Progress:
         elif self._console is None and time.monotonic() - self._noted >= NOTE_SECONDS:
             self._noted = time.monotonic()
             print(f"coterie: {text}", file=sys.stderr, flush=True)
+
+    def _time_left(self, label: str, done: int, total: int) -> str:
+        """At the pace since the label's first report; nothing in its first seconds."""
+        now = time.monotonic()
+        if self._began[0] != label or done < self._began[1]:
+            self._began = (label, done, now)
+        before, start = self._began[1:]
+        if done <= before or now - start < PACE_SECONDS:
+            return ""
+        left = round((total - done) * (now - start) / (done - before))
+        return f", {left // 60}:{left % 60:02} left"
 
     def say(self, lines: Iterable[str]) -> None:
         """Print lines on stderr that stay."""

@@ -24,7 +24,7 @@ def kernel(factory: Callable[..., Callable[..., Any]]) -> Callable[..., Callable
 
 def compile_kernel(name: str) -> tuple[str, bytes]:
     """Entry symbol and ELF object of the kernel called `name`, for example "matmul:Q4_0:8"."""
-    from coterie.kernels import attention, ffn, lane, matmul, probe, rows  # noqa: F401  they register their families
+    from coterie.kernels import attention, checksum, ffn, flash, lane, matmul, probe, rows  # noqa: F401  register
 
     family, *parameters = name.split(":")
     function = _FACTORIES[family](*parameters)

@@ -17,6 +17,7 @@ from coterie.kernels.mathematics import ACTIVATIONS
 from coterie.kernels.operands import (
     DOWN_CHUNK,
     DOWN_GROUPS,
+    DOWN_KEEP,
     DOWN_LIST,
     DOWN_PANEL,
     DOWN_TABLE,
@@ -40,7 +41,7 @@ from coterie.kernels.operands import (
     UP_X_LANE,
     UP_X_SUBS,
 )
-from coterie.kernels.record import ABORT, NAP, SPIN, TOKENS
+from coterie.kernels.record import TAPE, TOKENS
 from coterie.kernels.rows import emit_block
 from coterie.kernels.shapes import (
     CLUSTER_DOWN,
@@ -50,18 +51,18 @@ from coterie.kernels.shapes import (
     CLUSTER_WANTED,
     VECTOR,
 )
-from coterie.kernels.sync import claim, finish, prepare, wait_flag, word
+from coterie.kernels.sync import await_weights, claim, finish, prepare, word
 from coterie.kernels.tile import Tile, cluster_tile_op, tile_groups, tile_op
 from coterie.kernels.vector import floats_at, i32_at, i64_at, mul, prefetch
 
 
 @register_jitable
-def arrived(entry, step):
+def arrived(entry, step, lane):
     """Wait until a cluster's weights are there; False if the step is abandoned meanwhile."""
     flag = i64_at(entry + CLUSTER_FLAG)
     if flag == 0:
         return True
-    return wait_flag(flag, i64_at(entry + CLUSTER_WANTED), word(step, SPIN), word(step, ABORT), word(step, NAP))
+    return await_weights(flag, word(step, TAPE) + i64_at(entry + CLUSTER_WANTED), step, lane)
 
 
 @kernel
@@ -99,7 +100,7 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
             for c in range(piece * chunk, min(clusters, (piece + 1) * chunk)):
                 cluster = i32_at(ids + 4 * c)
                 entry = word(record, UP_TABLE) + cluster * CLUSTER_ROW
-                if not arrived(entry, step):
+                if not arrived(entry, step, lane):
                     return pieces
                 w_gate = i64_at(entry + CLUSTER_GATE_UP)
                 w_up = w_gate + word(record, UP_UP_OFFSET)
@@ -158,7 +159,7 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
         clusters = i32_at(word(record, DOWN_LIST))
         groups, chunk = word(record, DOWN_GROUPS), word(record, DOWN_CHUNK)
         x, y, y_row = word(record, DOWN_X), word(record, DOWN_Y), word(record, DOWN_Y_ROW)
-        panel = word(record, DOWN_PANEL)
+        panel, keep = word(record, DOWN_PANEL), word(record, DOWN_KEEP)
         total = (groups + chunk - 1) // chunk
         pieces = 0
         piece = claim(record, step, lane, total)
@@ -169,7 +170,7 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
             if clusters == 0:
                 for g in range(first_group, last_group):
                     for i in range(tiles):
-                        block_tile(0, 0, 0, y + i * tile_tokens * y_row + g * VECTOR, y_row, 0, 0)
+                        block_tile(0, 0, 0, y + i * tile_tokens * y_row + g * VECTOR, y_row, 0, keep)
             elif tiles == 1:
                 for c in range(clusters):
                     cluster = i32_at(ids + 4 * c)
@@ -179,7 +180,7 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
                     for g in range(first_group, last_group):
                         for line in range(0, block_bytes, 64):  # the next cluster's run starts elsewhere
                             prefetch(w + ahead + g * block_bytes + line)
-                        block_tile(w + g * block_bytes, 0, x + cluster * x_block, y + g * VECTOR, y_row, 1, c)
+                        block_tile(w + g * block_bytes, 0, x + cluster * x_block, y + g * VECTOR, y_row, 1, c + keep)
             else:
                 for first in range(0, clusters, panel):
                     count = min(panel, clusters - first)
@@ -191,9 +192,9 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
                             y_at = y + i * tile_tokens * y_row + g * VECTOR
                             at = ids + 4 * first
                             if wide:
-                                wide_tile(table, at, count, g * block_bytes, x_at, y_at, y_row, first)
+                                wide_tile(table, at, count, g * block_bytes, x_at, y_at, y_row, first + keep)
                             else:
-                                cluster_tile(table, at, count, g * block_bytes, x_at, y_at, y_row, first)
+                                cluster_tile(table, at, count, g * block_bytes, x_at, y_at, y_row, first + keep)
                         g += together if wide else 1
             pieces += 1
             piece = claim(record, step, lane, total)

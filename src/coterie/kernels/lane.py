@@ -30,7 +30,7 @@ from coterie.kernels.record import (
     TRACE_STRIDE,
     WAIT,
 )
-from coterie.kernels.sync import post, reached, wait_flag, word
+from coterie.kernels.sync import post, reached, sleep_on, wait_flag, word
 from coterie.kernels.vector import i64_at, set_i32, set_i64
 
 EVENT_BYTES = EVENT.itemsize
@@ -153,6 +153,18 @@ def lane_wait() -> Callable[..., Any]:
 
     def run(flag, value, spin, abort, nap):
         return 1 if wait_flag(flag, value, spin, abort, nap) else 0
+
+    return run
+
+
+@kernel
+def lane_watch() -> Callable[..., Any]:
+    """1 when the flag has come to `value`; 0 after a nap, or less, in which it did not."""
+
+    def run(flag, value, nap):
+        if not reached(acquire(flag), value):
+            sleep_on(flag, value, nap)
+        return 1 if reached(acquire(flag), value) else 0
 
     return run
 

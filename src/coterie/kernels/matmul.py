@@ -8,13 +8,16 @@ from numba.extending import register_jitable
 from coterie.kernels import formats
 from coterie.kernels.compiler import kernel
 from coterie.kernels.operands import (
+    MATMUL_ARRIVAL,
     MATMUL_BLOCKS,
     MATMUL_CHUNK,
     MATMUL_GROUP,
     MATMUL_GROUPS,
     MATMUL_OUTPUTS,
     MATMUL_PANEL,
+    MATMUL_PER,
     MATMUL_PLANES,
+    MATMUL_STRIDE,
     MATMUL_WEIGHTS,
     MATMUL_X,
     MATMUL_X_LANE,
@@ -24,7 +27,7 @@ from coterie.kernels.operands import (
 )
 from coterie.kernels.record import OUTPUTS, TOKENS
 from coterie.kernels.shapes import VECTOR
-from coterie.kernels.sync import claim, finish, prepare, word
+from coterie.kernels.sync import await_position, claim, finish, prepare, word
 from coterie.kernels.tile import Tile, tile_groups, tile_op
 from coterie.kernels.vector import add, floats_at, set_floats
 
@@ -60,6 +63,7 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
         x = word(record, MATMUL_X) + lane * word(record, MATMUL_X_LANE)
         y, y_row = word(record, MATMUL_Y), word(record, MATMUL_Y_ROW)
         x_tile, group = word(record, MATMUL_X_SUBS) * x_sub, word(record, MATMUL_GROUP)
+        per, stride, arrival = word(record, MATMUL_PER), word(record, MATMUL_STRIDE), word(record, MATMUL_ARRIVAL)
         total = (groups + chunk - 1) // chunk
         pieces = 0
         piece = claim(record, step, lane, total)
@@ -67,12 +71,17 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
             prepare(record, step, lane)
         while piece >= 0:
             last = min(groups, (piece + 1) * chunk)
+            if arrival != 0 and not await_position(arrival - 1 + (last - 1) // per, step, lane):
+                return pieces
             for first_block in range(0, blocks, panel):
                 count = min(panel, blocks - first_block)
                 g = piece * chunk
                 while g < last:
-                    w = word(record, MATMUL_WEIGHTS) + g * group + first_block * block_bytes
-                    wide = g + together <= last
+                    extent = g // per
+                    end = min(last, (extent + 1) * per)
+                    w = word(record, MATMUL_WEIGHTS) + extent * stride + (g - extent * per) * group
+                    w += first_block * block_bytes
+                    wide = g + together <= end
                     for i in range(tiles):
                         x_at = x + i * x_tile + first_block * subs * x_sub
                         y_at = y + i * tile_tokens * y_row + g * VECTOR

@@ -4,15 +4,13 @@ from coterie.kernels.record import OPERANDS
 
 # Operands of `embed`
 (
-    EMBED_WEIGHTS,
-    EMBED_GROUP,  # bytes of a 16-row group
     EMBED_BLOCKS,  # blocks in a row
     EMBED_VOCAB,  # rows there are
     EMBED_X,
     EMBED_ROW,
     EMBED_SCALE,
     EMBED_SCRATCH,
-) = range(OPERANDS, OPERANDS + 8)
+) = range(OPERANDS, OPERANDS + 6)
 
 # Operands of `norm`
 (
@@ -51,7 +49,10 @@ from coterie.kernels.record import OPERANDS
     MATMUL_OUTPUTS,  # 1: the rows are those that want logits
     MATMUL_X_SUBS,  # sub-blocks of a row of tiles
     MATMUL_PLANES,  # rows of tiles whose results make one row of y
-) = range(OPERANDS, OPERANDS + 13)
+    MATMUL_PER,  # groups in an extent
+    MATMUL_STRIDE,  # bytes from one extent to the next
+    MATMUL_ARRIVAL,  # 1 + tape position of the first extent (0: pinned)
+) = range(OPERANDS, OPERANDS + 16)
 
 # Operands of `rope`, `attend` and `attend_one`
 (
@@ -128,7 +129,8 @@ from coterie.kernels.record import OPERANDS
     DOWN_Y_ROW,
     DOWN_CHUNK,  # row groups in a piece
     DOWN_PANEL,  # clusters in a panel
-) = range(OPERANDS, OPERANDS + 9)
+    DOWN_KEEP,  # 1: y holds the sums of the clusters before these
+) = range(OPERANDS, OPERANDS + 10)
 
 # `probe`
 PROBE_BASE, PROBE_BYTES, PROBE_PIECE, PROBE_OUT = range(OPERANDS, OPERANDS + 4)

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 WORDS = 32
 RECORD_BYTES = 8 * WORDS
 LINE = 64  # bytes of a flag, a claim counter, a done counter
@@ -22,7 +22,9 @@ CLAIM = 5  # first of `lanes` claim lines (0: a preparation, which a lane runs w
 DONE = 6  # the line that counts finished pieces; of a preparation, one line a lane: the epoch it last ran in
 ERROR = 7  # the word that takes a kernel's complaint (0: no error)
 PREPARE = 8  # a record that a lane runs for itself once it holds its first piece (0: none)
-OPERANDS = 9  # WORDS - OPERANDS words that belong to the kernel
+FREES = 9  # tape positions whose weights nobody needs once this is finished: all below this number (0: none)
+ORDERED = 10  # 1: lanes take pieces strictly in order, as their weights arrive
+OPERANDS = 11  # WORDS - OPERANDS words that belong to the kernel
 
 
 NO_SUCH_TOKEN = 1  # what ERROR words say
@@ -40,6 +42,7 @@ class Opcode(IntEnum):
     FFN_UP = 7
     FFN_DOWN = 8
     PROBE = 9
+    READ = 10
 
 
 # Words of the step header. Each lane works on its own copy, taken when the go flag rose, so that a lane which
@@ -63,6 +66,11 @@ STOP = 14  # 1: lanes leave for good
 NAP = 15  # address of a timespec: a sleeper looks this often whether the step was abandoned
 NEVER = 16  # address of a word that stays 0: the abort word of waits that nothing ends
 LAST = 17  # the largest position among the rows
+TAPE = 18  # number of the read that stands for tape position 0 in this step (docs/flash.md)
+ARRIVED = 19  # address of the flag that counts reads which have arrived
+FREED = 20  # address of the flag that counts reads whose memory may be used again
+STALLED = 21  # address of a line a lane: cycles spent waiting for weights
+EMBEDDINGS = 22  # int64[rows]: address of the 16-row group that holds each token's embedding
 HEADER_WORDS = 24
 HEADER_BYTES = 8 * HEADER_WORDS
 

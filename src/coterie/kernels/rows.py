@@ -18,12 +18,10 @@ from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import COLUMNS
 from coterie.kernels.operands import (
     EMBED_BLOCKS,
-    EMBED_GROUP,
     EMBED_ROW,
     EMBED_SCALE,
     EMBED_SCRATCH,
     EMBED_VOCAB,
-    EMBED_WEIGHTS,
     EMBED_X,
     NORM_DIM,
     NORM_EPS,
@@ -44,7 +42,7 @@ from coterie.kernels.operands import (
     NORM_Y,
     NORM_Y_ROW,
 )
-from coterie.kernels.record import CLAIM, ERROR, IDS, NO_SUCH_TOKEN, OUTPUT_ROWS, OUTPUTS, TOKENS
+from coterie.kernels.record import CLAIM, EMBEDDINGS, ERROR, IDS, NO_SUCH_TOKEN, OUTPUT_ROWS, OUTPUTS, TOKENS
 from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN, UNPACKED
 from coterie.kernels.sync import claim, finish, word
 from coterie.kernels.vector import (
@@ -66,6 +64,7 @@ from coterie.kernels.vector import (
     fma,
     fmadd,
     i32_at,
+    i64_at,
     load,
     maximum,
     minimum,
@@ -182,7 +181,7 @@ def unpack_op(name: str) -> Any:
 
 @kernel
 def embed(name: str) -> Callable[..., Any]:
-    """x[row] = embedding[id[row]] * scale, from packed weights of format `name`."""
+    """x[row] = embedding[id[row]] * scale, from packed weights of format `name`; where a row's group lies is data."""
     unpack = unpack_op(name)
     block_bytes, subs = formats.FORMATS[name].block, formats.FORMATS[name].subs
 
@@ -194,18 +193,18 @@ def embed(name: str) -> Callable[..., Any]:
         row = claim(record, step, lane, n)
         while row >= 0:
             token = np.int64(i32_at(word(step, IDS) + 4 * row))
-            if token < 0 or token >= word(record, EMBED_VOCAB):
+            if 0 <= token < word(record, EMBED_VOCAB):
+                group = i64_at(word(step, EMBEDDINGS) + 8 * row)
+                out = word(record, EMBED_X) + row * word(record, EMBED_ROW)
+                for block in range(word(record, EMBED_BLOCKS)):
+                    for sub in range(subs):
+                        unpack(group + block * block_bytes, sub, scratch)
+                        for c in range(COLUMNS):
+                            value = f32_at(scratch + 64 * c + 4 * (token & 15))
+                            set_f32(out + 4 * c, value * scale)
+                        out += 4 * COLUMNS
+            else:
                 set_i64(word(record, ERROR), NO_SUCH_TOKEN)
-                token = np.int64(0)
-            group = word(record, EMBED_WEIGHTS) + (token >> 4) * word(record, EMBED_GROUP)
-            out = word(record, EMBED_X) + row * word(record, EMBED_ROW)
-            for block in range(word(record, EMBED_BLOCKS)):
-                for sub in range(subs):
-                    unpack(group + block * block_bytes, sub, scratch)
-                    for c in range(COLUMNS):
-                        value = f32_at(scratch + 64 * c + 4 * (token & 15))
-                        set_f32(out + 4 * c, value * scale)
-                    out += 4 * COLUMNS
             pieces += 1
             row = claim(record, step, lane, n)
         return finish(record, step, pieces, n)

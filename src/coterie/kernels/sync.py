@@ -24,9 +24,28 @@ from coterie.kernels.atomics import (
     pause,
     release,
 )
-from coterie.kernels.record import CLAIM, DONE, EPOCH, KERNEL, LANES_COUNT, LINE, PREPARE, SET
+from coterie.kernels.record import (
+    ABORT,
+    ARRIVED,
+    CLAIM,
+    DONE,
+    EPOCH,
+    FREED,
+    FREES,
+    KERNEL,
+    LANES_COUNT,
+    LINE,
+    NAP,
+    ORDERED,
+    PREPARE,
+    SET,
+    SPIN,
+    STALLED,
+    TAPE,
+)
 from coterie.kernels.vector import i64_at, set_i64
 
+ARRIVAL_SPIN = 5  # binary digits by which a wait for weights spins less than one for another lane
 SLEEPERS = 8  # offset of the count of sleepers in a flag's line
 
 
@@ -81,9 +100,11 @@ def wait_flag(flag, wanted, spin, abort, timespec):
 def claim(record, step, lane, total):
     """The next piece of `total` for this lane, or -1."""
     line = word(record, CLAIM)
-    epoch, lanes = word(step, EPOCH), word(step, LANES_COUNT)
+    epoch, lanes, mine = word(step, EPOCH), word(step, LANES_COUNT), lane
+    if word(record, ORDERED) != 0:
+        lanes, mine = 1, 0  # one run for all
     for turn in range(lanes):
-        owner = lane + turn
+        owner = mine + turn
         if owner >= lanes:
             owner -= lanes
         first = total * owner // lanes
@@ -111,8 +132,29 @@ def finish(record, step, pieces, total):
         done = word(record, DONE)
         if fetch_add(done, pieces) + pieces == total:
             release(done, 0)
+            if word(record, FREES) != 0:  # before the flag: what follows may free more, and this counter only grows
+                post(word(step, FREED), word(step, TAPE) + word(record, FREES))
             post(word(record, SET), word(step, EPOCH))
     return pieces
+
+
+@register_jitable
+def await_weights(flag, wanted, step, lane):
+    """Wait until streamed weights have arrived; False if the step is abandoned meanwhile. Reads take long, so a lane
+    soon sleeps; what it waited is counted."""
+    if reached(acquire(flag), wanted):
+        return True
+    begun = cycles()
+    here = wait_flag(flag, wanted, word(step, SPIN) >> ARRIVAL_SPIN, word(step, ABORT), word(step, NAP))
+    stalled = word(step, STALLED) + lane * LINE
+    set_i64(stalled, i64_at(stalled) + cycles() - begun)
+    return here
+
+
+@register_jitable
+def await_position(position, step, lane):
+    """Wait until the read at a tape position of this step has arrived."""
+    return await_weights(word(step, ARRIVED), word(step, TAPE) + position + 1, step, lane)
 
 
 @register_jitable

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.models.gguf_file import BLOCKS
+from coterie.models.header import BLOCKS
 
 # Where in a block its 16-bit scales lie: (first byte, how many).
 SCALES = {
@@ -18,7 +18,7 @@ SCALES = {
 
 
 def dequantise(raw: NDArray[np.uint8], format: str) -> NDArray[np.float32]:
-    """Decode uint8[rows, row bytes] in a format of `gguf_file.BLOCKS` to float32[rows, cols]."""
+    """Decode uint8[rows, row bytes] in a format of `header.BLOCKS` to float32[rows, cols]."""
     import gguf
     from gguf.quants import dequantize
 

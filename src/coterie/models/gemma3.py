@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from coterie.errors import ModelError
-from coterie.models.gguf_file import GGUFFile
+from coterie.models.header import ModelHeader
 from coterie.models.llama import (
     Floats,
     Weights,
@@ -29,7 +29,7 @@ from coterie.models.spec import LayerSpec, ModelSpec, Rope
 N_LAYERS_27B = 62  # the one size whose attention is scaled by dim / heads instead of the head's length
 
 
-def read_spec(file: GGUFFile) -> ModelSpec:
+def read_spec(file: ModelHeader) -> ModelSpec:
     """The model in a GGUF file of architecture "gemma3"; ModelError if it makes no sense."""
     sizes = read_sizes(file, "gemma3")
     dim, head_dim, n_layers = sizes["dim"], sizes["head_dim"], sizes.pop("n_layers")

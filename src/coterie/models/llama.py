@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.errors import ModelError
-from coterie.models.gguf_file import GGUFFile
+from coterie.models.header import ModelHeader
 from coterie.models.spec import LayerSpec, ModelSpec, Rope
 
 Floats = NDArray[np.float32]
@@ -20,7 +20,7 @@ Weights = Callable[[str], Floats]
 QUERY_BLOCK = 256  # rows of attention at a time: bounds the memory of scores
 
 
-def read_spec(file: GGUFFile) -> ModelSpec:
+def read_spec(file: ModelHeader) -> ModelSpec:
     """The model in a GGUF file of architecture "llama"; ModelError if it makes no sense."""
     sizes = read_sizes(file, "llama")
     head_dim = sizes["head_dim"]
@@ -53,7 +53,7 @@ def read_spec(file: GGUFFile) -> ModelSpec:
     return spec
 
 
-def read_sizes(file: GGUFFile, architecture: str) -> dict[str, int]:
+def read_sizes(file: ModelHeader, architecture: str) -> dict[str, int]:
     """The sizes that dense transformers share: fields of ModelSpec, and n_layers."""
     a = architecture
     dim = file.integer(f"{a}.embedding_length", 1, 1 << 18)
@@ -78,7 +78,7 @@ def read_sizes(file: GGUFFile, architecture: str) -> dict[str, int]:
     }
 
 
-def linear_scaling(file: GGUFFile, architecture: str) -> float:
+def linear_scaling(file: ModelHeader, architecture: str) -> float:
     """By how much positions are stretched: 1 where there is no rope scaling."""
     kind = file.text(f"{architecture}.rope.scaling.type", "linear")
     if kind == "none":
@@ -90,18 +90,18 @@ def linear_scaling(file: GGUFFile, architecture: str) -> float:
     return factor or 1.0  # 0 says that there is none
 
 
-def rope_factors(file: GGUFFile, pairs: int) -> tuple[float, ...]:
+def rope_factors(file: ModelHeader, pairs: int) -> tuple[float, ...]:
     """Llama 3's divisors of the rotary frequencies, one a pair; () where there are none."""
     if "rope_freqs.weight" not in file.tensors:
         return ()
     file.expect("rope_freqs.weight", 1, pairs)
-    factors = file.read("rope_freqs.weight").view(np.float32)[0]
+    factors = file.vector("rope_freqs.weight")
     if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise ModelError(f"{file.path.name}: rope_freqs.weight holds factors that are not positive numbers")
     return tuple(factors.tolist())
 
 
-def expect_tensors(file: GGUFFile, spec: ModelSpec, norms: Sequence[str], head_norms: Sequence[str] = ()) -> None:
+def expect_tensors(file: ModelHeader, spec: ModelSpec, norms: Sequence[str], head_norms: Sequence[str] = ()) -> None:
     """Require the tensors of a dense transformer in their shapes, and no others, which would go unused."""
     q_dim, kv_dim = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     layer_shapes = {

@@ -1,12 +1,13 @@
-"""Opening a model: file, shape, tokenizer and chat template, each checked."""
+"""Opening a model, a GGUF or a packed file: its header, shape, tokenizer and chat template, each checked."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from coterie.errors import ModelError
+from coterie.errors import ModelError, UsageError
 from coterie.models import gemma3, llama
 from coterie.models.gguf_file import GGUFFile
+from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.models.template import ChatTemplate
 from coterie.models.tokenizer import Tokenizer
@@ -18,26 +19,27 @@ ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "gemma3": gemma3}
 class Model:
     """A model file that has been opened and understood. `template` is None where the file has none."""
 
-    file: GGUFFile
+    file: ModelHeader
     spec: ModelSpec
     tokenizer: Tokenizer
     template: ChatTemplate | None
+
+    @property
+    def gguf(self) -> GGUFFile:
+        """The file, where the tensors' own bytes are needed. Raises UsageError for a packed model."""
+        if not isinstance(self.file, GGUFFile):
+            raise UsageError(f"{self.file.path} is a packed model; this needs the GGUF that it was made of")
+        return self.file
 
     def close(self) -> None:
         self.file.close()
 
 
 def open_model(path: str | Path) -> Model:
-    """Open a GGUF file; ModelError says what is wrong with it."""
-    file = GGUFFile(path)
+    """Open a GGUF or a packed file; ModelError says what is wrong with it."""
+    file = open_file(path)
     try:
-        architecture = file.text("general.architecture")
-        if architecture not in ARCHITECTURES:
-            raise ModelError(
-                f"{file.path.name}: architecture {architecture[:40]!r} is not supported; "
-                f"Coterie runs {' and '.join(ARCHITECTURES)}"
-            )
-        spec: ModelSpec = ARCHITECTURES[architecture].read_spec(file)
+        spec = read_spec(file)
         tokenizer = Tokenizer.from_metadata(file.metadata)
         if tokenizer.vocab_size != spec.vocab:
             raise ModelError(
@@ -50,7 +52,26 @@ def open_model(path: str | Path) -> Model:
         raise
 
 
-def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
+def open_file(path: str | Path) -> ModelHeader:
+    """A FlashFile or a GGUFFile, by the file's first bytes. Raises ModelError."""
+    from coterie.storage.flash_file import FlashFile, is_flash_file  # which reads the model's shape through us
+
+    return FlashFile(path) if is_flash_file(path) else GGUFFile(path)
+
+
+def read_spec(file: ModelHeader) -> ModelSpec:
+    """The model's shape; ModelError if it makes no sense or its architecture is not supported."""
+    architecture = file.text("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"{file.path.name}: architecture {architecture[:40]!r} is not supported; "
+            f"Coterie runs {' and '.join(ARCHITECTURES)}"
+        )
+    spec: ModelSpec = ARCHITECTURES[architecture].read_spec(file)
+    return spec
+
+
+def _chat_template(file: ModelHeader, tokenizer: Tokenizer) -> ChatTemplate | None:
     if "tokenizer.chat_template" not in file.metadata:
         return None
     bos, eos = ("" if id is None else tokenizer.token_text(id) for id in (tokenizer.bos, tokenizer.eos))

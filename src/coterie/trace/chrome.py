@@ -1,7 +1,7 @@
 """Trace rings to Chrome's trace format, which Perfetto and chrome://tracing show offline."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +25,61 @@ def read_rings(rings: npt.NDArray[np.uint8]) -> list[npt.NDArray[Any]]:
     return lanes
 
 
-def write_chrome_trace(path: Path, rings: npt.NDArray[np.uint8], cycles_per_second: float) -> None:
-    """Write {"traceEvents": ...}: a slice an instruction and one for the wait before it, times in microseconds
-    from the first event. Raises UsageError where the file cannot be written."""
-    lanes = read_rings(rings)
-    begin = min((int(events["start"][0]) - int(events["waited"][0]) for events in lanes if events.size), default=0)
-    scale = 1e6 / cycles_per_second
+def write_chrome_trace(
+    path: Path, units: Sequence[tuple[str, npt.NDArray[np.uint8]]], cycles_per_second: float
+) -> None:
+    """Write {"traceEvents": ...} of units' rings: a process a unit, a slice an instruction and one for the wait before
+    it; of a flash unit a slice a read, a row a place in its queue. Times in microseconds from the first event. Raises
+    UsageError where the file cannot be written."""
+    lanes = [(name, read_rings(rings)) for name, rings in units]
+    starts = [int((e["start"] - e["waited"]).min()) for _, rings in lanes for e in rings if e.size]
+    begin, scale = min(starts, default=0), 1e6 / cycles_per_second
     try:
         with path.open("w") as file:
             file.write('{"displayTimeUnit":"ns","traceEvents":[\n')
-            names = [_name("process_name", 0, "cpu")]
-            names += [_name("thread_name", lane, f"lane {lane}") for lane in range(len(lanes))]
-            file.write(",\n".join(map(json.dumps, names)))
-            for lane, events in enumerate(lanes):
-                for event in _slices(lane, events, begin, scale):
+            names = [_name("process_name", number, 0, name) for number, (name, _) in enumerate(lanes, start=1)]
+            file.write(",\n".join(map(json.dumps, names or [_name("process_name", 1, 0, "cpu")])))
+            for number, (name, rings) in enumerate(lanes, start=1):
+                for event in _unit(number, name, rings, begin, scale):
                     file.write(",\n" + json.dumps(event))
             file.write("\n]}\n")
     except OSError as error:
         raise UsageError(f"cannot write the trace to {path}: {error.strerror}") from None
 
 
-def _name(kind: str, lane: int, name: str) -> dict[str, Any]:
-    return {"name": kind, "ph": "M", "pid": 1, "tid": lane, "args": {"name": name}}
+def _name(kind: str, unit: int, lane: int, name: str) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": unit, "tid": lane, "args": {"name": name}}
 
 
-def _slices(lane: int, events: npt.NDArray[Any], begin: int, scale: float) -> Iterator[dict[str, Any]]:
-    for event in events.tolist():
-        start, end, waited, epoch, opcode, layer, pieces = event
-        common = {"ph": "X", "pid": 1, "tid": lane}
+def _unit(
+    number: int, name: str, rings: list[npt.NDArray[Any]], begin: int, scale: float
+) -> Iterator[dict[str, Any]]:
+    if name == "flash":
+        slots = sorted({int(slot) for events in rings for slot in events["epoch"]})
+        yield from (_name("thread_name", number, slot, f"queue {slot}") for slot in slots)
+        for events in rings:
+            yield from _reads(number, events, begin, scale)
+    else:
+        yield from (_name("thread_name", number, lane, f"lane {lane}") for lane in range(len(rings)))
+        for lane, events in enumerate(rings):
+            yield from _slices(number, lane, events, begin, scale)
+
+
+def _span(start: int, end: int, begin: int, scale: float) -> dict[str, float]:
+    return {"ts": round((start - begin) * scale, 3), "dur": round((end - start) * scale, 3)}
+
+
+def _reads(unit: int, events: npt.NDArray[Any], begin: int, scale: float) -> Iterator[dict[str, Any]]:
+    for start, end, _, slot, _, layer, nbytes in events.tolist():
+        common = {"ph": "X", "pid": unit, "tid": slot, "name": "read", "cat": "io"}
+        yield {**common, **_span(start, end, begin, scale), "args": {"layer": layer, "bytes": nbytes}}
+
+
+def _slices(unit: int, lane: int, events: npt.NDArray[Any], begin: int, scale: float) -> Iterator[dict[str, Any]]:
+    for start, end, waited, epoch, opcode, layer, pieces in events.tolist():
+        common = {"ph": "X", "pid": unit, "tid": lane}
         if waited:
-            at = (start - waited - begin) * scale
-            yield {
-                "name": "wait",
-                "cat": "sync",
-                "ts": round(at, 3),
-                "dur": round(waited * scale, 3),
-                **common,
-            }
+            yield {"name": "wait", "cat": "sync", **_span(start - waited, start, begin, scale), **common}
         arguments = {"step": epoch, "pieces": pieces} | ({} if layer == NO_LAYER else {"layer": layer})
-        yield {
-            "name": Opcode(opcode).name.lower(),
-            "cat": "compute",
-            "ts": round((start - begin) * scale, 3),
-            "dur": round((end - start) * scale, 3),
-            "args": arguments,
-            **common,
-        }
+        name = Opcode(opcode).name.lower()
+        yield {"name": name, "cat": "compute", **_span(start, end, begin, scale), "args": arguments, **common}

@@ -1,0 +1,58 @@
+"""coterie plan: what would run where, from the model's header alone."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coterie.commands import terminal
+from coterie.commands.options import Context, Json, Memory, ModelArgument, ModelOption, Threads, pick_model, value_sources
+from coterie.errors import UsageError
+
+
+def plan(
+    command: typer.Context,
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    context: Context = None,
+    threads: Threads = None,
+    memory: Memory = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Write the plan, for run --plan; packs the model.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What would be in memory and what streamed, and how fast that can be; reads only headers."""
+    name = pick_model(model, model_option)
+    with terminal.Progress() as progress:
+        from coterie import fetch
+        from coterie.models.load import open_model
+        from coterie.opening import open_to_run
+        from coterie.scheduler.plan import Wishes, make_plan, plan_flash
+        from coterie.scheduler.plan_file import format_plan
+        from coterie.scheduler.profile import load_profile
+
+        wishes = Wishes(threads, context or None, memory=memory, sources=value_sources(command))
+        path = fetch.resolve(name, progress)
+        opened = open_to_run(path, wishes, progress) if save is not None else open_model(path)
+        try:
+            flash = plan_flash(opened.file.path, getattr(opened.file, "identity", ""), wishes)
+            made, _ = make_plan(opened.file, opened.spec, wishes, flash)
+        finally:
+            opened.close()
+        if save is not None:
+            _write(save, format_plan(made))
+            progress.say([f"wrote {save}"])
+        bandwidth = load_profile().memory_bandwidth
+    forecast = made.forecast(bandwidth)
+    if as_json:
+        terminal.write_json(made.as_dict() | {"forecast": forecast})
+    else:
+        terminal.write("\n".join([*made.lines(), made.forecast_line(forecast)]) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write the plan to {path}: {error.strerror}") from None

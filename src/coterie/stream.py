@@ -1,0 +1,223 @@
+"""Weights on flash: what is pinned is loaded, the rest streamed while steps run, single embeddings looked up."""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.actors.flash import FlashUnit
+from coterie.errors import ModelError, UnitError, UsageError
+from coterie.kernels.formats import ROWS
+from coterie.kernels.tape import READ
+from coterie.scheduler.layout import LOOKUPS
+from coterie.scheduler.plan import Plan
+from coterie.scheduler.program import Program
+from coterie.storage.arena import Arena, BufferRef
+from coterie.storage.checksum import checksum
+from coterie.storage.flash_buffers import FlashBuffers
+from coterie.storage.flash_file import FlashFile
+from coterie.storage.weights import Weights
+
+PATIENCE = 30.0  # seconds without a read that was asked for: then the disk counts as dead
+ATTEMPTS = 3  # of a lookup
+Progress = Callable[..., None]
+
+
+class Stream:
+    """A packed model's file and the flash unit that reads it. Raises ModelError where the file is not what it was, and
+    UnitError where it cannot be read."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        file: FlashFile,
+        plan: Plan,
+        buffers: FlashBuffers,
+        abort: int,
+        *,
+        engine: str | None = None,
+        reader: int | None = None,
+    ) -> None:
+        assert plan.flash is not None
+        self.arena, self.file = arena, file
+        self._fd = _direct(file)
+        self._fingerprint = file.fingerprint()
+        staging = arena.regions["staging"]
+        ring = BufferRef("staging", staging.offset, staging.size, "|u1", (staging.size,))
+        self.unit = FlashUnit(
+            arena, buffers, self._fd,
+            depth=plan.flash.depth, block=plan.flash.block, ring=ring, abort=abort, engine=engine, reader=reader,
+        )  # fmt: skip
+        self._pool = ThreadPoolExecutor(LOOKUPS, "coterie-lookup")
+        self._pinned = 0  # extents that are in memory, in the order of their addresses
+        self._weights: Weights | None = None
+        self._lost = True  # where the tape stands is not known
+        self._seen, self._since = -1, 0.0
+
+    # --- residency ------------------------------------------------------------------------------------
+
+    def adopt(self, weights: Weights, pinned: npt.NDArray[np.int64], progress: Progress) -> None:
+        """Stream by these weights' tape from now on; read those pinned extents that are not in memory yet."""
+        self.unit.halt()
+        self._check_file()
+        if pinned.size > self._pinned:
+            self._load(weights, pinned[self._pinned :], progress)
+        self._pinned = pinned.size
+        self._weights, self._lost = weights, True
+        self.unit.set_tape(self._entries(weights, weights.tape))
+
+    def _load(self, weights: Weights, numbers: npt.NDArray[np.int64], progress: Progress) -> None:
+        entries = self._entries(weights, numbers)
+        ends = np.cumsum(entries["nbytes"])
+        self.unit.set_tape(entries)
+        first = self.unit.begin(0, entries.size, redirect=True)
+        self._watch_anew()
+        try:
+            while not self.unit.wait(first + entries.size, 0.05):
+                self.watch()
+                here = min(max(self.unit.arrived_count() - first, 0), entries.size)
+                progress("loading", int(ends[here - 1]) if here else 0, int(ends[-1]))
+        finally:
+            self.unit.halt()
+
+    def _entries(self, weights: Weights, numbers: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        entries = np.zeros(numbers.size, READ)
+        extents = weights.extents
+        entries["offset"], entries["nbytes"] = extents.offset[numbers], extents.nbytes[numbers]
+        entries["address"] = self.arena.base + weights.where[numbers]
+        entries["checksum"] = self.file.checksums[numbers]
+        entries["layer"] = np.array([run.layer for run in weights.runs], np.int32)[extents.run[numbers]]
+        return entries
+
+    def forget(self, keep: int) -> None:
+        """The extents behind the first `keep` pinned ones are no longer in memory."""
+        self.unit.halt()
+        self._pinned = min(self._pinned, keep)
+
+    # --- steps ----------------------------------------------------------------------------------------
+
+    def begin(self, program: Program, *, again: bool = False) -> int:
+        """Announce a step, and what is expected after it; `again`: a prompt's chunk whose rows want logits, or more of
+        them. Returns the number of the read that stands for tape position 0."""
+        assert self._weights is not None
+        head, end = self._weights.head, self._weights.tape.size
+        body, output = (0, head), (head, end)
+        first = {"prefill": body, "head": output}.get(program.name, (0, end))
+        if first[0] == first[1]:
+            return 0
+        ahead = output if again and head < end else body
+        self._watch_anew()
+        lost, self._lost = self._lost, False
+        return self.unit.begin(*first, ahead=ahead, redirect=lost)
+
+    def lose(self) -> None:
+        """A step was abandoned: the next one starts its reads anew."""
+        self._lost = True
+
+    def _watch_anew(self) -> None:
+        self._seen, self._since = -1, time.monotonic()
+
+    def watch(self) -> None:
+        """Raise what the unit complains of, or that it has been silent for too long."""
+        failure = self.unit.failure()
+        if failure is not None:
+            raise UnitError(f"cannot read {self.file.path}: {failure.reason}")
+        arrived = self.unit.arrived_count()
+        if arrived != self._seen or self.unit.in_flight == 0:
+            self._seen, self._since = arrived, time.monotonic()
+        elif time.monotonic() - self._since > PATIENCE:
+            raise self._silent()
+
+    def _silent(self) -> UnitError:
+        return UnitError(f"cannot read {self.file.path}: the disk has not answered for {PATIENCE:.0f} seconds")
+
+    def _check_file(self) -> None:
+        if self.file.fingerprint() != self._fingerprint:
+            raise ModelError(f"{self.file.path.name}: the file was changed while the model was open; open it again")
+
+    # --- embeddings -----------------------------------------------------------------------------------
+
+    def look_up(self, ids: npt.NDArray[np.int64], slots: BufferRef, bounce: BufferRef) -> npt.NDArray[np.int64]:
+        """Addresses of the groups that hold the ids' embeddings; those that are not pinned are read into `slots`
+        uint8[rows][group bytes], through `bounce` uint8[LOOKUPS][extent bytes]."""
+        assert self._weights is not None
+        weights, run = self._weights, self._weights.embedding.run
+        first = int(weights.extents.first[weights.runs.index(run)])
+        pinned = sum(part.count for part in weights.embedding.slices)
+        groups = ids // ROWS
+        extents = groups // run.per
+        within = groups % run.per * run.item_bytes
+        addresses: npt.NDArray[np.int64] = self.arena.base + weights.where[first + extents] + within
+        missing = np.flatnonzero(extents >= pinned)
+        if missing.size:
+            room, buffers = self.arena.numpy(slots), self.arena.numpy(bounce)
+            addresses[missing] = self.arena.address(slots) + missing * run.item_bytes
+
+            def read(share: npt.NDArray[np.int64], buffer: npt.NDArray[np.uint8]) -> None:
+                for extent in share.tolist():
+                    data = self._read(first + extent, buffer)
+                    for row in np.flatnonzero(extents == extent).tolist():
+                        room[row] = data[within[row] : within[row] + run.item_bytes]
+
+            shares = np.array_split(np.unique(extents[missing]), LOOKUPS)
+            jobs = [self._pool.submit(read, s, b) for s, b in zip(shares, buffers, strict=True) if s.size]
+            self._await(jobs)
+        return addresses
+
+    def _await(self, jobs: list[Future[None]]) -> None:
+        """Wait for lookups, but not for ever, and so that an interrupt gets through."""
+        end = time.monotonic() + PATIENCE
+        for job in jobs:
+            while True:
+                try:
+                    job.result(timeout=0.05)
+                    break
+                except TimeoutError:
+                    if time.monotonic() > end:
+                        raise self._silent() from None
+
+    def _read(self, number: int, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """One extent, now; checked."""
+        assert self._weights is not None
+        offset, size = (int(a[number]) for a in (self._weights.extents.offset, self._weights.extents.nbytes))
+        data, problem = buffer[:size], ""
+        for _ in range(ATTEMPTS):
+            try:
+                count = os.preadv(self._fd, [memoryview(data)], offset)  # type: ignore[arg-type]
+            except OSError as error:
+                problem = str(error.strerror)
+                continue
+            if count == size and checksum(data) == int(self.file.checksums[number]):
+                return data
+            problem = f"only {count} bytes of {size}" if count < size else "the checksum is wrong"
+        raise UnitError(f"cannot read {self.file.path} at byte {offset}: {problem}")
+
+    def counters(self) -> dict[str, float]:
+        return self.unit.counters()
+
+    def close(self) -> None:
+        """Stop the unit. A second call does nothing."""
+        self.unit.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _direct(file: FlashFile) -> int:
+    """A descriptor for reads past the page cache. Raises UsageError where the file system has none: its cache would
+    take the memory that the plan leaves free. COTERIE_FLASH_BUFFERED=1 is for measuring what direct reads are worth."""
+    fd, direct = file.open_direct()
+    if os.environ.get("COTERIE_FLASH_BUFFERED") == "1":
+        os.close(fd)
+        return os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    if not direct:
+        os.close(fd)
+        raise UsageError(
+            f"the file system of {file.path} has no direct reads; keep the packed model on another (coterie pack -o)"
+        )
+    return fd
