@@ -49,7 +49,8 @@ class FlashUnit:
     depth: requests in flight; block: bytes up to which neighbours are read as one; ring: memory that is used again and
     again, and is written only when the reads there before are freed; abort: address of a word that is set to 1
     when reading has failed; engine: "io_uring" or "preadv", by default the first that works; reader: address
-    of a function (fd, address, nbytes, offset) -> bytes read or -errno, in place of pread.
+    of a function (fd, address, nbytes, offset) -> bytes read or -errno, in place of pread; unchecked: do not compare
+    checksums, for measuring.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class FlashUnit:
         abort: int | None = None,
         engine: str | None = None,
         reader: int | None = None,
+        unchecked: bool = False,
     ) -> None:
         if not 1 <= depth <= buffers.slots.shape[0] // WINDOW or block < t.PAGE:
             raise UsageError(f"a flash unit cannot have depth {depth} and blocks of {block} bytes")
@@ -84,6 +86,7 @@ class FlashUnit:
         self._direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
         self._file_bytes = os.fstat(fd).st_size
         self._fill_control(fd, abort, reader, readers, uring)
+        self._control[t.UNCHECKED] = unchecked
         lane = library.function(f"flash_lane:{self.engine}", 1)
         serve = (arena, lane, self._address, fd, uring)
         self._threads = [threading.Thread(target=_serve, args=serve, name="coterie-flash", daemon=True)]
@@ -94,9 +97,7 @@ class FlashUnit:
             thread.start()
         self._stop = weakref.finalize(self, _stop_lane, arena, self._control, self._announce, self._threads)
 
-    def _fill_control(
-        self, fd: int, abort: int | None, reader: int | None, readers: int, uring: Uring | None
-    ) -> None:
+    def _fill_control(self, fd: int, abort: int | None, reader: int | None, readers: int, uring: Uring | None) -> None:
         arena, buffers, control = self.arena, self.buffers, self._control
         control[:] = 0
         self._owners[:] = 0
@@ -141,8 +142,8 @@ class FlashUnit:
         return self._address + t.FREED
 
     def set_tape(self, entries: npt.NDArray[Any]) -> None:
-        """Halt, and work on a copy of these reads (tape.READ[n]) from now on. Raises UnitError where one does not lie in
-        whole pages of the arena, ModelError where one lies outside of the file."""
+        """Halt, and work on a copy of these reads (tape.READ[n]) from now on. Raises UnitError where one does not
+        lie in whole pages of the arena, ModelError where one lies outside of the file."""
         if entries.dtype != t.READ or entries.ndim != 1 or entries.size > self._tape.size:
             raise UnitError(f"a tape must be up to {self._tape.size} reads")
         self._check_tape(entries)
@@ -175,7 +176,7 @@ class FlashUnit:
             self._wait_taken()
 
     def wait(self, seq: int, slice_seconds: float = SLICE) -> bool:
-        """Whether all reads before `seq` have arrived; waits for them for up to about that long, not after a failure."""
+        """Whether all reads before `seq` have arrived; waits for up to about that long, not after a failure."""
         return self._wait_flag(t.ARRIVED, seq, t.FAILED, slice_seconds)
 
     def close(self) -> None:
@@ -274,7 +275,11 @@ def _set_up(engine: str | None, depth: int, reader: int | None) -> Uring | None:
 
 
 def _announce(
-    call: Callable[..., int], control: npt.NDArray[np.int64], ranges: tuple[int, ...], redirect: bool, stop: bool = False
+    call: Callable[..., int],
+    control: npt.NDArray[np.int64],
+    ranges: tuple[int, ...],
+    redirect: bool,
+    stop: bool = False,
 ) -> int:
     """Publish the next announcement; returns the sequence number of its first position."""
     source = control[: t.ANNOUNCEMENT].copy()

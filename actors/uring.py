@@ -14,17 +14,17 @@ SUBMISSIONS = 0x10000000  # where in the descriptor submission entries are mappe
 
 class _Submissions(ctypes.Structure):
     names = ("head", "tail", "mask", "entries", "flags", "dropped", "array", "resv")
-    _fields_ = [*((name, ctypes.c_uint32) for name in names), ("user", ctypes.c_uint64)]  # noqa: RUF012
+    _fields_ = [*((name, ctypes.c_uint32) for name in names), ("user", ctypes.c_uint64)]
 
 
 class _Completions(ctypes.Structure):
     names = ("head", "tail", "mask", "entries", "overflow", "cqes", "flags", "resv")
-    _fields_ = [*((name, ctypes.c_uint32) for name in names), ("user", ctypes.c_uint64)]  # noqa: RUF012
+    _fields_ = [*((name, ctypes.c_uint32) for name in names), ("user", ctypes.c_uint64)]
 
 
 class _Parameters(ctypes.Structure):
     names = ("sq_entries", "cq_entries", "flags", "thread_cpu", "thread_idle", "features", "wq_fd")
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_uint32) for name in names),
         ("resv", ctypes.c_uint32 * 3),
         ("sq", _Submissions),

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from coterie.engine import Engine
-from coterie.models.load import open_model
+from coterie.opening import open_model
+from coterie.scheduler.plan import Wishes
 from coterie.storage.kv import Sequence
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     context = arguments.positions + 512
-    engine = Engine(open_model(arguments.model), threads=arguments.threads, context=context)
+    engine = Engine(open_model(arguments.model), Wishes(threads=arguments.threads, context=context))
     full, short = engine.sequence(), engine.sequence()
     fill(engine, full, arguments.positions - arguments.tokens - 1)
     engine.prefill(short, [1, 2, 3])

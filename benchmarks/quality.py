@@ -23,7 +23,9 @@ import numpy.typing as npt
 
 from coterie.engine import Engine
 from coterie.models.dequant import dequantise
-from coterie.models.load import ARCHITECTURES, Model, open_model
+from coterie.models.load import ARCHITECTURES, Model
+from coterie.opening import open_model
+from coterie.scheduler.plan import Wishes
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -162,7 +164,7 @@ def measure(build: Path, path: Path, sizes: list[int], threads: int, peer_option
     """Figures over all windows, and over the positions from LONG on where there are any."""
     found: dict[str, list[Doubles]] = {"position": []}
     model = open_model(path)
-    engine = Engine(model, threads=threads, context=max(sizes))
+    engine = Engine(model, Wishes(threads=threads, context=max(sizes)))
     try:
         begin = model.tokenizer.encode("")[:1]  # BOS, where the model wants one
         text = model.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[len(begin) :]

@@ -27,8 +27,8 @@ OUTPUT_ROWS = 8  # rows whose logits are computed together, each in two planes
 class ModelLayout:
     """A model's buffers and programs. Programs by name: `decode` (one row), `batch` (2 to 8 rows of different
     sequences), `prefill` (a chunk of one sequence, no logits), `head` (logits of chosen rows of a prefill), `probe`
-    (reads the pinned weights: the machine's bandwidth, with the same lanes on the same memory). `lookups`: uint8[rows][group
-    bytes], room for embeddings that are not pinned; `bounce`: uint8[LOOKUPS][extent bytes]."""
+    (reads the pinned weights: the machine's bandwidth, with the same lanes on the same memory). `lookups`:
+    uint8[rows][group bytes], room for embeddings that are not pinned; `bounce`: uint8[LOOKUPS][extent bytes]."""
 
     weights: Weights
     shared: Shared

@@ -199,8 +199,8 @@ class Lowering:
         *,
         select: bool = False,
     ) -> Draft | None:
-        """Residual addition of `add` (if there is one) and norm: in decode a preparation for the instructions that read `out`,
-        which writes the new residual into the other of two buffers; in prefill an instruction of its own."""
+        """Residual addition of `add` (if there is one) and norm: in decode a preparation for the instructions that
+        read `out`, which writes the new residual into the other of two buffers; in prefill an instruction."""
         source = self.x[self._at]
         if self.mode == "decode" and add is not None:
             self._at = 1 - self._at
@@ -293,10 +293,9 @@ class Lowering:
         pinned = all(part.position == PINNED for matrix in layer.projections for part in matrix.slices)
         waits, column, numbers = [len(b.drafts) - 1], 0, list[int]()
         for matrix in layer.projections:
+            before = numbers[-1:] or waits
             if pinned:
                 before = waits if len(numbers) < 2 else numbers[:1]
-            else:
-                before = numbers[-1:] or waits
             target = self.normed, self.qkv, column, self.qkv_width
             numbers.append(self._matmul(b, i, matrix, *target, prepare=ready, waits=before))
             column += matrix.rows

@@ -116,16 +116,17 @@ class Plan:
             return "how fast it can be is not known yet: coterie profile --flash measures this machine"
         rates = {"memory": forecast["read_bandwidth"], "flash": self.flash.bytes_per_s if self.flash else None}
         unit = forecast["bottleneck"]
-        return (
-            f"expect up to {forecast['tokens_per_s']:.3g} tokens/s: bound by {unit}, which gives {rates[unit] / 1e9:.3g} GB/s"
-        )
+        speed = f"{forecast['tokens_per_s']:.3g} tokens/s"
+        return f"expect up to {speed}: bound by {unit}, which gives {rates[unit] / 1e9:.3g} GB/s"
 
     def lines(self) -> list[str]:
         """For people, before the first token."""
         mib = {name: size / (1 << 20) for name, size in self.regions.items()}
         rest = sum(size for name, size in mib.items() if name not in ("weights", "staging", "kv"))
         said = ", ".join(f"{name} from {source}" for name, source in self.sources.items() if source != "automatic")
-        cpu = f"cpu computes: {self.lanes} lane{'s' * (self.lanes > 1)} on {self.path}, prompts in chunks of {self.chunk}"
+        cpu = (
+            f"cpu computes: {self.lanes} lane{'s' * (self.lanes > 1)} on {self.path}, prompts in chunks of {self.chunk}"
+        )
         ceiling = "" if self.memory is None else f" of a ceiling of {self.memory >> 20} MiB"
         lines = [f"{self.model}: {self.architecture}, {self._residency()}, numerics {self.numerics}", cpu]
         if self.flash is not None and self.streamed_per_token:
@@ -135,8 +136,9 @@ class Plan:
                 f"flight ({rate}, {self.flash.source}), through a ring of {self.ring / (1 << 20):.0f} MiB"
             )
         lines.append(
-            f"memory {self.total >> 20} MiB{ceiling}: context {self.context} positions (up to {mib['kv']:.0f} MiB of KV "
-            f"cache), {rest:.0f} MiB else; Python beside it, up to {OVERHEAD // 10**6} MB" + (f" [{said}]" if said else "")
+            f"memory {self.total >> 20} MiB{ceiling}: context {self.context} positions (KV cache up to {mib['kv']:.0f} "
+            f"MiB), {rest:.0f} MiB else; Python beside it, up to {OVERHEAD // 10**6} MB"
+            + (f" [{said}]" if said else "")
         )
         return lines
 
@@ -201,9 +203,7 @@ def wants_flash(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> bool:
     return plan.total - plan.regions["kv"] + OVERHEAD > available_memory()
 
 
-def make_plan(
-    file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Flash | None = None
-) -> tuple[Plan, Residency]:
+def make_plan(file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Flash | None = None) -> tuple[Plan, Residency]:
     """Lay the model out on paper; `flash` says how weights could be streamed (None: they must fit). Raises UsageError
     for values that make no sense, PlanError where it does not fit."""
     _check_shapes(file, spec)
@@ -220,8 +220,8 @@ def make_plan(
             return plan, residency
         if flash is None:
             raise PlanError(
-                f"{file.path.name} needs {needed >> 20} MiB, but only {available_memory() >> 20} MiB of memory are free; "
-                "give --memory to stream what does not fit"
+                f"{file.path.name} needs {needed >> 20} MiB, but only {available_memory() >> 20} MiB of memory are "
+                "free; give --memory to stream what does not fit"
             )
         ceiling = spare_memory()
     return draft.under(ceiling)
@@ -251,8 +251,8 @@ class _Draft:
         plan = self._plan(context, self._chunks(context)[0], residency, ceiling)
         if ceiling is not None and plan.total > ceiling:
             raise PlanError(
-                f"the plan needs {-(-plan.total >> 20)} MiB, more than its own ceiling of {ceiling >> 20} MiB; make it anew "
-                "with coterie plan --save"
+                f"the plan needs {-(-plan.total >> 20)} MiB, more than its own ceiling of {ceiling >> 20} MiB; make it "
+                "anew with coterie plan --save"
             )
         return plan, residency
 
@@ -273,10 +273,7 @@ class _Draft:
 
     def under(self, ceiling: int) -> tuple[Plan, Residency]:
         """As much in memory as the ceiling allows."""
-        if self.context is not None:
-            context = self.context
-        else:
-            context = self._context(ceiling)
+        context = self._context(ceiling) if self.context is None else self.context
         chunks = self._chunks(context)
         for chunk in chunks:
             fixed = self._fixed(context, chunk)
@@ -305,9 +302,7 @@ class _Draft:
             return choose(self.runs, budget)
         except PlanError as error:
             need = least_budget(self.runs) - budget >> 20
-            raise PlanError(
-                f"{self.file.path.name}: {error}; raise --memory by {need + 1} MiB, or lower -c"
-            ) from None
+            raise PlanError(f"{self.file.path.name}: {error}; raise --memory by {need + 1} MiB, or lower -c") from None
 
     def _chunks(self, context: int) -> list[int]:
         """Sizes of a prompt's chunk that may be tried, the largest first."""

@@ -104,7 +104,9 @@ def _values(path: Path, tables: Mapping[str, Any]) -> dict[tuple[str, str], Any]
     if type(version) is not int or version != VERSION:
         raise PlanError(f"{path}: plan version {str(version)[:20]}, but this Coterie writes {VERSION}; make it anew")
     found: dict[tuple[str, str], Any] = {}
-    flat = {(name, key): value for name, table in tables.items() if isinstance(table, dict) for key, value in table.items()}
+    flat = {
+        (name, key): value for name, table in tables.items() if isinstance(table, dict) for key, value in table.items()
+    }
     flat |= {("", name): value for name, value in tables.items() if not isinstance(value, dict)}
     for (table, key), value in flat.items():
         if key not in SCHEMA.get(table, {}):
@@ -122,7 +124,9 @@ def _checked(path: Path, name: str, value: Any, limits: tuple[int, int] | None) 
         if not isinstance(value, str) or len(value) > 1000:
             raise PlanError(f"{path}: {name} must be text")
     elif type(value) is not int or not limits[0] <= value <= limits[1]:
-        raise PlanError(f"{path}: {name} is {str(value)[:40]}, but must be a whole number from {limits[0]} to {limits[1]}")
+        raise PlanError(
+            f"{path}: {name} is {str(value)[:40]}, but must be a whole number from {limits[0]} to {limits[1]}"
+        )
     if name in ("flash.block", "residency.ring") and value % 4096:
         raise PlanError(f"{path}: {name} is {value}, but must be a multiple of 4096")
     return value

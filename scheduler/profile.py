@@ -1,24 +1,232 @@
-"""STUB by the lead until helper 1 delivers."""
-from dataclasses import dataclass
+"""The device profile: what was measured of a machine, in one file of the cache (design section 9).
+
+JSON, a section a machine. What is damaged, from another version, or about another machine or file system is not used.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from math import isfinite
 from pathlib import Path
+from typing import Any
+
+from coterie.errors import UsageError
+from coterie.kernels import target
+from coterie.paths import cache_dir
+
+VERSION = 1
+LARGEST_FILE = 4 << 20  # bytes of a profile
+MACHINES = 8  # kept in a profile, which several machines may share
+ENGINES = ("io_uring", "preadv")
+BLOCKS, DEPTHS = (4096, 1 << 30), (1, 1 << 10)  # least and largest
 
 
 @dataclass(frozen=True)
-class FlashChoice:
+class FlashRow:
+    """A point of a sweep: reads of `block` bytes, `depth` in flight, "sequential" or "random" within `span` bytes."""
+
+    pattern: str
+    engine: str
     block: int
     depth: int
-    bytes_per_s: float | None
-    source: str
+    span: int
+    bytes_per_s: float
+    cpu_us: float  # processor time a read
+
+
+@dataclass(frozen=True)
+class FlashProfile:
+    """How a file system is read fastest; `quick`: found by few measurements."""
+
+    engine: str
+    block: int
+    depth: int
+    bytes_per_s: float
+    quick: bool
+    rows: tuple[FlashRow, ...] = ()
 
 
 @dataclass
 class DeviceProfile:
+    """What is known of this machine: memory_bandwidth in bytes/s, read by all cores; flash by file system."""
+
     memory_bandwidth: float | None = None
+    flash: dict[str, FlashProfile] = field(default_factory=dict)
 
 
-def load_profile() -> DeviceProfile:
-    return DeviceProfile()
+@dataclass(frozen=True)
+class FlashChoice:
+    """How to read: block in bytes, requests in flight, the rate to expect (None: not known), where it came from
+    ("profile", "quick profile" or "assumed"), and the engine (None: whichever works)."""
+
+    block: int
+    depth: int
+    bytes_per_s: float | None
+    source: str
+    engine: str | None = None
+
+
+ASSUMED = FlashChoice(1 << 20, 8, None, "assumed")
 
 
 def flash_choice(profile: DeviceProfile, path: Path) -> FlashChoice:
-    return FlashChoice(1 << 20, 8, None, "assumed")
+    """How to read the file at `path`, by what was measured of its file system."""
+    found = profile.flash.get(file_system(path))
+    if found is None:
+        return ASSUMED
+    source = "quick profile" if found.quick else "profile"
+    return FlashChoice(found.block, found.depth, found.bytes_per_s, source, found.engine)
+
+
+def profile_path() -> Path:
+    """Where the profile lies."""
+    return cache_dir() / "profile.json"
+
+
+def load_profile() -> DeviceProfile:
+    """What is known of this machine; nothing, and a line on stderr, where the file is damaged."""
+    path = profile_path()
+    try:
+        return _parsed(_sections(path).get(machine(), {}))
+    except (ValueError, RecursionError) as error:
+        _warn(f"{path}: {error}; measure again with coterie profile --flash")
+        return DeviceProfile()
+
+
+def save_profile(profile: DeviceProfile) -> Path:
+    """Put this machine's profile into the file, whole or not at all. Raises UsageError where it cannot be written."""
+    path = profile_path()
+    sections: dict[str, Any] = {}
+    with suppress(ValueError, RecursionError):  # what is damaged is replaced
+        sections = _sections(path)
+    sections.pop(machine(), None)
+    kept = list(sections.items())[1 - MACHINES :]
+    text = json.dumps({"version": VERSION, "machines": dict(kept) | {machine(): asdict(profile)}}, indent=1)
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".profile-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise UsageError(f"cannot write the device profile {path}: {error.strerror}") from None
+    return path
+
+
+@cache
+def machine() -> str:
+    """What tells this machine from others, as a short hash."""
+    try:
+        identity = Path("/etc/machine-id").read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        identity = ""
+    parts = identity or os.uname().nodename, target.cpu_name(), str(os.cpu_count())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def file_system(path: Path) -> str:
+    """What tells the file system at `path` from others: its device number and what is mounted; "" if not known."""
+    try:
+        device = os.stat(path).st_dev
+        real = os.path.realpath(path)
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    found, source = "", "unknown"
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        point = fields[4] if len(fields) > 4 else ""
+        if len(kind) > 1 and len(point) >= len(found) and f"{real}/".startswith(point.rstrip("/") + "/"):
+            found, source = point, f"{kind[0]} {kind[1]}"
+    return f"{os.major(device)}:{os.minor(device)} {source}"
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once a process."""
+    print(f"coterie: {text}", file=sys.stderr)
+
+
+def _sections(path: Path) -> dict[str, Any]:
+    """The file's sections, by machine. Raises ValueError where it is none of ours."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    if len(data) > LARGEST_FILE:
+        raise ValueError("is too large for a device profile")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("is damaged") from None
+    if not isinstance(content, dict) or not isinstance(content.get("machines"), dict):
+        raise ValueError("is damaged")
+    if content.get("version") != VERSION:
+        raise ValueError(f"is of version {str(content.get('version'))[:20]}, and this Coterie knows {VERSION}")
+    return dict(content["machines"])
+
+
+def _parsed(section: Any) -> DeviceProfile:
+    """A section as what it means. Raises ValueError for a value that makes no sense."""
+    try:
+        bandwidth = section.get("memory_bandwidth")
+        return DeviceProfile(
+            None if bandwidth is None else _rate(bandwidth),
+            {str(name): _flash(each) for name, each in section.get("flash", {}).items()},
+        )
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("is damaged") from None
+
+
+def _flash(values: dict[str, Any]) -> FlashProfile:
+    return FlashProfile(
+        _word(values["engine"], ENGINES),
+        _whole(values["block"], *BLOCKS) // 4096 * 4096,
+        _whole(values["depth"], *DEPTHS),
+        _rate(values["bytes_per_s"]),
+        bool(values["quick"]),
+        tuple(_row(row) for row in values["rows"]),
+    )
+
+
+def _row(values: dict[str, Any]) -> FlashRow:
+    return FlashRow(
+        _word(values["pattern"], ("sequential", "random")),
+        _word(values["engine"], ENGINES),
+        _whole(values["block"], *BLOCKS),
+        _whole(values["depth"], *DEPTHS),
+        _whole(values["span"], 0, 1 << 62),
+        _rate(values["bytes_per_s"]),
+        _rate(values["cpu_us"]),
+    )
+
+
+def _word(value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError("is damaged")
+    return str(value)
+
+
+def _whole(value: Any, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError("is damaged")
+    return value
+
+
+def _rate(value: Any) -> float:
+    if type(value) not in (int, float) or not isfinite(value) or not 0 <= value < 1e15:
+        raise ValueError("is damaged")
+    return float(value)

@@ -51,7 +51,8 @@ def pin_order(runs: Sequence[Run]) -> npt.NDArray[np.int64]:
             )
         )
     table = np.concatenate(keys, axis=1)
-    return table[3][np.lexsort(table[::-1])].astype(np.int64)
+    order: npt.NDArray[np.int64] = table[3][np.lexsort(table[::-1])]
+    return order
 
 
 def least_budget(runs: Sequence[Run]) -> int:
@@ -83,7 +84,8 @@ def choose(runs: Sequence[Run], budget: int) -> Residency:
         return Residency(order[: _fitting(ends, budget)])
     if budget < least_budget(runs):
         raise PlanError(
-            f"its weights need at least {-(-least_budget(runs) >> 20)} MiB, but only {max(0, budget) >> 20} MiB are left"
+            f"its weights need at least {-(-least_budget(runs) >> 20)} MiB, but only {max(0, budget) >> 20} MiB "
+            "are left"
         )
     least = _least_ring(runs)
     ring = min(RING_MOST, budget // RING_SHARE, (used - budget) // RING_MISSING) // HUGE * HUGE

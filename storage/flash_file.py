@@ -323,7 +323,7 @@ def _decode_manifest(data: bytes, name: str) -> "pa.Table":
     """Read a manifest that anybody may have written. Compressed ones are refused: a small one could be endless."""
     import pyarrow as pa
 
-    stream = pa.py_buffer(data).slice(8)  # after the file's magic comes a stream
+    stream = pa.py_buffer(data[8:])  # after the file's magic comes a stream
     try:
         messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(stream))
         if not any(map(_is_compressed, messages)):

@@ -13,8 +13,9 @@ CONTROL_LINES = 3  # go flag, abort word, a word that stays 0; then one flag a l
 
 @dataclass(frozen=True)
 class UnitBuffers:
-    """`header`, `steps`: the step header, each lane's copy, and one for who publishes, int64; `control`: int64[3 + lanes][8];
-    `stalled`: a line a lane; `rows`: what steps are told of their rows, by header word; `rings`: uint8[lanes][bytes] or None."""
+    """`header`, `steps`: the step header, each lane's copy, and one for who publishes, int64; `control`: int64[3 +
+    lanes][8]; `stalled`: a line a lane; `rows`: what steps are told of their rows, by header word; `rings`:
+    uint8[lanes][bytes] or None."""
 
     header: BufferRef
     steps: BufferRef
@@ -27,7 +28,13 @@ class UnitBuffers:
 
 def lay_out_unit(ledger: Ledger, lanes: int, rows: int, *, tracing: bool) -> UnitBuffers:
     """Cut a unit's buffers, for steps of up to `rows` rows."""
-    kinds = {r.IDS: np.int32, r.POSITIONS: np.int32, r.TABLES: np.int64, r.OUTPUT_ROWS: np.int32, r.EMBEDDINGS: np.int64}
+    kinds = {
+        r.IDS: np.int32,
+        r.POSITIONS: np.int32,
+        r.TABLES: np.int64,
+        r.OUTPUT_ROWS: np.int32,
+        r.EMBEDDINGS: np.int64,
+    }
     ring = r.RING_HEADER + TRACE_EVENTS * r.EVENT.itemsize
     return UnitBuffers(
         header=ledger.allocate("state", r.HEADER_WORDS, np.int64),

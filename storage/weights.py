@@ -220,12 +220,12 @@ def lay_out(
 
     def matrix(kind: str, layer: int = -1, part: int = 0, *, streamed: bool = True) -> Matrix:
         i = index[kind, layer, part]
-        name = {"embedding": "token_embd.weight", "output": "output.weight"}.get(kind, f"blk.{layer}.attn_output.weight")
+        name = {"embedding": "token_embd.weight", "output": "output.weight"}.get(
+            kind, f"blk.{layer}.attn_output.weight"
+        )
         rows, columns = runs[i].items * ROWS, spec.dim
-        if kind == "attention":
-            columns = tensors[name].cols
-        elif kind != "qkv":
-            rows = tensors[name].rows
+        if kind != "qkv":
+            rows, columns = tensors[name].rows, tensors[name].cols
         return Matrix(runs[i], rows, columns, tuple(placing.slices(i, streamed=streamed)))
 
     def layer(i: int) -> Layer:

@@ -15,7 +15,8 @@ from reference import FORMATS
 from tiny_models import write_tiny
 
 from coterie.engine import Engine
-from coterie.models.load import open_model
+from coterie.opening import open_model
+from coterie.scheduler.plan import Wishes
 
 Floats = NDArray[np.float32]
 CONTEXT = 2560  # ten KV blocks: nine sequences live at once
@@ -84,7 +85,7 @@ def some_tokens(n: int, seed: int = 0) -> list[int]:
 
 @contextmanager
 def opened(path: Path, threads: int = 1) -> Iterator[Engine]:
-    engine = Engine(open_model(path), threads=threads, context=CONTEXT)
+    engine = Engine(open_model(path), Wishes(threads=threads, context=CONTEXT))
     try:
         yield engine
     finally:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from coterie import fetch
 from coterie.models.dequant import dequantise
 from coterie.models.llama import Floats, forward
-from coterie.models.load import open_model
+from coterie.opening import open_model
 
 MODEL = "smollm2"
 TEXT = (

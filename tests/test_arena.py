@@ -14,7 +14,8 @@ from tiny_models import write_tiny
 
 from coterie.engine import Engine
 from coterie.errors import PlanError
-from coterie.models.load import open_model
+from coterie.opening import open_model
+from coterie.scheduler.plan import Wishes
 from coterie.storage.arena import HUGE, LINE, Arena, Ledger
 
 REGIONS = {"weights": 3 * HUGE, "state": 5000}
@@ -244,7 +245,7 @@ def test_the_plan_has_just_what_a_model_takes(tracing: bool, tmp_path: Path) -> 
     """Every region but the KV cache, which grows, is full to its last line once all programs are loaded."""
     path = write_tiny(tmp_path / "m.gguf", "gemma3", layers=6, formats="Q4_0", context=600)
     trace = tmp_path / "trace.json" if tracing else None
-    engine = Engine(open_model(path), threads=2, context=600, trace=trace)
+    engine = Engine(open_model(path), Wishes(threads=2, context=600), trace=trace)
     sequence = engine.sequence()
     for name in engine.layout.programs:
         engine.unit.load(engine.layout.programs[name])

@@ -12,9 +12,10 @@ from tiny_models import write_tiny
 
 from coterie.models.dequant import finite
 from coterie.models.gguf_file import GGUFFile
-from coterie.models.load import ARCHITECTURES, open_model
+from coterie.models.load import ARCHITECTURES
 from coterie.models.template import ChatTemplate
 from coterie.models.tokenizer import Tokenizer
+from coterie.opening import open_model
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 TEXT = "the word 42, abctabctttaaa naïve 中\n\n  <|im_end|>"

@@ -16,7 +16,8 @@ from damage import GIANTS, damaged_bytes, little_memory_and_no_hang, survives
 from tiny_models import write_tiny
 
 from coterie.errors import ModelError
-from coterie.models.load import ARCHITECTURES, open_model
+from coterie.models.load import ARCHITECTURES
+from coterie.opening import open_model
 from coterie.storage import runs as runs_module
 from coterie.storage.flash_file import SECTIONS, FlashFile, FrontPage, damaged_extents, encode_manifest, manifest_table
 from coterie.storage.flash_writer import pack_model

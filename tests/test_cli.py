@@ -20,9 +20,9 @@ from typer.testing import CliRunner, Result
 
 from coterie import cli, fetch
 from coterie.commands import terminal
-from coterie.sizes import parse_size
 from coterie.commands.perplexity import chunk_losses, estimate
 from coterie.errors import CoterieError, FetchError, ModelError, PlanError, UsageError
+from coterie.sizes import parse_size
 
 HEAVY = {"numba", "llvmlite", "gguf", "tokenizers", "jinja2", "pyarrow", "ray", "coterie.llm"}
 

@@ -19,7 +19,8 @@ from tiny_models import write_tiny
 from coterie.engine import Engine
 from coterie.kernels import target
 from coterie.models.dequant import dequantise
-from coterie.models.load import ARCHITECTURES, open_model
+from coterie.models.load import ARCHITECTURES
+from coterie.opening import open_model
 
 N = 40
 HASWELL = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+cx16"

@@ -21,7 +21,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROOMS = ("actors", "configs", "scheduler", "storage")
 
 # Who may import whom. The front door may import all.
-FRONT_DOOR = {"__init__", "__main__", "cli", "commands", "engine", "llm"}
+FRONT_DOOR = {"__init__", "__main__", "cli", "commands", "engine", "llm", "opening", "stream", "meter", "pressure"}
 MAY_IMPORT = {
     "errors": set(),
     "paths": {"errors"},
@@ -29,12 +29,13 @@ MAY_IMPORT = {
     "configs": set(),
     "trace": {"errors", "kernels"},
     "kernels": {"errors", "paths"},
-    "storage": {"errors", "kernels", "models"},
+    "sizes": {"errors"},
+    "storage": {"errors", "kernels", "models", "paths"},
     "models": {"errors", "kernels"},
     "fetch": {"errors", "paths"},
     "generation": {"errors", "sampling"},
     "actors": {"errors", "kernels", "scheduler", "storage"},  # of the scheduler, what a program is
-    "scheduler": {"errors", "kernels", "models", "storage"},
+    "scheduler": {"errors", "kernels", "models", "paths", "sizes", "storage"},
     "sampling": {"errors"},
 }
 HEAVY = {"gguf", "jinja2", "llvmlite", "numba", "numpy", "pyarrow", "ray", "tokenizers", "torch"}

@@ -15,8 +15,9 @@ from coterie.models import gemma3, llama
 from coterie.models.dequant import dequantise
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.llama import Floats, Weights
-from coterie.models.load import ARCHITECTURES, Model, open_model
+from coterie.models.load import ARCHITECTURES, Model
 from coterie.models.spec import ModelSpec, Rope
+from coterie.opening import open_model
 
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32")
 

@@ -13,7 +13,8 @@ from coterie.engine import Engine
 from coterie.errors import PlanError
 from coterie.kernels.formats import FORMATS as PACKED
 from coterie.models.dequant import dequantise
-from coterie.models.load import open_model
+from coterie.opening import open_model
+from coterie.scheduler.plan import Wishes
 from coterie.storage.pack import RAW, pack, packed_bytes, padded_columns, raw_bytes, unpack
 from coterie.storage.packer import half_split_rows
 from coterie.storage.weights import FFN, Matrix
@@ -84,7 +85,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     architecture, shape = request.param
     path = write_tiny(tmp_path_factory.mktemp("pack") / "m.gguf", architecture, **SHAPES[shape])
-    made = Engine(open_model(path), threads=2)
+    made = Engine(open_model(path), Wishes(threads=2))
     yield made
     made.close()
 

@@ -16,7 +16,8 @@ from coterie.engine import Engine
 from coterie.errors import UsageError
 from coterie.kernels import operands as o
 from coterie.kernels.record import EVENT, RING_HEADER, Opcode
-from coterie.models.load import open_model
+from coterie.opening import open_model
+from coterie.scheduler.plan import Wishes
 from coterie.storage import unit as unit_buffers
 from coterie.trace.chrome import read_rings, write_chrome_trace
 
@@ -28,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def traced(model: Path, trace: Path, lanes: int) -> tuple[list[dict[str, Any]], Engine]:
     """Events of 40 tokens' prefill with 5 rows of logits, then 3 tokens decoded; and the closed engine."""
-    engine = Engine(open_model(model), threads=lanes, trace=trace)
+    engine = Engine(open_model(model), Wishes(threads=lanes), trace=trace)
     sequence, tokens = engine.sequence(), some_tokens(43)
     engine.prefill(sequence, tokens[:40], range(35, 40))
     for token in tokens[40:]:
@@ -103,7 +104,7 @@ def test_slices_of_a_lane_follow_each_other(model: Path, tmp_path: Path, lanes: 
 
 
 def test_off_means_no_ring_and_no_file(model: Path, tmp_path: Path) -> None:
-    engine = Engine(open_model(model), threads=2)
+    engine = Engine(open_model(model), Wishes(threads=2))
     assert engine.unit.buffers.rings is None
     assert "trace" not in engine.plan.regions
     prefilled(engine, some_tokens(10))
@@ -114,7 +115,7 @@ def test_off_means_no_ring_and_no_file(model: Path, tmp_path: Path) -> None:
 def test_tracing_does_not_change_bits(model: Path, tmp_path: Path) -> None:
     results: list[Any] = []
     for trace in (None, tmp_path / "t.json"):
-        engine = Engine(open_model(model), threads=2, trace=trace)
+        engine = Engine(open_model(model), Wishes(threads=2), trace=trace)
         results.append(decoded(engine, some_tokens(12)))
         engine.close()
     np.testing.assert_array_equal(*results)
@@ -123,7 +124,7 @@ def test_tracing_does_not_change_bits(model: Path, tmp_path: Path) -> None:
 def test_a_full_ring_keeps_the_newest(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (unit_buffers, cpu):
         monkeypatch.setattr(module, "TRACE_EVENTS", 50)
-    engine = Engine(open_model(model), threads=1, trace=tmp_path / "t.json")
+    engine = Engine(open_model(model), Wishes(threads=1), trace=tmp_path / "t.json")
     decoded(engine, some_tokens(20))
     rings = engine.unit.buffers.rings
     assert rings is not None

@@ -1,7 +1,7 @@
 """The engine: token ids in, logits out. Opens a model, plans, loads, compiles, and runs one step at a time."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
@@ -15,15 +15,15 @@ from coterie.errors import UsageError
 from coterie.kernels.formats import ROWS
 from coterie.kernels.library import is_cached
 from coterie.kernels.operands import PROBE_BYTES
+from coterie.meter import Meter
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model
-from coterie.meter import Meter
 from coterie.models.rope import rope_table
+from coterie.models.spec import Rope
 from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model
 from coterie.scheduler.plan import Plan, Wishes, make_plan, plan_flash
 from coterie.scheduler.program import Program
 from coterie.scheduler.residency import ring_room
-from coterie.models.spec import Rope
 from coterie.sizes import Memory
 from coterie.storage.arena import HUGE, Arena, BufferRef
 from coterie.storage.flash_buffers import lay_out_flash
@@ -40,7 +40,6 @@ from coterie.trace.chrome import write_chrome_trace
 # Bytes of address space for regions that are laid out anew when the ceiling changes.
 SCRATCH_ROOM = {"flags": 256 << 20, "programs": 256 << 20, "tables": 64 << 20, "activations": 64 << 20}
 ROPE_ROWS = 256  # positions of a rope table computed at a time
-
 
 
 class _Yield(Exception):
@@ -105,7 +104,11 @@ class Engine:
         assert plan.flash is not None
         entries = int(Extents.of(self.runs).first[-1])
         buffers = lay_out_flash(
-            self.arena, entries=entries, ring_bytes=ring_room(self.runs), depth=plan.flash.depth, tracing=self._wishes.tracing
+            self.arena,
+            entries=entries,
+            ring_bytes=ring_room(self.runs),
+            depth=plan.flash.depth,
+            tracing=self._wishes.tracing,
         )
         stream = Stream(self.arena, file, plan, buffers, self.unit.abort_address)
         self.unit.connect(stream.unit.arrived, stream.unit.freed)
@@ -201,8 +204,9 @@ class Engine:
             assert self.stream is not None
             return self.stream.look_up(ids, layout.lookups, layout.bounce)
         run, (part,) = layout.weights.embedding.run, layout.weights.embedding.slices
-        extents, groups = np.divmod(ids // ROWS, run.per)
-        return self.arena.address(part.ref) + extents * run.stride + groups * run.item_bytes
+        groups = ids // ROWS
+        addresses: npt.NDArray[np.int64] = groups // run.per * run.stride + groups % run.per * run.item_bytes
+        return addresses + self.arena.address(part.ref)
 
     def ready(self, *names: str) -> None:
         """Compile and link programs now, rather than when they are first run."""
@@ -254,9 +258,7 @@ class Engine:
             self._progress("prompt", first + len(ids), len(tokens))
         return logits
 
-    def _chunk(
-        self, sequence: KVSequence, ids: Sequence[int], wanted: npt.NDArray[np.int64], logits: Floats
-    ) -> None:
+    def _chunk(self, sequence: KVSequence, ids: Sequence[int], wanted: npt.NDArray[np.int64], logits: Floats) -> None:
         """Append a chunk's tokens; logits of the rows `wanted`."""
         self._check_open()
         positions = sequence.length + np.arange(len(ids))
@@ -367,7 +369,7 @@ class Engine:
     def _write_trace(self, path: Path) -> None:
         rings = [("cpu", self.unit.buffers.rings)]
         if self.stream is not None:
-            rings.append(("flash", self.stream.unit.buffers.rings))
+            rings.append(("flash", self.stream.unit.buffers.trace))
         arrays = [(name, self.arena.numpy(ref)) for name, ref in rings if ref is not None]
         write_chrome_trace(path, arrays, self.unit.cycles_per_second())
 

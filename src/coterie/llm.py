@@ -23,8 +23,8 @@ from coterie.errors import UsageError
 from coterie.fetch import resolve
 from coterie.generation import Sampler, TextStream
 from coterie.models.template import ChatTemplate
-from coterie.sampling import SamplingOptions
 from coterie.opening import open_to_run
+from coterie.sampling import SamplingOptions
 from coterie.scheduler.plan import OVERHEAD, Plan, Wishes
 from coterie.scheduler.plan_file import read_plan
 from coterie.sizes import Memory, Share, parse_memory
@@ -35,12 +35,12 @@ LOGITS_BYTES = 1 << 30  # logits() refuses to return more
 class LLM:
     """A language model, ready to generate.
 
-    `model` is a path to a GGUF or packed file, or a name that `coterie pull` knows. `threads` are lanes of the CPU unit,
-    `context` the positions all open generations hold together, `trace` a file that is written on close.
+    `model` is a path to a GGUF or packed file, or a name that `coterie pull` knows. `threads` are lanes of the CPU
+    unit, `context` the positions all open generations hold together, `trace` a file that is written on close.
 
     `memory` is a hard ceiling: bytes, or text such as "6GiB"; "50%" lets half the weights' bytes be resident; "auto"
-    follows what the machine can spare. What does not fit is streamed from a packed copy of the model, made on first use.
-    `plan` is a plan file to follow. `progress(label, done, total)` is told of slow things; `sources` says where values
+    follows what the machine can spare. What does not fit is streamed from a packed copy of the model, made on first
+    use. `plan` is a plan file to follow. `progress(label, done, total)` is told of slow things; `sources` says where values
     came from ("flag", "config"), for the plan to show.
 
     Raises FetchError, ModelError, PlanError, UsageError.
@@ -99,7 +99,7 @@ class LLM:
 
     def set_memory(self, memory: int | str | Share) -> None:
         """Change the ceiling, also while answers are being generated: before the next token, weights are dropped, or
-        read, until the new one is filled. Tokens do not change. The context and what else is not weights keep their size.
+        read, until the new one is filled. Tokens do not change. The context and all else but weights keep their size.
 
         Raises PlanError if the new ceiling cannot hold them (the old one then stays), UsageError for a model that was
         opened without `memory` from a file that is not packed.
@@ -183,8 +183,8 @@ class LLM:
         return self._engine.forecast()
 
     def memory(self) -> dict[str, int]:
-        """Bytes: planned by region and in all ("total"), the ceiling (0: none), KV cache taken so far, and the process's
-        peak ("peak_rss")."""
+        """Bytes: planned by region and in all ("total"), the ceiling (0: none), KV cache taken so far, and the
+        process's peak ("peak_rss")."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         plan = self.plan
         return {

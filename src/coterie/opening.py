@@ -1,16 +1,21 @@
-"""Opening a model to run it: the file that was named, or where weights must be streamed its packed copy."""
+"""Opening a model: the file that was named, or where its weights must be streamed its packed copy."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from coterie.errors import PlanError
 from coterie.models.gguf_file import GGUFFile
-from coterie.models.load import Model, open_model
+from coterie.models.load import Model, understand
 from coterie.scheduler.plan import Wishes, wants_flash
-from coterie.storage.flash_file import FlashFile
+from coterie.storage.flash_file import FlashFile, is_flash_file
 from coterie.storage.flash_writer import packed_copy
 
 Progress = Callable[[str, int, int], None]
+
+
+def open_model(path: str | Path) -> Model:
+    """Open a GGUF or a packed file; ModelError says what is wrong with it."""
+    return understand(FlashFile(path) if is_flash_file(path) else GGUFFile(path))
 
 
 def open_to_run(path: Path, wishes: Wishes, progress: Progress) -> Model:

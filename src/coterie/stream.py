@@ -38,9 +38,6 @@ class Stream:
         plan: Plan,
         buffers: FlashBuffers,
         abort: int,
-        *,
-        engine: str | None = None,
-        reader: int | None = None,
     ) -> None:
         assert plan.flash is not None
         self.arena, self.file = arena, file
@@ -50,7 +47,7 @@ class Stream:
         ring = BufferRef("staging", staging.offset, staging.size, "|u1", (staging.size,))
         self.unit = FlashUnit(
             arena, buffers, self._fd,
-            depth=plan.flash.depth, block=plan.flash.block, ring=ring, abort=abort, engine=engine, reader=reader,
+            depth=plan.flash.depth, block=plan.flash.block, ring=ring, abort=abort,
         )  # fmt: skip
         self._pool = ThreadPoolExecutor(LOOKUPS, "coterie-lookup")
         self._pinned = 0  # extents that are in memory, in the order of their addresses

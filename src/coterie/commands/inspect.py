@@ -24,7 +24,7 @@ def inspect(model: ModelArgument = None, model_option: ModelOption = None, as_js
     with terminal.Progress() as progress:
         path = fetch.resolve(name, progress)
         progress(f"reading {path}")
-        from coterie.models.load import open_model
+        from coterie.opening import open_model
 
         opened = open_model(path)
         try:

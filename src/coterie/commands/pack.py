@@ -29,7 +29,7 @@ def pack(
     with terminal.Progress() as progress:
         source = fetch.resolve(name, progress)
         progress(f"reading {source}")
-        from coterie.models.load import open_model
+        from coterie.opening import open_model
         from coterie.storage.flash_writer import pack_model, packed_copy
 
         start = time.monotonic()
@@ -55,7 +55,7 @@ def verify(
     """Read a packed model and compare all its checksums."""
     with terminal.Progress() as progress:
         progress(f"reading {path}")
-        from coterie.models.load import open_model
+        from coterie.opening import open_model
         from coterie.storage.flash_file import FlashFile, damaged_extents
 
         start = time.monotonic()

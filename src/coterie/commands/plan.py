@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 
 from coterie.commands import terminal
-from coterie.commands.options import Context, Json, Memory, ModelArgument, ModelOption, Threads, pick_model, value_sources
+from coterie.commands.options import (
+    Context,
+    Json,
+    Memory,
+    ModelArgument,
+    ModelOption,
+    Threads,
+    pick_model,
+    value_sources,
+)
 from coterie.errors import UsageError
 
 
@@ -26,8 +35,7 @@ def plan(
     name = pick_model(model, model_option)
     with terminal.Progress() as progress:
         from coterie import fetch
-        from coterie.models.load import open_model
-        from coterie.opening import open_to_run
+        from coterie.opening import open_model, open_to_run
         from coterie.scheduler.plan import Wishes, make_plan, plan_flash
         from coterie.scheduler.plan_file import format_plan
         from coterie.scheduler.profile import load_profile

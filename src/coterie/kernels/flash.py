@@ -183,13 +183,15 @@ def settle(control, slot):
     """Judge a result; whether the request, or what is left of it, must be read again."""
     put(slot, t.STATE, t.COMPLETE)
     result, left = word(slot, t.RESULT), word(slot, t.LENGTH) - word(slot, t.DONE)
-    position = word(slot, t.POSITION)
     if result == left:
         return False
     if result < 0 or result > left:
-        return try_again(control, slot, t.IO, position, -result if result < 0 else EIO)
+        return try_again(control, slot, t.IO, word(slot, t.POSITION), -result if result < 0 else EIO)
+    if result < t.PAGE:  # the end of the file, most likely
+        return try_again(control, slot, t.SHORT, word(slot, t.POSITION), 0)
     put(slot, t.DONE, word(slot, t.DONE) + result // t.PAGE * t.PAGE)  # direct reads go on at a whole page
-    return try_again(control, slot, t.SHORT, position, 0)
+    count_up(control, t.RETRIES, 1)
+    return True
 
 
 @register_jitable
@@ -305,7 +307,7 @@ def flash_lane(engine: str) -> Callable[..., Any]:
     def check(control, request):
         """Compare checksums; what is wrong is read again."""
         slot, began = slot_at(control, request), cycles()
-        wrong = first_wrong(control, slot)
+        wrong = np.int64(-1) if word(control, t.UNCHECKED) != 0 else first_wrong(control, slot)
         count_up(control, t.CHECKING, cycles() - began)
         if wrong < 0:
             put(slot, t.STATE, t.RIGHT)
@@ -322,6 +324,7 @@ def flash_lane(engine: str) -> Callable[..., Any]:
         """Take a new announcement; if it goes elsewhere, drop everything. False when the engine fails."""
         elsewhere = take_announcement(control)
         if elsewhere:
+            collect(control, False)
             while word(control, t.IN_FLIGHT) > 0:  # memory is not the lane's own until all reads have landed
                 if not go_on(control, True):
                     return False
@@ -397,7 +400,7 @@ def flash_announce() -> Callable[..., Any]:
 
 @kernel
 def flash_wait() -> Callable[..., Any]:
-    """1 when the flag has come to `value`; 0 when the word at `end` is not 0, or the cycle counter is past `deadline`."""
+    """1 when the flag has come to `value`; 0 when the word at `end` is not 0 or the cycle counter past `deadline`."""
 
     def run(flag, value, end, nap, deadline):
         while acquire(flag) < value:

@@ -56,6 +56,7 @@ BYTES, REQUESTS, BUSY, BLOCKED, RETRIES, NAPS, CHECKING = range(80, 87)
 TAPE, SLOTS, SLOT_COUNT, DEPTH, BLOCK, FD = range(88, 94)
 RING, RING_BYTES, OWNERS = 94, 95, 96  # OWNERS: int64 a page of the ring, sequence number + 1 of its last read
 ABORT, NAP, TRACE = 97, 98, 99
+UNCHECKED = 103  # 1: checksums are not compared
 READER, READERS, QUEUE = 100, 101, 102  # "preadv": a function's address, threads, int64[SLOT_COUNT] slots
 URING, SQ_HEAD, SQ_TAIL, SQ_MASK, SQ_ARRAY, SQ_ENTRIES = range(104, 110)  # "io_uring": descriptor, then addresses
 CQ_HEAD, CQ_TAIL, CQ_MASK, CQ_ENTRIES = range(110, 114)

@@ -1,7 +1,6 @@
-"""Opening a model, a GGUF or a packed file: its header, shape, tokenizer and chat template, each checked."""
+"""Understanding a model, of a GGUF or a packed file: its shape, tokenizer and chat template, each checked."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 from coterie.errors import ModelError, UsageError
@@ -35,9 +34,8 @@ class Model:
         self.file.close()
 
 
-def open_model(path: str | Path) -> Model:
-    """Open a GGUF or a packed file; ModelError says what is wrong with it."""
-    file = open_file(path)
+def understand(file: ModelHeader) -> Model:
+    """A model by its open file; ModelError says what is wrong with it. The file is closed in that case."""
     try:
         spec = read_spec(file)
         tokenizer = Tokenizer.from_metadata(file.metadata)
@@ -50,13 +48,6 @@ def open_model(path: str | Path) -> Model:
     except BaseException:
         file.close()
         raise
-
-
-def open_file(path: str | Path) -> ModelHeader:
-    """A FlashFile or a GGUFFile, by the file's first bytes. Raises ModelError."""
-    from coterie.storage.flash_file import FlashFile, is_flash_file  # which reads the model's shape through us
-
-    return FlashFile(path) if is_flash_file(path) else GGUFFile(path)
 
 
 def read_spec(file: ModelHeader) -> ModelSpec:

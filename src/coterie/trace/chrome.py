@@ -51,9 +51,7 @@ def _name(kind: str, unit: int, lane: int, name: str) -> dict[str, Any]:
     return {"name": kind, "ph": "M", "pid": unit, "tid": lane, "args": {"name": name}}
 
 
-def _unit(
-    number: int, name: str, rings: list[npt.NDArray[Any]], begin: int, scale: float
-) -> Iterator[dict[str, Any]]:
+def _unit(number: int, name: str, rings: list[npt.NDArray[Any]], begin: int, scale: float) -> Iterator[dict[str, Any]]:
     if name == "flash":
         slots = sorted({int(slot) for events in rings for slot in events["epoch"]})
         yield from (_name("thread_name", number, slot, f"queue {slot}") for slot in slots)

@@ -1,0 +1,128 @@
+"""coterie profile: measure this machine, once, for plans to rely on."""
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coterie.commands import terminal
+from coterie.commands.options import Json
+from coterie.errors import UsageError
+
+if TYPE_CHECKING:
+    from coterie.scheduler.profile import DeviceProfile, FlashProfile, FlashRow
+
+FILE_BYTES = 1 << 30  # of the file that is made to be read
+SPARE_BYTES = 1 << 30  # that must be left on the disk beside it
+PIECE = 16 << 20
+
+
+def profile(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="A large file to read, on the disk of your models; else one is made."),
+    ] = None,
+    flash: Annotated[bool, typer.Option("--flash", help="Measure how the disk is read fastest, and memory.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine for later plans (--flash); without an option, show what has been measured."""
+    if file is not None and not flash:
+        raise UsageError(f"to measure by reading {file}, give --flash")
+    with terminal.Progress() as progress:
+        progress("looking at this machine")
+        from coterie.scheduler.profile import file_system, load_profile, profile_path, save_profile
+
+        known = load_profile()
+        if flash:
+            from coterie.actors.sweep import Sweep, memory_bandwidth
+
+            with _given(file) if file is not None else _made(progress) as (path, place):
+                name = file_system(place)
+                with Sweep(path) as sweep:
+                    known.flash[name] = sweep.whole(progress)
+            progress("measuring memory")
+            known.memory_bandwidth = memory_bandwidth()
+            progress.say([f"wrote {save_profile(known)}"])
+    if as_json:
+        terminal.write_json({"path": profile_path()} | asdict(known))
+    else:
+        terminal.write("\n".join(_lines(known)) + "\n")
+
+
+@contextmanager
+def _given(path: Path) -> Iterator[tuple[Path, Path]]:
+    yield path, path
+
+
+@contextmanager
+def _made(progress: terminal.Progress) -> Iterator[tuple[Path, Path]]:
+    """A file of random bytes that has no name, so that it goes with this process; and the folder it is in."""
+    from coterie.paths import cache_dir
+
+    folder = cache_dir()
+    free = shutil.disk_usage(folder).free
+    if free < FILE_BYTES + SPARE_BYTES:
+        raise UsageError(
+            f"{folder} has {terminal.size_text(free)} left, too little for a file of "
+            f"{terminal.size_text(FILE_BYTES)} to measure with; name a large file that is there"
+        )
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            _fill(file.fileno(), progress)
+        except OSError as error:
+            raise UsageError(f"cannot write a file to measure with in {folder}: {error.strerror}") from None
+        yield Path(f"/proc/self/fd/{file.fileno()}"), folder
+
+
+def _fill(fd: int, progress: terminal.Progress) -> None:
+    """Bytes that no disk can make fewer of."""
+    import numpy as np
+
+    random = np.random.default_rng()
+    for done in range(0, FILE_BYTES, PIECE):
+        progress("writing a file to read", done, FILE_BYTES)
+        left = memoryview(random.bytes(PIECE))
+        while left:
+            left = left[os.write(fd, left) :]
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _lines(known: "DeviceProfile") -> list[str]:
+    """A profile for people."""
+    lines = []
+    for name, found in known.flash.items():
+        lines += [f"flash {name}", *_tables(found.rows), "  " + _choice(found), ""]
+    if known.memory_bandwidth is not None:
+        lines.append(f"memory: {known.memory_bandwidth / 1e9:.1f} GB/s read by all cores")
+    return lines or ["nothing has been measured yet: coterie profile --flash"]
+
+
+def _choice(found: "FlashProfile") -> str:
+    quickly = ", found quickly" if found.quick else ""
+    return (
+        f"reads by {found.engine}, {terminal.size_text(found.block)} at a time, {found.depth} in flight: "
+        f"{found.bytes_per_s / 1e9:.2f} GB/s{quickly}"
+    )
+
+
+def _tables(rows: "tuple[FlashRow, ...]") -> list[str]:
+    """MB/s, and in brackets the processor's microseconds a read, by block and depth."""
+    lines = []
+    key = lambda row: (row.engine, row.pattern, row.span)  # noqa: E731
+    for (engine, pattern, span), group in itertools.groupby(sorted(rows, key=key), key):
+        cells = {(row.block, row.depth): f"{row.bytes_per_s / 1e6:.0f} ({row.cpu_us:.0f})" for row in group}
+        depths = sorted({depth for _, depth in cells})
+        lines.append(f"  {engine}, {pattern} over {terminal.size_text(span)}: MB/s (CPU us a read) by depth")
+        lines.append("  " + " " * 9 + "".join(f"{depth:>14}" for depth in depths))
+        for block in sorted({block for block, _ in cells}):
+            values = "".join(f"{cells.get((block, depth), ''):>14}" for depth in depths)
+            lines.append(f"  {terminal.size_text(block):9}{values}")
+    return lines

@@ -1,0 +1,416 @@
+"""Larger than memory: whatever share of the weights is resident, logits are the same bits (design section 1)."""
+
+import ctypes
+import errno
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from exact_models import CASES, CONTEXT, Floats, decoded, opened, prefilled, some_tokens
+from harness import until
+from reference import same_bits
+from tiny_models import write_tiny
+
+from coterie import stream
+from coterie.actors.flash import FlashUnit
+from coterie.engine import Engine
+from coterie.errors import CoterieError, ModelError, PlanError, UnitError, UsageError
+from coterie.opening import open_model
+from coterie.scheduler.plan import Wishes
+from coterie.scheduler.residency import choose, least_budget, pin_order, region_bytes, spread
+from coterie.sizes import Share
+from coterie.storage import runs as runs_module
+from coterie.storage.arena import Ledger
+from coterie.storage.flash_writer import pack_model
+from coterie.storage.runs import Extents, lay_out_runs
+from coterie.storage.weights import Residency, lay_out
+
+N = 24
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_extents() -> Iterator[None]:
+    """Tiny models have many extents as large ones have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs_module, "SMALL", 2 * runs_module.PAGE)
+        patch.setattr(runs_module, "LOOKUP", 1)
+        yield
+
+
+def write_model(folder: Path, name: str) -> Path:
+    """One of the tiny models, with more layers."""
+    return write_tiny(folder / f"{name}.gguf", context=CONTEXT, seed=len(name), **(CASES[name] | {"layers": 10}))
+
+
+def packed(folder: Path, name: str) -> Path:
+    path = write_model(folder, name)
+    model = open_model(path)
+    out = path.with_suffix(".coterie")
+    pack_model(model, out, lambda label, done, total: None)
+    model.close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("streaming")
+
+
+@pytest.fixture(scope="module")
+def llama(folder: Path) -> Path:
+    return packed(folder, "llama Q4_0")
+
+
+@contextmanager
+def streaming(path: Path, share: float | None, threads: int = 2, **wishes: Any) -> Iterator[Engine]:
+    """An engine with that share of the weights resident, or as little as can be."""
+    model = open_model(path)
+    memory = None if share is None else Share(share)
+    try:
+        engine = Engine(model, Wishes(threads=threads, context=CONTEXT, memory=memory, **wishes))
+    except PlanError:
+        engine = Engine(open_model(path), Wishes(threads=threads, context=CONTEXT, memory=smallest(model), **wishes))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def smallest(model: Any) -> Share:
+    """The smallest share that can run."""
+    runs = lay_out_runs(model.file.tensors, model.spec)
+    size = sum(tensor.nbytes for tensor in model.file.tensors.values())
+    return Share(min(1.0, (least_budget(runs) + 1) / size))
+
+
+def batched(engine: Engine, tokens: list[int]) -> Floats:
+    """Logits of two sequences with the same tokens, decoded together; the second's are returned."""
+    sequences = [engine.sequence() for _ in range(2)]
+    logits = [engine.decode(sequences, [token, token])[1].copy() for token in tokens]
+    for sequence in sequences:
+        sequence.close()
+    return np.stack(logits)
+
+
+# --- the same bits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_streamed_logits_are_the_same_bits(name: str, folder: Path) -> None:
+    tokens = some_tokens(N)
+    path = packed(folder, name)
+    with opened(folder / f"{name}.gguf") as engine:
+        expected = prefilled(engine, tokens)
+    streamed = set()
+    for share, threads in zip(SHARES, (1, 2, 1, 2, 3), strict=True):
+        with streaming(path, share, threads) as engine:
+            assert same_bits(prefilled(engine, tokens, [7, 1]), expected), (share, threads)
+            assert same_bits(decoded(engine, tokens), expected), (share, threads)
+            assert same_bits(batched(engine, tokens), expected), (share, threads)
+            report = engine.flash_report()
+            assert report is not None
+            assert (engine.plan.streamed_per_token > 0) == (share < 1)
+            streamed.add(engine.plan.streamed_per_token)
+    assert len(streamed) > 1
+
+
+@pytest.mark.parametrize("engine_name", ["io_uring", "preadv"])
+def test_both_engines_read_the_same(engine_name: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = some_tokens(N)
+    with streaming(llama, None) as engine:
+        expected = decoded(engine, tokens)
+    monkeypatch.setattr(stream, "FlashUnit", functools.partial(FlashUnit, engine=engine_name))
+    try:
+        with streaming(llama, 0.3) as engine:
+            assert engine.plan.flash is not None
+            assert engine.plan.flash.engine == engine_name
+            assert same_bits(decoded(engine, tokens), expected)
+    except UnitError as error:
+        if engine_name == "io_uring":
+            pytest.skip(str(error))
+        raise
+
+
+def test_every_streamed_byte_is_read_once_a_token(llama: Path) -> None:
+    with streaming(llama, 0.3) as engine:
+        decoded(engine, some_tokens(4))
+        engine.count_anew()
+        decoded(engine, some_tokens(20))
+        report = engine.flash_report()
+    assert report is not None
+    planned = report["streamed_bytes_per_token"]
+    assert planned == engine.plan.streamed_per_token > 0
+    assert report["read_bytes_per_token"] == pytest.approx(planned, rel=0.1)  # what was read ahead at either end
+    assert 0 <= report["stall_share"] <= 1
+    assert report["hit_rate"] == pytest.approx(1 - planned / engine.plan.bytes_per_token)
+
+
+def test_serving_writes_nothing_and_leaves_the_page_cache_alone(llama: Path) -> None:
+    before = os.stat(llama)
+    with streaming(llama, 0.3) as engine:
+        written = _written()
+        decoded(engine, some_tokens(N))
+        assert _written() == written
+    after = os.stat(llama)
+    assert (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size)
+
+
+def _written() -> int:
+    with open("/proc/self/io") as file:
+        return int(dict(line.split(":") for line in file)["write_bytes"])
+
+
+# --- residency ---------------------------------------------------------------------------------------
+
+
+def test_layers_are_spread() -> None:
+    assert spread(8) == [0, 4, 2, 6, 1, 5, 3, 7]
+    for n in (1, 2, 3, 5, 30):
+        assert sorted(spread(n)) == list(range(n))
+
+
+@pytest.mark.parametrize("name", ["llama Q4_0", "integers and floats", "gemma3 270M as Q4_K_M"])
+def test_a_larger_budget_pins_more_at_the_same_addresses(name: str, folder: Path) -> None:
+    model = open_model(write_model(folder, name))
+    runs = lay_out_runs(model.file.tensors, model.spec)
+    extents = Extents.of(runs)
+    order = pin_order(runs)
+    assert sorted(order.tolist()) == list(range(int(extents.first[-1])))
+    assert order[0] == 0
+    smaller: tuple[Any, Any] | None = None
+    every = int(extents.nbytes.sum())
+    for budget in range(least_budget(runs), every + (4 << 20), max(4096, every // 37 // 4096 * 4096)):
+        residency = choose(runs, budget)
+        np.testing.assert_array_equal(residency.pinned, order[: residency.pinned.size])
+        weights = lay_out(model.file.tensors, model.spec, runs, residency, Ledger())
+        assert region_bytes(weights.pinned.nbytes) + region_bytes(weights.staging.nbytes) <= budget
+        where = weights.where[residency.pinned]
+        if smaller is not None:
+            n = smaller[0].size
+            assert n <= where.size
+            np.testing.assert_array_equal(where[:n], smaller[1])
+        smaller = residency.pinned, where
+        _check_tape(weights, residency)
+    assert residency.pinned.size == order.size
+    model.close()
+
+
+def _check_tape(weights: Any, residency: Residency) -> None:
+    """Every used extent is pinned or on the tape, once; what one instruction needs at once fits the ring."""
+    used = {i for i, run in enumerate(weights.runs) if run.kind not in ("norms", "embedding")}
+    if weights.output.run.kind == "embedding":
+        used.add(1)
+    wanted = {n for n in range(weights.where.size) if int(weights.extents.run[n]) in used}
+    assert set(weights.tape.tolist()) == wanted - set(residency.pinned.tolist())
+    assert weights.tape.size == len(set(weights.tape.tolist()))
+    groups = [(s.position, s.position + s.count) for m in _matrices(weights) for s in m.slices if s.position >= 0]
+    groups += [(s.position, s.end) for layer in weights.layers for s in layer.ffn.spans if s.position >= 0]
+    for first, last in groups:
+        places = [(int(weights.where[n]), int(weights.extents.nbytes[n])) for n in weights.tape[first:last]]
+        pages = [page for at, size in places for page in range(at, at + size, 4096)]
+        assert len(pages) == len(set(pages)) <= weights.staging.nbytes // 4096
+        assert min(pages) >= weights.staging.offset
+        assert max(pages) + 4096 <= weights.staging.offset + weights.staging.nbytes
+
+
+def _matrices(weights: Any) -> list[Any]:
+    layers = [m for layer in weights.layers for m in (*layer.projections, layer.output)]
+    return [*layers, weights.output]
+
+
+def test_a_ceiling_is_kept_by_the_arena(llama: Path) -> None:
+    model = open_model(llama)
+    plan = Engine(model, Wishes(threads=2, context=256, memory=16 << 20)).plan
+    assert plan.total <= 16 << 20
+    for ceiling in (6 << 20, 7 << 20, 9 << 20):
+        try:
+            engine = Engine(open_model(llama), Wishes(threads=2, memory=ceiling))
+        except PlanError as error:
+            assert "raise --memory by" in str(error)
+            continue
+        assert engine.plan.total <= ceiling
+        decoded(engine, some_tokens(4))
+        engine.close()
+
+
+def test_a_model_that_is_not_packed_cannot_be_given_another_ceiling(folder: Path) -> None:
+    with opened(write_model(folder, "llama Q4_1")) as engine, pytest.raises(UsageError, match="packed"):
+        engine.set_memory(1 << 30)
+
+
+# --- changes of the ceiling --------------------------------------------------------------------------
+
+
+def test_the_ceiling_changes_between_tokens(llama: Path) -> None:
+    tokens, rng = some_tokens(60), np.random.default_rng(0)
+    with streaming(llama, None) as engine:
+        expected = decoded(engine, tokens)
+    with streaming(llama, 0.5) as engine:
+        sequence = engine.sequence()
+        streamed = set()
+        least = smallest(engine.model).part
+        for i, token in enumerate(tokens):
+            engine.set_memory(Share(float(rng.uniform(least, 1))))
+            assert same_bits(engine.decode([sequence], [token])[0], expected[i])
+            streamed.add(engine.plan.streamed_per_token)
+        assert len(streamed) > 3
+        with pytest.raises(PlanError):
+            engine.set_memory(1 << 20)
+        sequence.close()
+
+
+def test_the_ceiling_changes_from_another_thread(llama: Path) -> None:
+    tokens = some_tokens(200)
+    with streaming(llama, None) as engine:
+        expected = decoded(engine, tokens)
+    with streaming(llama, 0.5) as engine:
+        done = threading.Event()
+
+        def change() -> None:
+            rng, least = np.random.default_rng(1), smallest(engine.model).part
+            while not done.is_set():
+                engine.set_memory(Share(float(rng.uniform(least, 1))))
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        try:
+            assert same_bits(decoded(engine, tokens), expected)
+            assert same_bits(prefilled(engine, tokens, [3, 50]), expected)
+        finally:
+            done.set()
+            thread.join()
+
+
+# --- faults ------------------------------------------------------------------------------------------
+
+Reader = Callable[[int, int, int, int], int]
+PREAD = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+
+
+LIBC = ctypes.CDLL(None)
+LIBC.pread.argtypes, LIBC.pread.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long], ctypes.c_long
+
+
+def honest(fd: int, address: int, nbytes: int, offset: int) -> int:
+    return int(LIBC.pread(fd, address, nbytes, offset))
+
+
+@contextmanager
+def faulty(path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    function = PREAD(reader)
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    monkeypatch.setattr(stream, "FlashUnit", functools.partial(FlashUnit, reader=address))
+    with streaming(path, 0.3) as engine:
+        yield engine
+
+
+def test_passing_faults_cost_only_retries(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+
+    def reader(fd: int, address: int, nbytes: int, offset: int) -> int:
+        nonlocal count
+        count += 1
+        match count % 12:
+            case 3:
+                return -errno.EIO
+            case 5:
+                return honest(fd, address, nbytes // 2 // 4096 * 4096, offset) or -errno.EINTR
+            case 7:
+                ctypes.memset(address, 0xAA, nbytes)
+                return nbytes
+            case 9:
+                return -errno.EAGAIN
+        return honest(fd, address, nbytes, offset)
+
+    tokens = some_tokens(N)
+    with streaming(llama, None) as engine:
+        expected = decoded(engine, tokens)
+    with faulty(llama, reader, monkeypatch) as engine:
+        assert same_bits(decoded(engine, tokens), expected)
+        report = engine.flash_report()
+    assert report is not None
+    assert report["retries"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda *call: -errno.EIO, "Input/output error"),
+        (lambda *call: 0, "cut"),
+        (lambda fd, address, nbytes, offset: ctypes.memset(address, 0xAA, nbytes) * 0 + nbytes, "wrong checksum"),
+    ],
+    ids=["EIO", "short", "wrong bytes"],
+)
+def test_a_disk_that_fails_for_good_is_a_clear_error(
+    fault: Reader, message: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = False
+
+    def reader(*call: int) -> int:
+        return fault(*call) if broken else honest(*call)
+
+    tokens = some_tokens(N)
+    with faulty(llama, reader, monkeypatch) as engine:
+        expected = decoded(engine, tokens)
+        broken = True
+        with pytest.raises(UnitError, match=message) as caught:
+            decoded(engine, tokens)
+        assert str(llama) in str(caught.value)
+        broken = False  # once the disk is well again, so are the tokens
+        again = engine.sequence()
+        assert same_bits(np.stack([engine.decode([again], [t])[0] for t in tokens]), expected)
+
+
+def test_a_stalled_disk_can_be_interrupted_and_ends_by_itself(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stalled, release = False, threading.Event()
+
+    def reader(*call: int) -> int:
+        if stalled:
+            release.wait()
+        return honest(*call)
+
+    tokens = some_tokens(N)
+    monkeypatch.setattr(stream, "PATIENCE", 0.2)
+    with faulty(llama, reader, monkeypatch) as engine:
+        expected = decoded(engine, tokens)
+        stalled = True
+        with pytest.raises(UnitError, match="the disk has not answered"):
+            decoded(engine, tokens)
+        release.set()
+        stalled = False
+        until(lambda: engine.stream is not None and engine.stream.unit.in_flight == 0)
+        again = engine.sequence()
+        assert same_bits(np.stack([engine.decode([again], [t])[0] for t in tokens]), expected)
+
+
+def test_a_file_that_loses_its_name_is_read_on(folder: Path) -> None:
+    path = packed(folder, "llama Q8_0")
+    tokens = some_tokens(N)
+    with streaming(path, 0.3) as engine:
+        expected = decoded(engine, tokens)
+        path.unlink()
+        assert same_bits(decoded(engine, tokens), expected)
+
+
+def test_a_file_that_is_cut_or_changed_in_use_is_an_error(folder: Path) -> None:
+    path = packed(folder, "llama Q5_0")
+    tokens = some_tokens(N)
+    with streaming(path, 0.3) as engine:
+        decoded(engine, tokens)
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 3)
+            file.write(bytes(range(256)) * 64)
+        with pytest.raises(CoterieError, match="checksum"):
+            decoded(engine, tokens)
+        with pytest.raises(ModelError, match="changed"):
+            engine.set_memory(Share(0.9))
+        os.truncate(path, 8192)
+        with pytest.raises(CoterieError, match=r"cut|checksum|bytes"):
+            decoded(engine, tokens)
