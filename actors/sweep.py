@@ -81,7 +81,7 @@ class Sweep:
             self.arena, self._buffers, self.fd, depth=depth, block=block, ring=None, engine=engine, unchecked=True
         )
 
-    def measure(self, point: Point, seconds: float = POINT) -> FlashRow:
+    def measure(self, point: Point, seconds: float) -> FlashRow:
         """Read for so long, after a little to get going. Raises UnitError where reading fails."""
         engine, pattern, block, depth, span = point
         unit = self._unit(engine, depth, block)
@@ -111,7 +111,7 @@ class Sweep:
                 if span == self.size or self.size > NEAR:
                     yield self.engines[0], pattern, block, depth, span
         for engine in self.engines[1:]:
-            for block, depth in itertools.product(BLOCKS[3:], (4, 8)):
+            for block, depth in itertools.product(BLOCKS[3:], DEPTHS[2:4]):
                 for pattern in ("sequential", "random"):
                     yield engine, pattern, block, depth, self.size
 
@@ -122,7 +122,7 @@ class Sweep:
             progress("measuring flash", done, len(points))
             _, _, block, depth, _ = point
             if best == 0 or block * depth < best * LONGEST / 2:  # a slow disk needs no megabytes in flight
-                rows.append(self.measure(point))
+                rows.append(self.measure(point, POINT))
                 best = max(best, rows[-1].bytes_per_s)
         rates: dict[Way, list[float]] = {}
         for row in rows:
@@ -135,7 +135,7 @@ class Sweep:
         for trial, (engine, block, depth) in itertools.product(range(TRIALS), finalists):
             progress("measuring the fastest again", trial, TRIALS)
             pattern = ("sequential", "random")[trial % 2]
-            row = self.measure((engine, pattern, block, depth, self.size))
+            row = self.measure((engine, pattern, block, depth, self.size), POINT)
             again[engine, block, depth].append(row.bytes_per_s)
         return _chosen({way: statistics.median(found) for way, found in again.items()}, rows, quick=False)
 

@@ -10,8 +10,9 @@ A cell is a model, a share of its weight bytes that may be resident, and one of:
     ablations  the peer, the peer with the file's first part locked in memory, ours, ours through buffered reads
 
 A round takes each part of a cell once, in this order, within a minute or two: disk and memory of a virtual machine
-wander two- to threefold, so figures are compared within a round only. Quoted are medians over rounds; every run is in
-the JSON file (--out), which is written after each, and the same command later goes on from there.
+wander two- to threefold, so figures are compared within a round only. A run's tokens/s is the median of its
+repetitions; quoted are medians over rounds. Every run is in the JSON file (--out), which is written after each round;
+the same command later goes on from there.
 
 Peer: llama-bench, mmap, no repacked copy, -b 16 -ub 16, no warm-up, in a memory cgroup (page cache counts), the page
 cache dropped before, at the best of read-ahead 8192, 512 and 128 KiB, found once a share by a run of each; the old
@@ -25,8 +26,9 @@ B: the larger of the peer's own bytes/s and fio's best of that round (random and
 depth 4, 16, 32, io_uring, direct, on our packed file). Bound of a step: max(streamed bytes / B, step with everything
 resident).
 
-Locked: another process of the peer's cgroup holds the file's first share x file - 32 MiB (--window) in memory; the
-limit stays, so the peer pages the rest through those 32 MiB, at the read-ahead that is best for that.
+Locked: another process of the peer's cgroup holds the file's first bytes in memory, the share less an eighth of it (at
+most 64 MiB). The limit stays: the peer pages the rest through what is left, which is as much as our ring may take, at
+the read-ahead that is best for that.
 
 Nothing else should run on the machine. Without root there is neither peer nor cgroup: those parts are skipped, and it
 is said.
@@ -58,6 +60,7 @@ PARTS = {
 READ_AHEADS = (8192, 512, 128)  # KiB
 CONSTANT = 200_000_000  # bytes: what our interpreter takes beyond its plan
 LARGE = 2_000_000_000  # bytes of file from which on both sides get equal cgroups
+WINDOW = 64 << 20  # bytes: the most that is left to the peer's page cache where the rest is locked
 PROMPT = 512
 Figures = dict[str, Any]
 
@@ -81,10 +84,11 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.size = self.model.stat().st_size
+        self.budget = self.size * self.share // 100
         self.tokens = tokens_for(self.size)
         self.parts = {
             "peer": self.peer,
-            "peer locked": lambda: self.peer(locked=self.size * self.share // 100 - self.arguments.window),
+            "peer locked": lambda: self.peer(locked=self.budget - min(self.budget // 8, WINDOW)),
             "ours": self.ours,
             "ours buffered": lambda: self.ours(environment={"COTERIE_FLASH_BUFFERED": "1"}),
             "ours prefill": lambda: self.ours(prompt=PROMPT),
@@ -135,7 +139,7 @@ class Bench:
             if run.error:
                 sys.exit(f"llama-bench without a limit: {run.error}")
             self.setup["peer_anonymous"] = run.anonymous
-        limit = self.size * self.share // 100 + (self.setup["peer_anonymous"] if self.size < LARGE else 0)
+        limit = self.budget + (self.setup["peer_anonymous"] if self.size < LARGE else 0)
         best = "read_ahead_locked" if locked else "read_ahead"
         if best not in self.setup:
             trials = [self.peer_run(limit, ahead, 1, self.arguments.timeout / 5, locked) for ahead in READ_AHEADS]
@@ -154,7 +158,7 @@ class Bench:
         ]
         limit = None
         if not resident:
-            limit = self.size * self.share // 100
+            limit = self.budget
             memory = str(limit - CONSTANT) if self.size >= LARGE else f"{min(self.share, 100)}%"
             command += ["--memory", memory]
             if self.size < LARGE:
@@ -270,7 +274,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="rounds that a cell is to have")
     parser.add_argument("--reps", type=int, default=3, help="repetitions a run")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--window", type=int, default=32 << 20, help="bytes of the share that are not locked")
     parser.add_argument("--fio-seconds", type=float, default=1, help="for each of the 18 combinations")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one run")
     parser.add_argument("--packed", type=Path, help="folder of the packed models (default: beside each model)")

@@ -8,17 +8,24 @@ from html import escape
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 118, 56, 58  # margins of the plot; the right one holds the names of the lines
 
-STYLE = """
-  text { font: 13px system-ui, sans-serif; fill: #333 }
-  .title { font-size: 16px; font-weight: 600 }
-  .page { fill: #fff } .grid { stroke: #ddd } .axis { stroke: #777 }
-  .s0 { --c: #0b62c4 } .s1 { --c: #c2410c } .s2 { --c: #4d7c0f }
-  .line { fill: none; stroke: var(--c); stroke-width: 2.5 } .band { fill: var(--c); opacity: .18 }
-  .dot { fill: var(--c) } text.name { fill: var(--c); font-weight: 600 }
-  @media (prefers-color-scheme: dark) {
-    text { fill: #ddd } .page { fill: #0d1117 } .grid { stroke: #333 } .axis { stroke: #888 }
-    .s0 { --c: #58a6ff } .s1 { --c: #ff9457 } .s2 { --c: #a3d65c }
-  }
+COLOURS = (("#0b62c4", "#58a6ff"), ("#c2410c", "#ff9457"))  # of each line, on light and on dark
+
+
+def _line_style(number: int, colour: str) -> str:
+    kinds = (("line", "stroke"), ("band", "fill"), ("dot", "fill"), ("name", "fill"))
+    return " ".join(f".{kind}{number} {{ {what}: {colour} }}" for kind, what in kinds)
+
+
+STYLE = f"""
+  text {{ font: 13px system-ui, sans-serif; fill: #333 }}
+  .title {{ font-size: 16px; font-weight: 600 }}
+  .page {{ fill: #fff }} .grid {{ stroke: #ddd }} .axis {{ stroke: #777 }}
+  .line {{ fill: none; stroke-width: 2.5 }} .band {{ opacity: .18 }} .name {{ font-weight: 600 }}
+  {" ".join(_line_style(i, light) for i, (light, _) in enumerate(COLOURS))}
+  @media (prefers-color-scheme: dark) {{
+    text {{ fill: #ddd }} .page {{ fill: #0d1117 }} .grid {{ stroke: #333 }} .axis {{ stroke: #888 }}
+    {" ".join(_line_style(i, dark) for i, (_, dark) in enumerate(COLOURS))}
+  }}
 """
 
 
@@ -35,7 +42,8 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def curve(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
-    """The SVG's text. x falls from left to right, y is logarithmic, a band goes from the least to the most."""
+    """The SVG's text, of up to two lines. x falls from left to right, y is logarithmic, a band goes from the least to
+    the most."""
     xs = sorted({x for line in lines for x, *_ in line.points}, reverse=True)
     low = min(least for line in lines for _, least, _, _ in line.points) / 1.15
     high = max(most for line in lines for *_, most in line.points) * 1.15
@@ -71,15 +79,20 @@ def curve(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
         if across - free >= 26:  # where shares lie close together only some are named
             out.append(f'<text x="{across}" y="{floor + 20}" text-anchor="middle">{x:g}</text>')
             free = across
+    ends = []
     for number, line in enumerate(lines):
         points = sorted(line.points, reverse=True)
         band = [place(x, most) for x, _, _, most in points] + [place(x, least) for x, least, _, _ in reversed(points)]
         middle = [place(x, y) for x, _, y, _ in points]
-        out.append(f'<g class="s{number}"><path class="band" d="{path(band)}Z"/>')
-        out.append(f'<path class="line" d="{path(middle)}"/>')
+        out.append(f'<path class="band band{number}" d="{path(band)}Z"/>')
+        out.append(f'<path class="line line{number}" d="{path(middle)}"/>')
         for (across, down), (x, least, y, most) in zip(middle, points, strict=True):
             note = escape(f"{line.name}, {x:g} %: {y:.3g} ({least:.3g}-{most:.3g})")
-            out.append(f'<circle class="dot" cx="{across}" cy="{down}" r="3.5"><title>{note}</title></circle>')
-        across, down = middle[-1]
-        out.append(f'<text class="name" x="{across + 9:.1f}" y="{down + 4:.1f}">{escape(line.name)}</text></g>')
+            out.append(f'<circle class="dot{number}" cx="{across}" cy="{down}" r="3.5"><title>{note}</title></circle>')
+        ends.append((middle[-1][1], number, line.name))
+    under = -math.inf
+    for down, number, name in sorted(ends):  # names side by side even where lines end together
+        under = max(under + 16, down)
+        x = LEFT + plot_width + 9
+        out.append(f'<text class="name name{number}" x="{x}" y="{under + 4:.1f}">{escape(name)}</text>')
     return "\n".join([*out, "</svg>", ""])

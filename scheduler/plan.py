@@ -15,7 +15,8 @@ from coterie.scheduler.layout import BATCH, ModelLayout, block_table_bytes, lay_
 from coterie.scheduler.profile import flash_choice, load_profile
 from coterie.scheduler.residency import choose, least_budget, region_bytes, resume, ring_room
 from coterie.sizes import Memory, Share
-from coterie.storage.arena import Ledger, available_memory, round_up
+from coterie.storage.arena import Ledger, round_up
+from coterie.storage.available import available_memory
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.kv import KVLayout
 from coterie.storage.runs import Extents, lay_out_runs
@@ -157,10 +158,15 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def spare(memory: int) -> int:
+    """Bytes of so much memory that `auto` leaves to others."""
+    return max(SPARE_LEAST, memory // SPARE)
+
+
 def spare_memory() -> int:
-    """Bytes that `auto` may take for all: what is available, less what others are left and Python needs."""
+    """Bytes that `auto` may take for all regions, before anything is loaded."""
     available = available_memory()
-    return max(0, available - max(SPARE_LEAST, available // SPARE) - OVERHEAD)
+    return max(1, available - spare(available) - OVERHEAD)
 
 
 @dataclass(frozen=True)
@@ -227,6 +233,13 @@ def make_plan(file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Flash |
     return draft.under(ceiling)
 
 
+def least_ceiling(file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Flash | None) -> int:
+    """The lowest ceiling, in bytes, under which `wishes` can be had."""
+    draft = _Draft(file, spec, wishes, flash)
+    context = draft.context or draft.usual
+    return draft.fixed(context, draft.chunks(context)[-1]) + least_budget(draft.runs)
+
+
 class _Draft:
     """Tries contexts, chunks and residencies until one fits."""
 
@@ -248,7 +261,7 @@ class _Draft:
         wishes, context = self.wishes, self.context or self.usual
         assert wishes.pinned is not None
         residency = resume(self.runs, wishes.pinned, wishes.ring or 0)
-        plan = self._plan(context, self._chunks(context)[0], residency, ceiling)
+        plan = self._plan(context, self.chunks(context)[0], residency, ceiling)
         if ceiling is not None and plan.total > ceiling:
             raise PlanError(
                 f"the plan needs {-(-plan.total >> 20)} MiB, more than its own ceiling of {ceiling >> 20} MiB; make it "
@@ -259,7 +272,7 @@ class _Draft:
     def in_memory(self, context: int) -> tuple[Plan, Residency]:
         """Everything pinned."""
         residency = choose(self.runs, 1 << 62)
-        return self._plan(context, self._chunks(context)[0], residency, None), residency
+        return self._plan(context, self.chunks(context)[0], residency, None), residency
 
     def for_share(self, share: Share) -> tuple[Plan, Residency]:
         """A share of the weights' bytes in the file is the budget for pinned weights and the ring; the rest is as
@@ -268,21 +281,21 @@ class _Draft:
         budget = 1 << 62 if share.part >= 1 else int(share.part * size)
         residency = self._choose(budget)
         context = self.context or self.usual
-        plan = self._plan(context, self._chunks(context)[0], residency, None)
+        plan = self._plan(context, self.chunks(context)[0], residency, None)
         return plan, residency
 
     def under(self, ceiling: int) -> tuple[Plan, Residency]:
         """As much in memory as the ceiling allows."""
         context = self._context(ceiling) if self.context is None else self.context
-        chunks = self._chunks(context)
+        chunks = self.chunks(context)
         for chunk in chunks:
-            fixed = self._fixed(context, chunk)
+            fixed = self.fixed(context, chunk)
             without_cache = fixed - region_bytes(KVLayout.of(self.spec).region(context))
             if without_cache <= ceiling // CHUNK_SHARE or chunk == chunks[-1]:
                 break
         residency = self._choose(ceiling - fixed)
         plan = self._plan(context, chunk, residency, ceiling)
-        if plan.total > ceiling:  # `_fixed` is an upper bound, so this is never reached
+        if plan.total > ceiling:  # `fixed` is an upper bound, so this is never reached
             raise PlanError(f"a plan of {plan.total} bytes for a ceiling of {ceiling}: please report this")
         return plan, residency
 
@@ -304,7 +317,7 @@ class _Draft:
             need = least_budget(self.runs) - budget >> 20
             raise PlanError(f"{self.file.path.name}: {error}; raise --memory by {need + 1} MiB, or lower -c") from None
 
-    def _chunks(self, context: int) -> list[int]:
+    def chunks(self, context: int) -> list[int]:
         """Sizes of a prompt's chunk that may be tried, the largest first."""
         if self.wishes.chunk is not None:
             return [self.wishes.chunk]
@@ -315,7 +328,7 @@ class _Draft:
             sizes.append(chunk)
         return sizes
 
-    def _fixed(self, context: int, chunk: int) -> int:
+    def fixed(self, context: int, chunk: int) -> int:
         """Bytes of all that are not weights, at most: with as little pinned as can be, programs are longest."""
         least = choose(self.runs, least_budget(self.runs)) if self.flash else choose(self.runs, 1 << 62)
         regions = self._regions(context, chunk, least)[0]

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.errors import PlanError
+from coterie.storage.available import available_memory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,13 +29,6 @@ HUGE = 2 << 20  # bytes of a huge page, the step in which regions grow and shrin
 def round_up(n: int, to: int) -> int:
     """The next multiple of `to`."""
     return -(-n // to) * to
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping, as the kernel estimates it."""
-    with open("/proc/meminfo") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 @dataclass(frozen=True)

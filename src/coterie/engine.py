@@ -20,8 +20,9 @@ from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model
 from coterie.models.rope import rope_table
 from coterie.models.spec import Rope
+from coterie.pressure import Follower
 from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model
-from coterie.scheduler.plan import Plan, Wishes, make_plan, plan_flash
+from coterie.scheduler.plan import Flash, Plan, Wishes, make_plan, plan_flash
 from coterie.scheduler.program import Program
 from coterie.scheduler.residency import ring_room
 from coterie.sizes import Memory
@@ -71,10 +72,10 @@ class Engine:
         if trace is not None:
             write_chrome_trace(trace, [], 1.0)  # a path that cannot be written is known now
         self._packed = model.file if isinstance(model.file, FlashFile) else None
-        self._flash = None
+        self.flash: Flash | None = None
         if self._packed is not None:
-            self._flash = plan_flash(self._packed.path, self._packed.identity, wishes)
-        self.plan, self._residency = make_plan(model.file, model.spec, self._wishes, self._flash)
+            self.flash = plan_flash(self._packed.path, self._packed.identity, wishes)
+        self.plan, self._residency = make_plan(model.file, model.spec, self._wishes, self.flash)
         plan, self.runs = self.plan, lay_out_runs(model.file.tensors, model.spec)
         self.arena = Arena(plan.regions if self._packed is None else plan.regions | _reserve(self.runs, plan))
         buffers = lay_out_unit(self.arena, plan.lanes, plan.chunk, tracing=self._wishes.tracing)
@@ -87,6 +88,7 @@ class Engine:
         self._ropes: dict[Rope, BufferRef] | None = None
         self._loaded: set[str] = set()
         self._closed = False
+        self._follower: Follower | None = None
         try:
             if self._packed is not None:
                 self.stream = self._open_stream(self._packed)
@@ -95,6 +97,9 @@ class Engine:
             if isinstance(model.file, GGUFFile):
                 self._pack(model.file)
             self._fill_rope_tables()
+            if wishes.memory == "auto":
+                self._follower = Follower(self)
+                self._follower.start()
         except BaseException:
             self.close()
             raise
@@ -313,14 +318,19 @@ class Engine:
             )
         self._check_open()
         plan = self.plan
-        wishes = replace(
-            self._wishes, memory=memory, threads=plan.lanes, context=plan.context, chunk=plan.chunk, pinned=None
-        )
-        new, residency = make_plan(self.model.file, self.spec, wishes, self._flash)
+        new, residency = make_plan(self.model.file, self.spec, replace(self.wishes, memory=memory), self.flash)
         new = replace(new, flash=plan.flash, sources=plan.sources | {"memory": "argument"})
         self._ceiling = new, residency
         with self._lock:
             self._apply_ceiling()
+
+    @property
+    def wishes(self) -> Wishes:
+        """What a new plan for this engine must keep."""
+        plan = self.plan
+        return replace(
+            self._wishes, threads=plan.lanes, context=plan.context, chunk=plan.chunk, memory=plan.memory, pinned=None
+        )
 
     def _apply_ceiling(self) -> None:
         """Lay out anew for the ceiling that was asked for last."""
@@ -358,6 +368,8 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        if self._follower is not None:
+            self._follower.stop()
         self.unit.close()
         if self.stream is not None:
             self.stream.close()

@@ -40,8 +40,8 @@ class LLM:
 
     `memory` is a hard ceiling: bytes, or text such as "6GiB"; "50%" lets half the weights' bytes be resident; "auto"
     follows what the machine can spare. What does not fit is streamed from a packed copy of the model, made on first
-    use. `plan` is a plan file to follow. `progress(label, done, total)` is told of slow things; `sources` says where values
-    came from ("flag", "config"), for the plan to show.
+    use. `plan` is a plan file to follow. `progress(label, done, total)` is told of slow things; `sources` says where
+    values came from ("flag", "config"), for the plan to show.
 
     Raises FetchError, ModelError, PlanError, UsageError.
     """

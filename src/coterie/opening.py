@@ -1,15 +1,19 @@
 """Opening a model: the file that was named, or where its weights must be streamed its packed copy."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from coterie.errors import PlanError
+from coterie.actors.sweep import quick_flash
+from coterie.errors import CoterieError, PlanError
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model, understand
 from coterie.scheduler.plan import Wishes, wants_flash
+from coterie.scheduler.profile import file_system, flash_choice, load_profile, save_profile
 from coterie.storage.flash_file import FlashFile, is_flash_file
 from coterie.storage.flash_writer import packed_copy
 
+LARGE_ENOUGH = 64 << 20  # bytes of a file that can be measured by
 Progress = Callable[[str, int, int], None]
 
 
@@ -22,15 +26,28 @@ def open_to_run(path: Path, wishes: Wishes, progress: Progress) -> Model:
     """The model at `path`; packed first, and once for all, if it is a GGUF that does not fit `wishes`."""
     model = open_model(path)
     try:
-        if isinstance(model.file, GGUFFile) and wants_flash(model.file, model.spec, wishes):
+        streaming = wants_flash(model.file, model.spec, wishes)
+        if isinstance(model.file, GGUFFile) and streaming:
             copy = packed_copy(model, progress)
             model.close()
             model = open_model(copy)
+        if streaming:
+            _measure(model.file.path, progress)
         _check_identity(model, wishes)
         return model
     except BaseException:
         model.close()
         raise
+
+
+def _measure(path: Path, progress: Progress) -> None:
+    """See how the disk is read fastest, if nobody has yet. Where that fails, the plan says that it assumes."""
+    profile = load_profile()
+    if flash_choice(profile, path).source == "assumed" and path.stat().st_size >= LARGE_ENOUGH:
+        progress("measuring the disk", 0, 0)
+        with suppress(CoterieError):
+            profile.flash[file_system(path)] = quick_flash(path)
+            save_profile(profile)
 
 
 def _check_identity(model: Model, wishes: Wishes) -> None:
