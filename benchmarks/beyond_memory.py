@@ -30,6 +30,8 @@ Locked: another process of the peer's cgroup holds the file's first bytes in mem
 most 64 MiB). The limit stays: the peer pages the rest through what is left, which is as much as our ring may take, at
 the read-ahead that is best for that.
 
+Buffered: in a cgroup of what the same round's direct run took, so that no page cache lives in the constant.
+
 Nothing else should run on the machine. Without root there is neither peer nor cgroup: those parts are skipped, and it
 is said.
 """
@@ -81,6 +83,7 @@ class Bench:
     limited: bool  # cgroups can be had
     setup: Figures
     parts: dict[str, Callable[[], Figures]] = field(init=False)
+    peak: int = 0  # what the last run of ours took of its cgroup
 
     def __post_init__(self) -> None:
         self.size = self.model.stat().st_size
@@ -90,7 +93,7 @@ class Bench:
             "peer": self.peer,
             "peer locked": lambda: self.peer(locked=self.budget - min(self.budget // 8, WINDOW)),
             "ours": self.ours,
-            "ours buffered": lambda: self.ours(environment={"COTERIE_FLASH_BUFFERED": "1"}),
+            "ours buffered": lambda: self.ours(buffered=True),
             "ours prefill": lambda: self.ours(prompt=PROMPT),
             "resident": lambda: self.ours(resident=True),
             "resident prefill": lambda: self.ours(prompt=PROMPT, resident=True),
@@ -149,13 +152,14 @@ class Bench:
 
     # Ours
 
-    def ours(self, prompt: int = 0, resident: bool = False, environment: dict[str, str] | None = None) -> Figures:
+    def ours(self, prompt: int = 0, resident: bool = False, buffered: bool = False) -> Figures:
         """Figures of decoding, or of prefilling `prompt` tokens."""
         command = [
             *(sys.executable, "-m", "coterie", "bench", str(self.packed), "-o", "json"),
             *("-p", str(prompt), "-n", "0" if prompt else str(self.tokens)),
             *("-r", str(self.arguments.reps), "-t", str(self.arguments.threads)),
         ]
+        environment = {"COTERIE_FLASH_BUFFERED": "1"} if buffered else {}
         limit = None
         if not resident:
             limit = self.budget
@@ -169,12 +173,16 @@ class Bench:
                         return first
                     self.setup[key] = first["memory"]["total"] + CONSTANT
                 limit = self.setup[key]
+            if buffered:  # what the constant leaves free would be page cache
+                limit = min(limit, self.peak or limit)
         if limit is None or not self.limited:
             return self.finish(cgroup.run(command, timeout=self.arguments.timeout, environment=environment))
         with cgroup.memory_cgroup(limit) as group:
             cgroup.drop_page_cache()
             run = cgroup.run(command, group, timeout=self.arguments.timeout, environment=environment)
-            return self.finish(run) | {"limit": limit, "cgroup_peak": cgroup.peak(group)}
+            peak = cgroup.peak(group)
+        self.peak = 0 if buffered or run.error else peak
+        return self.finish(run) | {"limit": limit, "cgroup_peak": peak}
 
     def finish(self, run: cgroup.Run) -> Figures:
         figures: Figures = {"seconds": run.seconds, "resident": run.resident, "written": run.written}

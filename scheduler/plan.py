@@ -46,7 +46,7 @@ class Flash:
     depth: int
     bytes_per_s: float | None
     source: str
-    engine: str = "not opened"
+    engine: str | None = None  # once it is opened
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,10 @@ class Plan:
         lines = [f"{self.model}: {self.architecture}, {self._residency()}, numerics {self.numerics}", cpu]
         if self.flash is not None and self.streamed_per_token:
             rate = f"{self.flash.bytes_per_s / 1e9:.2f} GB/s" if self.flash.bytes_per_s else "speed not known yet"
+            engine = f" by {self.flash.engine}" if self.flash.engine else ""
             lines.append(
-                f"flash reads by {self.flash.engine}, {self.flash.block >> 10} KiB at a time, {self.flash.depth} in "
-                f"flight ({rate}, {self.flash.source}), through a ring of {self.ring / (1 << 20):.0f} MiB"
+                f"flash reads{engine}, {self.flash.block >> 10} KiB at a time, {self.flash.depth} in flight "
+                f"({rate}, {self.flash.source}), through a ring of {self.ring / (1 << 20):.0f} MiB"
             )
         lines.append(
             f"memory {self.total >> 20} MiB{ceiling}: context {self.context} positions (KV cache up to {mib['kv']:.0f} "
@@ -267,6 +268,12 @@ class _Draft:
                 f"the plan needs {-(-plan.total >> 20)} MiB, more than its own ceiling of {ceiling >> 20} MiB; make it "
                 "anew with coterie plan --save"
             )
+        needed = plan.total + OVERHEAD
+        if needed > available_memory():
+            raise PlanError(
+                f"the plan needs {needed >> 20} MiB, but only {available_memory() >> 20} MiB of memory are free; make "
+                "it anew with a smaller --memory or -c"
+            )
         return plan, residency
 
     def in_memory(self, context: int) -> tuple[Plan, Residency]:
@@ -324,7 +331,7 @@ class _Draft:
         chunk = min(CHUNK, round_up(context, BATCH))
         sizes = [chunk]
         while chunk // 2 >= LEAST_CHUNK:
-            chunk //= 2
+            chunk = round_up(chunk // 2, BATCH)
             sizes.append(chunk)
         return sizes
 
@@ -376,7 +383,7 @@ class _Draft:
             sources={name: _source(name, value, wishes.sources) for name, value in given.items()},
             memory=ceiling,
             flash=self.flash,
-            units={"cpu": "everything"} | ({} if flash is None else {"flash": f"reads by {flash.engine}"}),
+            units={"cpu": "everything"} | ({} if flash is None else {"flash": "reads"}),
         )
 
 

@@ -7,109 +7,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
+from command_line import FakeLLM, coterie, refused
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
-from coterie import cli, fetch
+from coterie import cli, fetch, opening
 from coterie.commands import terminal
 from coterie.commands.perplexity import chunk_losses, estimate
 from coterie.errors import CoterieError, FetchError, ModelError, PlanError, UsageError
 from coterie.sizes import parse_size
 
 HEAVY = {"numba", "llvmlite", "gguf", "tokenizers", "jinja2", "pyarrow", "ray", "coterie.llm"}
-
-
-class FakeGeneration:
-    """Streams `pieces`; an exception among them is raised in its turn."""
-
-    def __init__(self, pieces: list[Any]) -> None:
-        self._pieces = pieces
-        self.text = ""
-        self.tokens = list(range(len(pieces)))
-        self.finish_reason = "stop"
-        self.timings = {
-            "prompt_tokens": 3,
-            "prompt_tokens_per_s": 30.0,
-            "generated_tokens": len(pieces),
-            "tokens_per_s": np.float64(12.5),
-        }
-
-    def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            if isinstance(piece, BaseException):
-                raise piece
-            self.text += piece
-            yield piece
-
-
-class FakeLLM:
-    """Records how it was made and asked; what it answers is set on the class by `engine`."""
-
-    pieces: list[Any]
-    template: object | None
-    vocab = 8
-    begin: list[int]
-
-    def __init__(self, model: str, **options: Any) -> None:
-        if model == "missing":
-            raise UsageError("no file and no known model 'missing'")
-        self.model, self.options = model, options
-        self.asked: list[Any] = []
-        self.closed = False
-        self.plan = SimpleNamespace(lines=lambda: ["plan: all resident"], as_dict=lambda: {"lanes": 2})
-        type(self).last = self
-
-    last: "FakeLLM"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.closed = True
-
-    def generate(self, prompt: str, max_tokens: int = 256, **sampling: Any) -> FakeGeneration:
-        self.asked.append((prompt, max_tokens, sampling))
-        return FakeGeneration(self.pieces)
-
-    def chat(self, messages: list[Any], max_tokens: int = 256, **sampling: Any) -> FakeGeneration:
-        return self.generate(messages, max_tokens, **sampling)  # type: ignore[arg-type]
-
-    def forecast(self) -> dict[str, float]:
-        return {"read_bandwidth": 4e10, "tokens_per_s": 400.0}
-
-    def memory(self) -> dict[str, int]:
-        return {"peak_rss": 64 * 2**20}
-
-    def tokenize(self, text: str) -> list[int]:
-        return self.begin + [ord(letter) % self.vocab for letter in text]
-
-    def logits(self, tokens: list[int]) -> Any:
-        self.asked.append(tokens)
-        return np.zeros((len(tokens), self.vocab), dtype=np.float32)
-
-    def bench(self, n_prompt: int, n_gen: int, repetitions: int) -> list[dict[str, Any]]:
-        return [
-            {
-                "model_filename": self.model,
-                "model_type": "llama 135M Q4_1",
-                "model_size": 98 * 2**20,
-                "model_n_params": 134_515_008,
-                "n_threads": self.options["threads"],
-                "n_prompt": n_prompt,
-                "n_gen": n_gen,
-                "avg_ts": 100.0,
-                "stddev_ts": 1.5,
-                "samples_ts": [100.0] * repetitions,
-            }
-        ]
 
 
 @pytest.fixture(autouse=True)
@@ -133,20 +48,6 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     return LLM
 
 
-def coterie(*args: str, stdin: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(cli.app, list(args), input=stdin)
-
-
-def refused(result: Result, *words: str, code: int = 2) -> None:
-    """One line on stderr with these words, nothing on stdout, the exit code of the error."""
-    assert result.exit_code == code
-    assert result.stdout == ""
-    assert result.stderr.startswith("coterie: error: ")
-    assert result.stderr.count("\n") == 1
-    for word in words:
-        assert word in result.stderr
-
-
 # run
 
 
@@ -156,7 +57,7 @@ def test_only_the_answer_is_on_stdout(engine: type[FakeLLM]) -> None:
     assert result.stdout == "Paris.\n"
     first, forecast, last = result.stderr.splitlines()
     assert first == "plan: all resident"
-    assert forecast == "memory gives 40 GB/s now: expect up to 400 tokens/s"
+    assert forecast == "expect up to 400 tokens/s"
     for word in ("12.5/s", "30.0/s", "ended by stop", "seed 5", "64.0 MiB"):
         assert word in last
     assert engine.last.closed
@@ -200,7 +101,7 @@ def test_flags_reach_the_engine(engine: type[FakeLLM], tmp_path: Path) -> None:
 def test_run_as_json(engine: type[FakeLLM]) -> None:
     result = coterie("run", "smollm2", "-p", "Hi", "--json")
     data = json.loads(result.stdout)
-    assert set(data) == {"text", "tokens", "finish_reason", "seed", "timings", "memory", "plan"}
+    assert set(data) == {"text", "tokens", "finish_reason", "seed", "timings", "memory", "flash", "plan"}
     assert data["text"] == "Paris."
     assert data["tokens"] == [0, 1, 2]
     assert data["seed"] == engine.last.asked[0][2]["seed"]
@@ -428,7 +329,7 @@ def test_losses_are_of_the_second_half_by_the_row_before() -> None:
 
 @pytest.fixture
 def model_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A stand-in for what models.load opens."""
+    """A stand-in for what is opened."""
     from dataclasses import make_dataclass
 
     from coterie.models.spec import LayerSpec, ModelSpec, Rope
@@ -451,9 +352,7 @@ def model_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         template=None,
         close=lambda: None,
     )
-    module = ModuleType("coterie.models.load")
-    module.open_model = lambda path: opened  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "coterie.models.load", module)
+    monkeypatch.setattr(opening, "open_model", lambda path: opened)
     path = tmp_path / "tiny.gguf"
     path.write_bytes(b"GGUF")
     return path

@@ -216,7 +216,10 @@ def test_timings_and_memory(llm: LLM) -> None:
     memory = llm.memory()
     assert memory["peak_rss"] > memory["weights"] > 0
     assert 0 < memory["kv_taken"] <= memory["kv"]
-    assert llm.plan.as_dict()["total"] == sum(llm.plan.regions.values())
+    assert memory["total"] == llm.plan.as_dict()["total"] >= sum(llm.plan.regions.values())
+    assert memory["ceiling"] == 0
+    assert memory["overhead"] > 0
+    assert llm.flash() is None
 
 
 def test_bench_rows_have_llama_bench_s_names(llm: LLM) -> None:
@@ -244,8 +247,12 @@ def test_wrong_options_are_usage_errors(llm: LLM, paths: dict[str, Path]) -> Non
     for options in outside:
         with pytest.raises(UsageError):
             LLM(paths["llama"], **options)
-    with pytest.raises(PlanError, match="needs"):
-        LLM(paths["llama"], memory=1 << 20)
+    for memory in (1, 1 << 20, "1MiB"):
+        with pytest.raises(PlanError, match=r"raise --memory by \d+ MiB"):
+            LLM(paths["llama"], memory=memory)
+    for memory in ("0%", "101%", "half", "-1", ""):
+        with pytest.raises(UsageError, match="--memory"):
+            LLM(paths["llama"], memory=memory)
 
 
 def test_a_closed_model_says_so(paths: dict[str, Path], tmp_path: Path) -> None:
@@ -351,10 +358,16 @@ def test_an_llm_that_is_dropped_stops_its_lanes(paths: dict[str, Path]) -> None:
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("wrong", [{"threads": 1.5}, {"threads": True}, {"context": "a"}, {"memory": -1}])
+@pytest.mark.parametrize("wrong", [{"threads": 1.5}, {"threads": True}, {"context": "a"}])
 def test_settings_that_are_no_numbers_are_refused(paths: dict[str, Path], wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="whole number"):
         LLM(paths["llama"], **wrong)
+
+
+@pytest.mark.parametrize("memory", [-1, 0, 1.5, True, [1]])
+def test_memory_that_is_no_amount_is_refused(paths: dict[str, Path], memory: Any) -> None:
+    with pytest.raises(UsageError, match="give bytes, or text"):
+        LLM(paths["llama"], memory=memory)
 
 
 def test_tokens_that_are_no_whole_numbers_are_refused(paths: dict[str, Path]) -> None:

@@ -1,17 +1,20 @@
 """Opening a model: the file that was named, or where its weights must be streamed its packed copy."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from coterie.actors.sweep import quick_flash
 from coterie.errors import CoterieError, PlanError
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model, understand
-from coterie.scheduler.plan import Wishes, wants_flash
+from coterie.paths import packed_dir
+from coterie.scheduler.plan import Flash, Wishes, make_plan, plan_flash, wants_flash
 from coterie.scheduler.profile import file_system, flash_choice, load_profile, save_profile
 from coterie.storage.flash_file import FlashFile, is_flash_file
-from coterie.storage.flash_writer import packed_copy
+from coterie.storage.flash_writer import packed_copy, packed_path
 
 LARGE_ENOUGH = 64 << 20  # bytes of a file that can be measured by
 Progress = Callable[[str, int, int], None]
@@ -28,16 +31,31 @@ def open_to_run(path: Path, wishes: Wishes, progress: Progress) -> Model:
     try:
         streaming = wants_flash(model.file, model.spec, wishes)
         if isinstance(model.file, GGUFFile) and streaming:
+            first = not packed_path(model.file).exists()
+            if first:
+                make_plan(model.file, model.spec, wishes, flash_of(model, wishes))  # what cannot be is not packed
             copy = packed_copy(model, progress)
+            if first:  # it takes the disk's room for good
+                print(f"coterie: packed {path.name} into {copy}, once for all", file=sys.stderr, flush=True)
             model.close()
             model = open_model(copy)
+        _check_identity(model, wishes)
         if streaming:
             _measure(model.file.path, progress)
-        _check_identity(model, wishes)
         return model
     except BaseException:
         model.close()
         raise
+
+
+def flash_of(model: Model, wishes: Wishes) -> Flash | None:
+    """How the weights of an open model would be streamed; for a GGUF that needs it, from a copy still to be made."""
+    file = model.file
+    if isinstance(file, FlashFile):
+        return plan_flash(file.path, file.identity, wishes)
+    if not isinstance(file, GGUFFile) or not wants_flash(file, model.spec, wishes):
+        return None
+    return replace(plan_flash(packed_dir(), "", wishes), file=str(packed_path(file)))
 
 
 def _measure(path: Path, progress: Progress) -> None:

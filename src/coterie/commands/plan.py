@@ -16,7 +16,6 @@ from coterie.commands.options import (
     pick_model,
     value_sources,
 )
-from coterie.errors import UsageError
 
 
 def plan(
@@ -35,21 +34,20 @@ def plan(
     name = pick_model(model, model_option)
     with terminal.Progress() as progress:
         from coterie import fetch
-        from coterie.opening import open_model, open_to_run
-        from coterie.scheduler.plan import Wishes, make_plan, plan_flash
-        from coterie.scheduler.plan_file import format_plan
+        from coterie.opening import flash_of, open_model, open_to_run
+        from coterie.scheduler.plan import Wishes, make_plan
+        from coterie.scheduler.plan_file import format_plan, write_plan
         from coterie.scheduler.profile import load_profile
 
         wishes = Wishes(threads, context or None, memory=memory, sources=value_sources(command))
         path = fetch.resolve(name, progress)
         opened = open_to_run(path, wishes, progress) if save is not None else open_model(path)
         try:
-            flash = plan_flash(opened.file.path, getattr(opened.file, "identity", ""), wishes)
-            made, _ = make_plan(opened.file, opened.spec, wishes, flash)
+            made, _ = make_plan(opened.file, opened.spec, wishes, flash_of(opened, wishes))
         finally:
             opened.close()
         if save is not None:
-            _write(save, format_plan(made))
+            write_plan(save, format_plan(made))
             progress.say([f"wrote {save}"])
         bandwidth = load_profile().memory_bandwidth
     forecast = made.forecast(bandwidth)
@@ -57,10 +55,3 @@ def plan(
         terminal.write_json(made.as_dict() | {"forecast": forecast})
     else:
         terminal.write("\n".join([*made.lines(), made.forecast_line(forecast)]) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write the plan to {path}: {error.strerror}") from None

@@ -173,7 +173,7 @@ def _summary(generation: "Generation", llm: "LLM", options: SamplingOptions) -> 
     ]
     if options.temperature > 0:
         parts.append(f"seed {options.seed}")
-    if flash is not None:
+    if flash is not None and flash["hit_rate"] < 1:
         parts.append(
             f"flash {flash['read_bytes_per_token'] / 1e6:.0f} MB/token at {flash['bandwidth'] / 1e9:.2f} GB/s, "
             f"hit rate {100 * flash['hit_rate']:.0f} %, stalled {100 * flash['stall_share']:.0f} %"
