@@ -46,12 +46,30 @@ def doctor(as_json: Json = False) -> None:
         }
         facts["units"] = {
             "cpu": facts["cpu"]["path"],
-            **dict.fromkeys(("gpu", "npu", "flash"), "not in this version"),
+            "flash": _flash(),
+            **dict.fromkeys(("gpu", "npu"), "not in this version"),
         }
     if as_json:
         terminal.write_json(facts)
     else:
         terminal.write("\n".join(line for title, part in facts.items() for line in _lines(title, part)) + "\n")
+
+
+def _flash() -> str:
+    """Which engine would read, and what is known of the disk under the packed models."""
+    from coterie.actors.uring import Uring
+    from coterie.paths import packed_dir
+    from coterie.scheduler.profile import flash_choice, load_profile
+
+    try:
+        Uring(1).close()
+        engine = "io_uring"
+    except OSError as error:
+        engine = f"preadv (no io_uring: {error.strerror})"
+    choice = flash_choice(load_profile(), packed_dir())
+    if choice.bytes_per_s is None:
+        return f"{engine}; not measured yet: coterie profile --flash"
+    return f"{engine}, {choice.bytes_per_s / 1e9:.2f} GB/s in pieces of {choice.block >> 10} KiB ({choice.source})"
 
 
 def _cpu() -> dict[str, Any]:
