@@ -78,6 +78,12 @@ def lay_out_model(
     return ModelLayout(weights, shared, {p.name: p for p in programs}, lookups, bounce)
 
 
+def lookup_room(runs: tuple[Run, ...], chunk: int) -> int:
+    """Bytes at most of what looking embeddings up takes."""
+    embedding = runs[1]
+    return max(chunk, BATCH) * embedding.item_bytes + LOOKUPS * embedding.stride + 2 * PAGE
+
+
 def _probe(ledger: Ledger, weights: Weights, shared: Shared) -> Program:
     """Read all pinned weights, or the ring where that is more."""
     pinned, staging = weights.pinned, weights.staging

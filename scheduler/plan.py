@@ -276,10 +276,10 @@ class _Draft:
             )
         return plan, residency
 
-    def in_memory(self, context: int) -> tuple[Plan, Residency]:
+    def in_memory(self, context: int, ceiling: int | None = None) -> tuple[Plan, Residency]:
         """Everything pinned."""
         residency = choose(self.runs, 1 << 62)
-        return self._plan(context, self.chunks(context)[0], residency, None), residency
+        return self._plan(context, self.chunks(context)[0], residency, ceiling), residency
 
     def for_share(self, share: Share) -> tuple[Plan, Residency]:
         """A share of the weights' bytes in the file is the budget for pinned weights and the ring; the rest is as
@@ -294,6 +294,9 @@ class _Draft:
     def under(self, ceiling: int) -> tuple[Plan, Residency]:
         """As much in memory as the ceiling allows."""
         context = self._context(ceiling) if self.context is None else self.context
+        plan, residency = self.in_memory(context, ceiling)
+        if plan.total <= ceiling:
+            return plan, residency
         chunks = self.chunks(context)
         for chunk in chunks:
             fixed = self.fixed(context, chunk)

@@ -57,12 +57,12 @@ def pin_order(runs: Sequence[Run]) -> npt.NDArray[np.int64]:
 
 def least_budget(runs: Sequence[Run]) -> int:
     """Bytes for weights below which nothing runs: the norms and the smallest ring."""
-    return region_bytes(runs[0].nbytes) + _least_ring(runs)
+    return region_bytes(runs[0].nbytes) + region_bytes(_least_ring(runs))
 
 
 def ring_room(runs: Sequence[Run]) -> int:
     """Bytes of the largest ring that may be chosen."""
-    return max(RING_MOST, _least_ring(runs))
+    return round_up(max(RING_MOST, _least_ring(runs)), HUGE)
 
 
 def _least_ring(runs: Sequence[Run]) -> int:

@@ -173,7 +173,7 @@ class Arena(Ledger):
         """Give a region's memory behind its first `keep` bytes back to the system, in whole huge pages (all of it
         if `keep` is 0); it holds zeros again and can be cut again."""
         place = self._region(region)
-        first = round_up(place.offset + keep, HUGE) - place.offset if keep else 0
+        first = min(place.size, round_up(place.offset + keep, HUGE) - place.offset) if keep else 0
         if first < place.size:
             if self.fd >= 0:
                 _punch_hole(self.fd, place.offset + first, place.size - first)
@@ -182,6 +182,14 @@ class Arena(Ledger):
                 self._map.madvise(mmap.MADV_DONTNEED, start + place.offset + first, place.size - first)
         self._bytes[place.offset + keep : place.offset + first] = 0
         place.used = min(place.used, keep)
+
+    def use_small_pages(self, region: str) -> None:
+        """A region of which little is used takes what it uses, and not whole huge pages."""
+        place = self._region(region)
+        if self.fd < 0:
+            start = self.base - np.frombuffer(self._map, np.uint8).ctypes.data
+            with suppress(OSError):  # a kernel without huge pages
+                self._map.madvise(mmap.MADV_NOHUGEPAGE, start + place.offset, place.size)
 
     def rewind(self, region: str) -> None:
         """Cut a region anew from its start; it keeps its bytes."""

@@ -187,18 +187,18 @@ def test_a_larger_budget_pins_more_at_the_same_addresses(name: str, folder: Path
     smaller: tuple[Any, Any] | None = None
     every = int(extents.nbytes.sum())
     for budget in range(least_budget(runs), every + (4 << 20), max(4096, every // 37 // 4096 * 4096)):
-        residency = choose(runs, budget)
-        np.testing.assert_array_equal(residency.pinned, order[: residency.pinned.size])
-        weights = lay_out(model.file.tensors, model.spec, runs, residency, Ledger())
+        chosen = choose(runs, budget)
+        np.testing.assert_array_equal(chosen.pinned, order[: chosen.pinned.size])
+        weights = lay_out(model.file.tensors, model.spec, runs, chosen, Ledger())
         assert region_bytes(weights.pinned.nbytes) + region_bytes(weights.staging.nbytes) <= budget
-        where = weights.where[residency.pinned]
+        where = weights.where[chosen.pinned]
         if smaller is not None:
             n = smaller[0].size
             assert n <= where.size
             np.testing.assert_array_equal(where[:n], smaller[1])
-        smaller = residency.pinned, where
-        _check_tape(weights, residency)
-    assert residency.pinned.size == order.size
+        smaller = chosen.pinned, where
+        _check_tape(weights, chosen)
+    assert chosen.pinned.size == order.size
     model.close()
 
 
@@ -397,7 +397,7 @@ def test_a_file_that_loses_its_name_is_read_on(folder: Path) -> None:
         assert same_bits(decoded(engine, tokens), expected)
 
 
-def test_a_file_that_is_cut_or_changed_in_use_is_an_error(folder: Path) -> None:
+def test_a_file_that_is_changed_in_use_is_an_error(folder: Path) -> None:
     path = packed(folder, "llama Q5_0")
     tokens = some_tokens(N)
     with streaming(path, 0.3) as engine:
@@ -409,6 +409,46 @@ def test_a_file_that_is_cut_or_changed_in_use_is_an_error(folder: Path) -> None:
             decoded(engine, tokens)
         with pytest.raises(ModelError, match="changed"):
             engine.set_memory(Share(0.9))
-        os.truncate(path, 8192)
-        with pytest.raises(CoterieError, match=r"cut|checksum|bytes"):
+        with pytest.raises(ModelError, match="changed"):  # and nothing is computed before that has been done
             decoded(engine, tokens)
+
+
+def test_a_file_that_is_cut_in_use_is_an_error(folder: Path) -> None:
+    path = packed(folder, "llama Q4_1")
+    with streaming(path, 0.3) as engine:
+        decoded(engine, some_tokens(N))
+        os.truncate(path, 8192)
+        with pytest.raises(UnitError, match=r"cut|bytes"):
+            decoded(engine, some_tokens(N))
+
+
+def test_a_change_of_the_ceiling_that_fails_is_done_before_the_next_token(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = some_tokens(N)
+    with streaming(llama, 0.3) as engine:
+        expected = decoded(engine, tokens)
+        assert engine.stream is not None
+
+        def interrupt(*call: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.stream, "_load", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                engine.set_memory(Share(1.0))
+        assert same_bits(decoded(engine, tokens), expected)
+        assert engine.plan.streamed_per_token == 0
+
+
+@pytest.mark.parametrize("per", [1, 3, 64, 100, 1000])
+def test_the_least_budget_is_enough(per: int) -> None:
+    """Also where the ring is so large that it is made of huge pages."""
+    runs = (
+        runs_module.Run("norms", -1, 0, "F32", 1, 5000, 1, 4096),
+        runs_module.Run("embedding", -1, 0, "Q8_0", 900, 5000, 1, 12288),
+        *(runs_module.Run("ffn", i, 0, "Q4_0", 3000, 4500, per, 10_000_000) for i in range(4)),
+    )
+    assert choose(runs, least_budget(runs)).pinned.size >= 1
+    with pytest.raises(PlanError, match="need at least"):
+        choose(runs, least_budget(runs) - 1)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from coterie.models.load import Model
 from coterie.models.rope import rope_table
 from coterie.models.spec import Rope
 from coterie.pressure import Follower
-from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model
+from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model, lookup_room
 from coterie.scheduler.plan import Flash, Plan, Wishes, make_plan, plan_flash
 from coterie.scheduler.program import Program
 from coterie.scheduler.residency import ring_room
@@ -39,7 +39,7 @@ from coterie.stream import Stream
 from coterie.trace.chrome import write_chrome_trace
 
 # Bytes of address space for regions that are laid out anew when the ceiling changes.
-SCRATCH_ROOM = {"flags": 256 << 20, "programs": 256 << 20, "tables": 64 << 20, "activations": 64 << 20}
+SCRATCH_ROOM = {"flags": 256 << 20, "programs": 256 << 20, "tables": 64 << 20}
 ROPE_ROWS = 256  # positions of a rope table computed at a time
 
 
@@ -78,13 +78,18 @@ class Engine:
         self.plan, self._residency = make_plan(model.file, model.spec, self._wishes, self.flash)
         plan, self.runs = self.plan, lay_out_runs(model.file.tensors, model.spec)
         self.arena = Arena(plan.regions if self._packed is None else plan.regions | _reserve(self.runs, plan))
+        if self._packed is not None:
+            for region in SCRATCH_ROOM:
+                self.arena.use_small_pages(region)
         buffers = lay_out_unit(self.arena, plan.lanes, plan.chunk, tracing=self._wishes.tracing)
         self.cache = KVCache(self.arena, KVLayout.of(self.spec), plan.context, BATCH + 1)
         self.unit = CpuUnit(self.arena, plan.lanes, buffers, detached=self._packed is not None)
         self.stream: Stream | None = None
         self.meter: Meter | None = None
         self._lock = RLock()  # held while a step runs, or the ceiling changes
+        self._asking = Lock()
         self._ceiling: tuple[Plan, Residency] | None = None  # asked for, not yet applied
+        self._urgent = True
         self._ropes: dict[Rope, BufferRef] | None = None
         self._loaded: set[str] = set()
         self._closed = False
@@ -186,7 +191,7 @@ class Engine:
 
         def watch() -> None:
             stream.watch()
-            if self._ceiling is not None and name != "head":
+            if self._ceiling is not None and self._urgent and name != "head":
                 raise _Yield
 
         meter.start()
@@ -297,6 +302,7 @@ class Engine:
         """Bytes/s at which the lanes read the layers' weights, once through."""
         with self._lock:
             self._check_open()
+            self._apply_ceiling()
             self.ready("probe")
             for _ in range(2):
                 start = time.perf_counter()
@@ -306,8 +312,9 @@ class Engine:
 
     # --- the ceiling ----------------------------------------------------------------------------------
 
-    def set_memory(self, memory: Memory) -> None:
-        """Change the ceiling: at once between two steps, else the step under way is cut short and run again.
+    def set_memory(self, memory: Memory, *, urgent: bool = True) -> None:
+        """Change the ceiling: at once between two steps, else the step under way is cut short and run again. What is
+        not `urgent` waits for the next step.
 
         Raises PlanError for a ceiling that cannot hold what is not weights, and the smallest ring; UsageError where
         there is nothing to stream from.
@@ -317,12 +324,14 @@ class Engine:
                 "this model was opened to be in memory as a whole; open it with memory=, or from a packed file"
             )
         self._check_open()
-        plan = self.plan
-        new, residency = make_plan(self.model.file, self.spec, replace(self.wishes, memory=memory), self.flash)
-        new = replace(new, flash=plan.flash, sources=plan.sources | {"memory": "argument"})
-        self._ceiling = new, residency
-        with self._lock:
-            self._apply_ceiling()
+        with self._asking:
+            plan = self.plan
+            new, residency = make_plan(self.model.file, self.spec, replace(self.wishes, memory=memory), self.flash)
+            new = replace(new, flash=plan.flash, sources=plan.sources | {"memory": "argument"})
+            self._ceiling, self._urgent = (new, residency), urgent
+        if urgent:
+            with self._lock:
+                self._apply_ceiling()
 
     @property
     def wishes(self) -> Wishes:
@@ -333,14 +342,26 @@ class Engine:
         )
 
     def _apply_ceiling(self) -> None:
-        """Lay out anew for the ceiling that was asked for last."""
-        if self._ceiling is None or self.stream is None:
+        """Lay out anew for the ceiling that was asked for last. Where that fails half-way, it is asked for again before
+        anything is computed."""
+        with self._asking:
+            asked, self._ceiling = self._ceiling, None
+        if asked is None or self.stream is None:
             return
-        (self.plan, self._residency), self._ceiling = self._ceiling, None
+        try:
+            self._adopt(self.stream, *asked)
+        except BaseException:
+            with self._asking:
+                self._ceiling = self._ceiling or asked
+            raise
+
+    def _adopt(self, stream: Stream, plan: Plan, residency: Residency) -> None:
+        """Drop what is no longer resident, and lay out anew."""
+        self.plan, self._residency = plan, residency
         self.unit.unload()
         self._loaded.clear()
-        self.stream.forget(self._residency.pinned.size)
-        keep = int(Extents.of(self.runs).nbytes[self._residency.pinned].sum())
+        stream.forget(residency.pinned.size)
+        keep = int(Extents.of(self.runs).nbytes[residency.pinned].sum())
         self.arena.release("weights", keep)
         self.arena.rewind("weights")
         for region in ("staging", "tables", "flags", "programs", "activations"):
@@ -389,8 +410,10 @@ class Engine:
 def _reserve(runs: tuple[Run, ...], plan: Plan) -> dict[str, int]:
     """Room, not memory, for regions that may grow when the ceiling is raised."""
     every = int(Extents.of(runs).nbytes.sum())
+    lookups = lookup_room(runs, plan.chunk)
     return {
         "weights": every + HUGE,
         "staging": ring_room(runs),
+        "activations": plan.regions["activations"] + lookups,
         **{name: size + plan.regions[name] for name, size in SCRATCH_ROOM.items()},
     }

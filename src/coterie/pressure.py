@@ -23,6 +23,7 @@ PERIOD = 0.2  # seconds between looks
 STEP = 64 << 20  # bytes: smaller changes are not worth a new layout
 PRESSED = 5.0  # percent of the last ten seconds in which some task waited for memory
 YIELD = 0.1  # of its size: what a model gives back at a time while there is pressure
+PAUSE = 2.0  # seconds between two times that it gives back for pressure alone
 CALM = 5.0  # seconds of plenty before it grows again
 PSI = Path("/proc/pressure/memory")
 
@@ -57,6 +58,7 @@ class Follower:
         self._engine = weakref.ref(engine)
         self._available, self._waiting, self._clock = available, waiting, clock
         self._plenty_since: float | None = None
+        self._yielded = -PAUSE
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="coterie-auto", daemon=True)
 
@@ -73,14 +75,18 @@ class Follower:
             engine = self._engine()
             if engine is None:
                 return
-            with suppress(CoterieError):  # closed meanwhile, or no memory for the change: look again
+            with suppress(CoterieError, OSError):  # closed meanwhile, or no memory for the change: look again
                 self.look(engine)
             del engine
 
     def look(self, engine: "Engine") -> None:
         """Compare what the model has with what it should have, and change it: down at once, up after a while."""
-        now = engine.plan.total
-        wanted = target(now, self._available(), self._waiting())
+        now, waiting = engine.plan.total, self._waiting()
+        if self._clock() - self._yielded < PAUSE:
+            waiting = 0.0  # the last ten seconds' figure does not show yet what has been given back
+        elif waiting >= PRESSED:
+            self._yielded = self._clock()
+        wanted = target(now, self._available(), waiting)
         if wanted < now - STEP:
             self._plenty_since = None
             self._set(engine, wanted)
@@ -89,7 +95,7 @@ class Follower:
                 self._plenty_since = self._clock()
             elif self._clock() - self._plenty_since >= CALM:
                 self._plenty_since = None
-                self._set(engine, wanted)
+                engine.set_memory(wanted, urgent=False)
         else:
             self._plenty_since = None
 

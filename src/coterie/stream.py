@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from coterie.storage.flash_file import FlashFile
 from coterie.storage.weights import Weights
 
 PATIENCE = 30.0  # seconds without a read that was asked for: then the disk counts as dead
+LAST_WAIT = 2.0  # seconds that close waits for a lookup
 ATTEMPTS = 3  # of a lookup
 Progress = Callable[..., None]
 
@@ -49,6 +50,7 @@ class Stream:
             arena, buffers, self._fd,
             depth=plan.flash.depth, block=plan.flash.block, ring=ring, abort=abort,
         )  # fmt: skip
+        self._lookups: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(LOOKUPS, "coterie-lookup")
         self._pinned = 0  # extents that are in memory, in the order of their addresses
         self._weights: Weights | None = None
@@ -93,6 +95,7 @@ class Stream:
     def forget(self, keep: int) -> None:
         """The extents behind the first `keep` pinned ones are no longer in memory."""
         self.unit.halt()
+        self._settle()
         self._pinned = min(self._pinned, keep)
 
     # --- steps ----------------------------------------------------------------------------------------
@@ -160,22 +163,24 @@ class Stream:
                     for row in np.flatnonzero(extents == extent).tolist():
                         room[row] = data[within[row] : within[row] + run.item_bytes]
 
+            self._settle()  # of a step that was interrupted: they write where these will
             shares = np.array_split(np.unique(extents[missing]), LOOKUPS)
-            jobs = [self._pool.submit(read, s, b) for s, b in zip(shares, buffers, strict=True) if s.size]
-            self._await(jobs)
+            self._lookups = [self._pool.submit(read, s, b) for s, b in zip(shares, buffers, strict=True) if s.size]
+            self._await(self._lookups)
         return addresses
 
     def _await(self, jobs: list[Future[None]]) -> None:
-        """Wait for lookups, but not for ever, and so that an interrupt gets through."""
-        end = time.monotonic() + PATIENCE
+        """Wait for lookups, and raise what one of them raised."""
+        self._settle()
         for job in jobs:
-            while True:
-                try:
-                    job.result(timeout=0.05)
-                    break
-                except TimeoutError:
-                    if time.monotonic() > end:
-                        raise self._silent() from None
+            job.result()
+
+    def _settle(self) -> None:
+        """Wait until no lookup is under way, but not for ever, and so that an interrupt gets through."""
+        end = time.monotonic() + PATIENCE
+        while wait(self._lookups, timeout=0.05).not_done:
+            if time.monotonic() > end:
+                raise self._silent()
 
     def _read(self, number: int, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """One extent, now; checked."""
@@ -200,7 +205,8 @@ class Stream:
         """Stop the unit. A second call does nothing."""
         self.unit.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._fd >= 0:
+        idle = not wait(self._lookups, timeout=LAST_WAIT).not_done
+        if self._fd >= 0 and idle:  # a lookup that hangs on a dead disk keeps it
             os.close(self._fd)
             self._fd = -1
 

@@ -282,7 +282,9 @@ def flash_lane(engine: str) -> Callable[..., Any]:
         while request >= 0:
             count_busy(control)
             count_up(control, t.IN_FLIGHT, -1)
-            if settle(control, slot_at(control, request)) and again and word(control, t.FAILED) == 0:
+            if not again:  # what is dropped is not judged
+                put(slot_at(control, request), t.STATE, t.COMPLETE)
+            elif settle(control, slot_at(control, request)) and word(control, t.FAILED) == 0:
                 send(control, request)
             request = find(control, t.CAME)
 
