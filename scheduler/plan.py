@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ CHUNK = 256  # prompt tokens computed together at most
 LEAST_CHUNK = 16
 MAX_LANES = 64
 OVERHEAD = 200_000_000  # bytes: Python, its libraries and the compiler, beside the ceiling
+LEAST_BLOCK = 256 << 10  # bytes read at a time at least ...
+RING_READS = 8  # ... and else as many as let so many reads fit the ring
 KV_SHARE = 4  # of a ceiling that is too small for the usual context, the cache gets one part in so many
 CHUNK_SHARE = 8  # what depends on the chunk gets one part in so many
 SPARE = 20  # `auto` leaves one part in so many of the machine's memory ...
@@ -365,7 +367,9 @@ class _Draft:
         wishes, (regions, layout) = self.wishes, self._regions(context, chunk, residency)
         weights = layout.weights
         given = {name: getattr(wishes, name) for name in ("threads", "context", "memory", "chunk")}
-        flash = self.flash if weights.streamed else None
+        flash = self.flash
+        if flash is not None and residency.ring and wishes.block is None:
+            flash = replace(flash, block=_block(flash.block, residency.ring))
         body = int(weights.extents.nbytes[weights.tape[: weights.head]].sum())
         return Plan(
             model=self.file.path.name,
@@ -385,9 +389,16 @@ class _Draft:
             regions=regions,
             sources={name: _source(name, value, wishes.sources) for name, value in given.items()},
             memory=ceiling,
-            flash=self.flash,
-            units={"cpu": "everything"} | ({} if flash is None else {"flash": "reads"}),
+            flash=flash,
+            units={"cpu": "everything"} | ({"flash": "reads"} if weights.streamed and flash else {}),
         )
+
+
+def _block(block: int, ring: int) -> int:
+    """Bytes read at a time, so that several reads fit the ring side by side."""
+    while block > LEAST_BLOCK and block * RING_READS > ring:
+        block //= 2
+    return block
 
 
 def _source(name: str, value: object, sources: Mapping[str, str]) -> str:

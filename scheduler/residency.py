@@ -16,9 +16,9 @@ from coterie.storage.arena import HUGE, round_up
 from coterie.storage.runs import PAGE, Extents, Run
 from coterie.storage.weights import PARTS, Residency
 
-RING_MOST = 64 << 20  # bytes: a few dozen reads
+RING_MOST = 24 << 20  # bytes: three times what is in flight on a fast disk; more only takes from what is pinned
 RING_SHARE = 8  # the ring takes at most one part in so many of the budget for weights ...
-RING_MISSING = 4  # ... and of what the budget lacks: a ring larger than that would itself be most of what is streamed
+RING_MISSING = 8  # ... and of what the budget lacks: a ring larger than that would itself be most of what is streamed
 RING_EXTENTS = 2 * PARTS  # of the largest size that the ring holds at least
 
 

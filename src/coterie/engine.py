@@ -102,6 +102,7 @@ class Engine:
             if isinstance(model.file, GGUFFile):
                 self._pack(model.file)
             self._fill_rope_tables()
+            self.count_anew()
             if wishes.memory == "auto":
                 self._follower = Follower(self)
                 self._follower.start()
