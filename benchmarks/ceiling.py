@@ -2,10 +2,10 @@
 
     python benchmarks/ceiling.py changes PACKED      50 random set_memory calls in a run: ids, and how fast RSS falls
     python benchmarks/ceiling.py hog PACKED MB       `--memory auto` in a cgroup that a memory hog shares (needs root)
-    python benchmarks/ceiling.py limits PACKED SIZE...   a cgroup of --memory + 200 MB each: peak, writes, page cache (root)
+    python benchmarks/ceiling.py limits PACKED SIZE...   in a cgroup of --memory + 200 MB: peak, writes, page cache
 
-In `hog` the cgroup has MB megabytes; half-way through the answer another process of the group takes, page by page, a third
-of them within about a second, keeps them for some seconds, and ends.
+In `hog` the cgroup has MB megabytes; a quarter into the answer another process of the group takes a third of them
+within about a second, keeps them for some seconds, and ends. `hog` and `limits` need root.
 """
 
 import argparse
