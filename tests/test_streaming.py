@@ -238,6 +238,14 @@ def test_a_ceiling_is_kept_by_the_arena(llama: Path) -> None:
         engine.close()
 
 
+def test_a_ceiling_above_what_can_be_had_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with streaming(llama, 0.5) as engine:
+        monkeypatch.setattr("coterie.engine.available_memory", lambda: 1 << 10)
+        with pytest.raises(PlanError, match="can be had; lower --memory"):
+            Engine(open_model(llama), Wishes(threads=2, context=64, memory=64 << 20))
+        engine.set_memory(Share(0.5))  # what it has, it may keep
+
+
 def test_a_model_that_is_not_packed_cannot_be_given_another_ceiling(folder: Path) -> None:
     with opened(write_model(folder, "llama Q4_1")) as engine, pytest.raises(UsageError, match="packed"):
         engine.set_memory(1 << 30)

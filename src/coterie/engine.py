@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
-from coterie.errors import UsageError
+from coterie.errors import PlanError, UsageError
 from coterie.kernels.formats import ROWS
 from coterie.kernels.library import is_cached
 from coterie.kernels.operands import PROBE_BYTES
@@ -24,9 +24,10 @@ from coterie.pressure import Follower
 from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model, lookup_room
 from coterie.scheduler.plan import Flash, Plan, Wishes, make_plan, plan_flash
 from coterie.scheduler.program import Program
-from coterie.scheduler.residency import ring_room
+from coterie.scheduler.residency import region_bytes, ring_room
 from coterie.sizes import Memory
 from coterie.storage.arena import HUGE, Arena, BufferRef
+from coterie.storage.available import available_memory
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.flash_file import FlashFile
 from coterie.storage.kv import KVCache, KVLayout
@@ -76,6 +77,7 @@ class Engine:
         if self._packed is not None:
             self.flash = plan_flash(self._packed.path, self._packed.identity, wishes)
         self.plan, self._residency = make_plan(model.file, model.spec, self._wishes, self.flash)
+        _check_free(self.plan, 0)
         plan, self.runs = self.plan, lay_out_runs(model.file.tensors, model.spec)
         self.arena = Arena(plan.regions if self._packed is None else plan.regions | _reserve(self.runs, plan))
         if self._packed is not None:
@@ -328,6 +330,7 @@ class Engine:
         with self._asking:
             plan = self.plan
             new, residency = make_plan(self.model.file, self.spec, replace(self.wishes, memory=memory), self.flash)
+            _check_free(new, plan.total)
             new = replace(new, flash=plan.flash, sources=plan.sources | {"memory": "argument"})
             self._ceiling, self._urgent = (new, residency), urgent
         if urgent:
@@ -406,6 +409,17 @@ class Engine:
             rings.append(("flash", self.stream.unit.buffers.trace))
         arrays = [(name, self.arena.numpy(ref)) for name, ref in rings if ref is not None]
         write_chrome_trace(path, arrays, self.unit.cycles_per_second())
+
+
+def _check_free(plan: Plan, held: int) -> None:
+    """Refuse a plan for more memory than there is, beside the `held` bytes that are the model's already. The KV cache
+    is taken only as sequences grow."""
+    needed, free = plan.total - region_bytes(plan.regions["kv"]), held + available_memory()
+    if needed > free:
+        raise PlanError(
+            f"{plan.model} would take {needed >> 20} MiB, but only {free >> 20} MiB of memory can be had; "
+            "lower --memory"
+        )
 
 
 def _reserve(runs: tuple[Run, ...], plan: Plan) -> dict[str, int]:
