@@ -21,7 +21,19 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROOMS = ("actors", "configs", "scheduler", "storage")
 
 # Who may import whom. The front door may import all.
-FRONT_DOOR = {"__init__", "__main__", "cli", "commands", "engine", "llm", "opening", "stream", "meter", "pressure"}
+FRONT_DOOR = {
+    "__init__",
+    "__main__",
+    "cli",
+    "commands",
+    "engine",
+    "llm",
+    "opening",
+    "stream",
+    "meter",
+    "pressure",
+    "room",
+}
 MAY_IMPORT = {
     "errors": set(),
     "paths": {"errors"},

@@ -22,8 +22,9 @@ from coterie.models.load import Model
 from coterie.opening import flash_of, open_model
 from coterie.scheduler import plan_file as plan_file_module
 from coterie.scheduler.layout import BATCH
-from coterie.scheduler.plan import CHUNK, LEAST_CHUNK, Plan, Wishes, make_plan
+from coterie.scheduler.plan import Plan, Wishes
 from coterie.scheduler.plan_file import MAX_BYTES, format_plan, read_plan, write_plan
+from coterie.scheduler.planner import CHUNK, LEAST_CHUNK, make_plan
 from coterie.scheduler.residency import region_bytes
 from coterie.sizes import Share
 from coterie.storage import runs as runs_module

@@ -9,7 +9,7 @@ import pytest
 from coterie import pressure
 from coterie.errors import PlanError
 from coterie.pressure import CALM, STEP, YIELD, Follower, target
-from coterie.scheduler.plan import SPARE_LEAST, spare
+from coterie.scheduler.planner import SPARE_LEAST, spare
 from coterie.storage import available
 
 MIB, GIB = 1 << 20, 1 << 30

@@ -240,7 +240,7 @@ def test_a_ceiling_is_kept_by_the_arena(llama: Path) -> None:
 
 def test_a_ceiling_above_what_can_be_had_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with streaming(llama, 0.5) as engine:
-        monkeypatch.setattr("coterie.engine.available_memory", lambda: 1 << 10)
+        monkeypatch.setattr("coterie.room.available_memory", lambda: 1 << 10)
         with pytest.raises(PlanError, match="can be had; lower --memory"):
             Engine(open_model(llama), Wishes(threads=2, context=64, memory=64 << 20))
         engine.set_memory(Share(0.5))  # what it has, it may keep

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
-from coterie.errors import PlanError, UsageError
+from coterie.errors import UsageError
 from coterie.kernels.formats import ROWS
 from coterie.kernels.library import is_cached
 from coterie.kernels.operands import PROBE_BYTES
@@ -21,26 +21,25 @@ from coterie.models.load import Model
 from coterie.models.rope import rope_table
 from coterie.models.spec import Rope
 from coterie.pressure import Follower
-from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model, lookup_room
-from coterie.scheduler.plan import Flash, Plan, Wishes, make_plan, plan_flash
+from coterie.room import SCRATCH_ROOM, check_free, room_for
+from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model
+from coterie.scheduler.plan import Flash, Plan, Wishes
+from coterie.scheduler.planner import make_plan, plan_flash
 from coterie.scheduler.program import Program
-from coterie.scheduler.residency import region_bytes, ring_room
+from coterie.scheduler.residency import ring_room
 from coterie.sizes import Memory
-from coterie.storage.arena import HUGE, Arena, BufferRef
-from coterie.storage.available import available_memory
+from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.flash_file import FlashFile
 from coterie.storage.kv import KVCache, KVLayout
 from coterie.storage.kv import Sequence as KVSequence
 from coterie.storage.packer import RunPacker
-from coterie.storage.runs import Extents, Run, lay_out_runs
+from coterie.storage.runs import Extents, lay_out_runs
 from coterie.storage.unit import lay_out_unit
 from coterie.storage.weights import Residency, fill_tables, pack_into
 from coterie.stream import Stream
 from coterie.trace.chrome import write_chrome_trace
 
-# Bytes of address space for regions that are laid out anew when the ceiling changes.
-SCRATCH_ROOM = {"flags": 256 << 20, "programs": 256 << 20, "tables": 64 << 20}
 ROPE_ROWS = 256  # positions of a rope table computed at a time
 
 
@@ -77,9 +76,9 @@ class Engine:
         if self._packed is not None:
             self.flash = plan_flash(self._packed.path, self._packed.identity, wishes)
         self.plan, self._residency = make_plan(model.file, model.spec, self._wishes, self.flash)
-        _check_free(self.plan, 0)
+        check_free(self.plan, 0)
         plan, self.runs = self.plan, lay_out_runs(model.file.tensors, model.spec)
-        self.arena = Arena(plan.regions if self._packed is None else plan.regions | _reserve(self.runs, plan))
+        self.arena = Arena(plan.regions if self._packed is None else plan.regions | room_for(self.runs, plan))
         if self._packed is not None:
             for region in SCRATCH_ROOM:
                 self.arena.use_small_pages(region)
@@ -330,7 +329,7 @@ class Engine:
         with self._asking:
             plan = self.plan
             new, residency = make_plan(self.model.file, self.spec, replace(self.wishes, memory=memory), self.flash)
-            _check_free(new, plan.total)
+            check_free(new, plan.total)
             new = replace(new, flash=plan.flash, sources=plan.sources | {"memory": "argument"})
             self._ceiling, self._urgent = (new, residency), urgent
         if urgent:
@@ -409,26 +408,3 @@ class Engine:
             rings.append(("flash", self.stream.unit.buffers.trace))
         arrays = [(name, self.arena.numpy(ref)) for name, ref in rings if ref is not None]
         write_chrome_trace(path, arrays, self.unit.cycles_per_second())
-
-
-def _check_free(plan: Plan, held: int) -> None:
-    """Refuse a plan for more memory than there is, beside the `held` bytes that are the model's already. The KV cache
-    is taken only as sequences grow."""
-    needed, free = plan.total - region_bytes(plan.regions["kv"]), held + available_memory()
-    if needed > free:
-        raise PlanError(
-            f"{plan.model} would take {needed >> 20} MiB, but only {free >> 20} MiB of memory can be had; "
-            "lower --memory"
-        )
-
-
-def _reserve(runs: tuple[Run, ...], plan: Plan) -> dict[str, int]:
-    """Room, not memory, for regions that may grow when the ceiling is raised."""
-    every = int(Extents.of(runs).nbytes.sum())
-    lookups = lookup_room(runs, plan.chunk)
-    return {
-        "weights": every + HUGE,
-        "staging": ring_room(runs),
-        "activations": plan.regions["activations"] + lookups,
-        **{name: size + plan.regions[name] for name, size in SCRATCH_ROOM.items()},
-    }

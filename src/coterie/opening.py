@@ -11,7 +11,8 @@ from coterie.errors import CoterieError, PlanError
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model, understand
 from coterie.paths import packed_dir
-from coterie.scheduler.plan import Flash, Wishes, make_plan, plan_flash, wants_flash
+from coterie.scheduler.plan import Flash, Wishes
+from coterie.scheduler.planner import make_plan, plan_flash, wants_flash
 from coterie.scheduler.profile import file_system, flash_choice, load_profile, save_profile
 from coterie.storage.flash_file import FlashFile, is_flash_file
 from coterie.storage.flash_writer import packed_copy, packed_path

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coterie.errors import CoterieError, PlanError
-from coterie.scheduler.plan import least_ceiling, spare
+from coterie.scheduler.planner import least_ceiling, spare
 from coterie.storage.available import available_memory
 
 if TYPE_CHECKING:

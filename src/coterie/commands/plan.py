@@ -35,8 +35,9 @@ def plan(
     with terminal.Progress() as progress:
         from coterie import fetch
         from coterie.opening import flash_of, open_model, open_to_run
-        from coterie.scheduler.plan import Wishes, make_plan
+        from coterie.scheduler.plan import Wishes
         from coterie.scheduler.plan_file import format_plan, write_plan
+        from coterie.scheduler.planner import make_plan
         from coterie.scheduler.profile import load_profile
 
         wishes = Wishes(threads, context or None, memory=memory, sources=value_sources(command))

@@ -1,0 +1,35 @@
+"""Room for an engine whose ceiling may change: address space for its regions, and whether memory can be had."""
+
+from coterie.errors import PlanError
+from coterie.scheduler.layout import lookup_room
+from coterie.scheduler.plan import Plan
+from coterie.scheduler.residency import region_bytes, ring_room
+from coterie.storage.arena import HUGE
+from coterie.storage.available import available_memory
+from coterie.storage.runs import Extents, Run
+
+# Bytes of address space for regions that are laid out anew when the ceiling changes.
+SCRATCH_ROOM = {"flags": 256 << 20, "programs": 256 << 20, "tables": 64 << 20}
+
+
+def check_free(plan: Plan, held: int) -> None:
+    """Refuse a plan for more memory than there is, beside the `held` bytes that are the model's already. The KV cache
+    is taken only as sequences grow."""
+    needed, free = plan.total - region_bytes(plan.regions["kv"]), held + available_memory()
+    if needed > free:
+        raise PlanError(
+            f"{plan.model} would take {needed >> 20} MiB, but only {free >> 20} MiB of memory can be had; "
+            "lower --memory"
+        )
+
+
+def room_for(runs: tuple[Run, ...], plan: Plan) -> dict[str, int]:
+    """Room, not memory, for regions that may grow when the ceiling is raised."""
+    every = int(Extents.of(runs).nbytes.sum())
+    lookups = lookup_room(runs, plan.chunk)
+    return {
+        "weights": every + HUGE,
+        "staging": ring_room(runs),
+        "activations": plan.regions["activations"] + lookups,
+        **{name: size + plan.regions[name] for name, size in SCRATCH_ROOM.items()},
+    }
