@@ -149,6 +149,9 @@ def desk(path: Path) -> Iterator[Callable[..., Desk]]:
 READER = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 
+KEPT: list[Any] = []
+
+
 class Reader:
     """A reader that does what `fault(call, offset)` says; calls are counted from 0 for each offset.
 
@@ -160,6 +163,7 @@ class Reader:
         self.fault, self.calls = fault, dict[int, int]()
         self.lock = threading.Lock()
         self.function = READER(self._read)
+        KEPT.append(self.function)  # compiled threads call it by its address
 
     def _read(self, fd: int, address: int, nbytes: int, offset: int) -> int:
         with self.lock:
