@@ -391,7 +391,7 @@ def test_a_plan_that_does_not_fit_is_refused(
     named: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("coterie.scheduler.plan.available_memory", lambda: 400 << 20)
+    monkeypatch.setattr("coterie.scheduler.planner.available_memory", lambda: 400 << 20)
     path, model = tmp_path / "plan.toml", open_model(packed)
     path.write_text(edited(sound, **values))
     try:
