@@ -209,6 +209,11 @@ class FlashUnit:
         """Requests that the disk has not answered yet."""
         return int(self._control[t.IN_FLIGHT])
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that arrived since the unit was made."""
+        return int(self._control[t.BYTES])
+
     def arrived_count(self) -> int:
         """The sequence number up to which everything has arrived."""
         return int(self._control[t.ARRIVED // 8])

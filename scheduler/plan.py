@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from coterie.scheduler.profile import FlashChoice
 from coterie.scheduler.residency import region_bytes
 from coterie.sizes import Memory
 
@@ -12,18 +13,13 @@ MAX_LANES = 64
 OVERHEAD = 200_000_000  # bytes: Python, its libraries and the compiler, beside the ceiling
 
 
-@dataclass(frozen=True)
-class Flash:
-    """How weights are streamed. `file`: the packed model; `identity`: the hash it is known by; rates in bytes/s;
-    `source`: where block, depth and rate came from."""
+@dataclass(frozen=True, kw_only=True)
+class Flash(FlashChoice):
+    """How weights are streamed. `file`: the packed model; `identity`: the hash it is known by. Once it is open,
+    `engine` is the one in use."""
 
     file: str
     identity: str
-    block: int
-    depth: int
-    bytes_per_s: float | None
-    source: str
-    engine: str | None = None  # once it is opened
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,6 @@ class Plan:
     weight_bytes: int  # all of them, packed
     bytes_per_token: int  # of weights, used for every decoded token
     streamed_per_token: int  # of these, read from flash
-    streamed_per_chunk: int  # the same for a chunk of a prompt
     pinned: int
     ring: int
     regions: dict[str, int]

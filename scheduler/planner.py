@@ -54,8 +54,8 @@ def plan_flash(path: Path, identity: str, wishes: Wishes) -> Flash:
     """How a packed model at `path` is read: as the plan file says, else as the device's profile, else as assumed."""
     choice = flash_choice(load_profile(), path)
     if wishes.block is not None and wishes.depth is not None:
-        return Flash(str(path), identity, wishes.block, wishes.depth, choice.bytes_per_s, "plan")
-    return Flash(str(path), identity, choice.block, choice.depth, choice.bytes_per_s, choice.source)
+        choice = replace(choice, block=wishes.block, depth=wishes.depth, source="plan")
+    return Flash(file=str(path), identity=identity, **vars(choice))
 
 
 def wants_flash(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> bool:
@@ -128,12 +128,6 @@ class _Draft:
             raise PlanError(
                 f"the plan needs {-(-plan.total >> 20)} MiB, more than its own ceiling of {ceiling >> 20} MiB; make it "
                 "anew with coterie plan --save"
-            )
-        needed = plan.total + OVERHEAD
-        if needed > available_memory():
-            raise PlanError(
-                f"the plan needs {needed >> 20} MiB, but only {available_memory() >> 20} MiB of memory are free; make "
-                "it anew with a smaller --memory or -c"
             )
         return plan, residency
 
@@ -229,7 +223,6 @@ class _Draft:
         flash = self.flash
         if flash is not None and residency.ring and wishes.block is None:
             flash = replace(flash, block=_block(flash.block, residency.ring))
-        body = int(weights.extents.nbytes[weights.tape[: weights.head]].sum())
         return Plan(
             model=self.file.path.name,
             architecture=self.spec.architecture,
@@ -242,7 +235,6 @@ class _Draft:
             weight_bytes=self.weight_bytes,
             bytes_per_token=weights.bytes_per_token,
             streamed_per_token=weights.streamed,
-            streamed_per_chunk=body,
             pinned=residency.pinned.size,
             ring=residency.ring,
             regions=regions,

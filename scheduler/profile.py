@@ -62,7 +62,7 @@ class DeviceProfile:
 @dataclass(frozen=True)
 class FlashChoice:
     """How to read: block in bytes, requests in flight, the rate to expect (None: not known), where it came from
-    ("profile", "quick profile" or "assumed"), and the engine (None: whichever works)."""
+    ("profile", "quick profile", "plan" or "assumed"), and the engine (None: whichever works)."""
 
     block: int
     depth: int

@@ -1,5 +1,6 @@
 """Opening a file for direct reads, which go past the page cache."""
 
+import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -7,31 +8,26 @@ from pathlib import Path
 from coterie.errors import ModelError, UsageError
 
 
-def open_direct(path: Path | str, *, buffered: bool = False) -> int:
-    """A descriptor for reading with O_DIRECT, which the caller closes; with `buffered`, through the page cache.
+def open_direct(path: Path | str, *, buffered: bool = False, name: Path | str | None = None) -> int:
+    """A descriptor for reading with O_DIRECT, which the caller closes; with `buffered`, through the page cache. Errors
+    call the file `name`, by default its path.
 
     Raises ModelError where the file cannot be opened, UsageError where its filesystem refuses direct reads.
     """
+    name = path if name is None else name
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise ModelError(f"cannot open {path}: {error.strerror}") from None
-    if buffered:
-        return fd
+        raise ModelError(f"cannot open {name}: {error.strerror}") from None
     try:
-        direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        if not buffered:
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+            with mmap.mmap(-1, mmap.PAGESIZE) as page:  # some filesystems take the flag and then refuse to read
+                os.preadv(fd, [page], 0)
     except OSError as error:
-        raise _refusal(path, error) from None
-    finally:
         os.close(fd)
-    try:
-        with mmap.mmap(-1, mmap.PAGESIZE) as page:  # some filesystems open the file and then refuse to read
-            os.preadv(direct, [page], 0)
-    except OSError as error:
-        os.close(direct)
-        raise _refusal(path, error) from None
-    return direct
-
-
-def _refusal(path: Path | str, error: OSError) -> UsageError:
-    return UsageError(f"{path}: direct reads are refused here ({error.strerror}); keep the packed model on a disk")
+        raise UsageError(
+            f"{name}: direct reads are refused here ({error.strerror}); keep the packed model on another disk "
+            "(coterie pack -o)"
+        ) from None
+    return fd

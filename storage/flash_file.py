@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.errors import ModelError, PlanError
+from coterie.errors import ModelError, PlanError, UsageError
 from coterie.kernels.formats import FORMATS, ROWS
 from coterie.models.header import HeaderParser, ModelHeader, open_regular
 from coterie.models.load import read_spec
 from coterie.storage.arena import round_up
 from coterie.storage.checksum import checksum
-from coterie.storage.runs import PAGE, Run, lay_out_runs
+from coterie.storage.direct import open_direct
+from coterie.storage.runs import PAGE, Extents, Run, lay_out_runs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,7 +41,6 @@ _FRONT = struct.Struct("<8sII" + "QQQQ")  # magic, version, 0; file size, extent
 _SECTION = struct.Struct("<QQ32s")  # offset, bytes, SHA-256
 _DIGEST = 32  # bytes at the page's end: SHA-256 of what is before them
 
-Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
 
 
@@ -105,8 +105,8 @@ def is_flash_file(path: str | Path) -> bool:
 
 
 class FlashFile(ModelHeader):
-    """An open packed model. Extent i of all lies at `offsets[i]` with `lengths[i]` bytes and `checksums[i]`; those of
-    `runs[k]` begin with number `run_first[k]`. `identity` names this very packing, `source_key` the GGUF it is of.
+    """An open packed model: the `extents` of its `runs`, and their `checksums`. `identity` names this very packing,
+    `source_key` the GGUF it is of.
 
     Raises ModelError for anything that is not a sound packed model of this version.
     """
@@ -135,13 +135,13 @@ class FlashFile(ModelHeader):
             self.runs = lay_out_runs(self.tensors, read_spec(self))
         except PlanError as error:
             raise ModelError(f"{self.path.name}: {error}") from None
-        total = sum(run.extents for run in self.runs)
+        self.extents = Extents.of(self.runs)
+        total = self.extents.nbytes.size
         if (total, self.runs[-1].end) != (self.front.extents, self.front.extents_end):
             raise ModelError(
                 f"{self.path.name}: its header calls for {total} extents up to byte {self.runs[-1].end}, but it has "
                 f"{self.front.extents} up to {self.front.extents_end}; pack the model again"
             )
-        self.run_first, self.offsets, self.lengths = place_extents(self.runs)
 
     def _checksums(self) -> UInt64s:
         manifest = self._section("manifest")
@@ -165,7 +165,7 @@ class FlashFile(ModelHeader):
     def manifest(self) -> "pa.Table":
         """The manifest as an Arrow table, one row an extent. Raises ModelError unless it is what the header implies."""
         table = _decode_manifest(self._section("manifest"), self.path.name)
-        if not table.equals(manifest_table(self.runs, self.checksums)):
+        if not table.equals(manifest_table(self.runs, self.extents, self.checksums)):
             raise ModelError(f"{self.path.name}: its manifest contradicts its header; pack the model again")
         return table
 
@@ -179,28 +179,14 @@ class FlashFile(ModelHeader):
         status = os.fstat(self._fd)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    def open_direct(self) -> tuple[int, bool]:
-        """Another descriptor of the open file, which may have lost its name: for direct reads, or if False for
-        buffered ones, where the file system has no direct ones. The caller closes it."""
-        name = f"/proc/self/fd/{self._fd}"
-        try:
-            return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT), True
-        except OSError:
-            return os.open(name, os.O_RDONLY | os.O_CLOEXEC), False
+    def open_direct(self, *, buffered: bool = False) -> int:
+        """Another descriptor of the open file, which may have lost its name, as from `direct.open_direct`."""
+        return open_direct(f"/proc/self/fd/{self._fd}", buffered=buffered, name=self.path)
 
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def place_extents(runs: Sequence[Run]) -> tuple[Int64s, Int64s, Int64s]:
-    """The number of each run's first extent; and of every extent its offset and its bytes in the file."""
-    counts = np.array([run.extents for run in runs], np.int64)
-    first = np.cumsum(counts) - counts
-    lengths = np.repeat(np.array([run.stride for run in runs], np.int64), counts)
-    lengths[first + counts - 1] = [run.extent_bytes(run.extents - 1) for run in runs]
-    return first, np.cumsum(lengths) - lengths + runs[0].offset, lengths
 
 
 def page_buffer(nbytes: int) -> NDArray[np.uint8]:
@@ -214,19 +200,23 @@ def damaged_extents(file: FlashFile, progress: Callable[[str, int, int], None]) 
     `progress` gets (label, bytes done, bytes in all). Raises ModelError where they cannot be read.
     """
     bad: list[int] = []
-    ends = file.offsets + file.lengths
-    buffer = page_buffer(max(PIECE, int(file.lengths.max())))
-    fd, direct = file.open_direct()
+    offsets, sizes = file.extents.offset, file.extents.nbytes
+    ends = offsets + sizes
+    buffer = page_buffer(max(PIECE, int(sizes.max())))
+    try:
+        fd, direct = file.open_direct(), True
+    except UsageError:
+        fd, direct = file.open_direct(buffered=True), False
     try:
         first = 0
         while first < len(ends):
-            start = int(file.offsets[first])
+            start = int(offsets[first])
             last = max(first + 1, int(np.searchsorted(ends, start + PIECE, side="right")))
             piece = buffer[: ends[last - 1] - start]
             _read_into(fd, piece, start, file.path.name)
             for i in range(first, last):
-                at = file.offsets[i] - start
-                if checksum(piece[at : at + file.lengths[i]]) != file.checksums[i]:
+                at = offsets[i] - start
+                if checksum(piece[at : at + sizes[i]]) != file.checksums[i]:
                     bad.append(i)
             if not direct:
                 os.posix_fadvise(fd, start, piece.size, os.POSIX_FADV_DONTNEED)
@@ -265,23 +255,19 @@ def _read(fd: int, nbytes: int, offset: int, name: str) -> bytes:
 # --- the manifest -------------------------------------------------------------------------------------------
 
 
-def manifest_table(runs: Sequence[Run], checksums: UInt64s) -> "pa.Table":
+def manifest_table(runs: Sequence[Run], extents: Extents, checksums: UInt64s) -> "pa.Table":
     """The manifest of these runs: what an extent is, where it lies, its checksum."""
     import pyarrow as pa
 
-    first, offsets, lengths = place_extents(runs)
-    counts = np.diff(first, append=len(offsets))
-    within = np.arange(len(offsets)) - np.repeat(first, counts)  # an extent's number in its run
-
     def each(values: Iterable[int], kind: str) -> Any:
-        return np.repeat(np.fromiter(values, kind, len(runs)), counts)
+        return np.fromiter(values, kind, len(runs))[extents.run]
 
     def words(values: Sequence[str]) -> "pa.DictionaryArray":
         known = sorted(set(values))
         return pa.DictionaryArray.from_arrays(each((known.index(value) for value in values), "i4"), known)
 
     per, items = each((run.per for run in runs), "i4"), each((run.items for run in runs), "i4")
-    begin = (within * per).astype("i4")
+    begin = extents.number * per
     held = np.minimum(per, items - begin)
     columns = {
         "layer": each((run.layer for run in runs), "i4"),
@@ -290,12 +276,12 @@ def manifest_table(runs: Sequence[Run], checksums: UInt64s) -> "pa.Table":
         "cluster": begin,
         "items": held,
         "rows": held * each((_rows_of_item(run) for run in runs), "i4"),
-        "offset": offsets,
-        "length": lengths,
+        "offset": extents.offset,
+        "length": extents.nbytes,
         "format": words([run.format for run in runs]),
         "layout": words(["dense"] * len(runs)),
         "checksum": checksums,
-        "hotness": pa.nulls(len(offsets), pa.float32()),
+        "hotness": pa.nulls(checksums.size, pa.float32()),
     }
     return pa.table(columns)
 

@@ -30,10 +30,9 @@ from coterie.storage.flash_file import (
     is_flash_file,
     manifest_table,
     page_buffer,
-    place_extents,
 )
 from coterie.storage.packer import RunPacker
-from coterie.storage.runs import PAGE, Run, lay_out_runs
+from coterie.storage.runs import PAGE, Extents, Run, lay_out_runs
 
 Bytes = NDArray[np.uint8]
 Fill = Callable[[Run, int, Bytes], None]  # puts an extent of a run into uint8[its bytes] that holds zeros
@@ -142,7 +141,7 @@ def write_flash_file(
     for offset, block in _blocks(runs, fill, sums):
         writer.write(block, offset)
         report(offset + block.size)
-    table = manifest_table(runs, np.array(sums, np.uint64))
+    table = manifest_table(runs, Extents.of(runs), np.array(sums, np.uint64))
     manifest, checksums = encode_manifest(table)
     sections, end = {}, runs[-1].end
     for name, data in zip(SECTIONS, (header, factors, manifest), strict=True):
@@ -158,7 +157,8 @@ def write_flash_file(
 def _blocks(runs: Sequence[Run], fill: Fill, sums: list[int]) -> Iterator[tuple[int, Bytes]]:
     """The extents of all runs, some MiB at a time: (offset, bytes), each made in a thread while the one before is
     being written. Adds their checksums to `sums`."""
-    _, offsets, lengths = place_extents(runs)
+    placed = Extents.of(runs)
+    offsets, lengths = placed.offset, placed.nbytes
     extents = [(run, extent) for run in runs for extent in range(run.extents)]
     buffers = [page_buffer(max(BLOCK, int(lengths.max()))) for _ in range(2)]
 

@@ -1,5 +1,9 @@
 """Repacking a GGUF's tensors into extents, a run at a time: for the flash file, or straight into memory."""
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Lock
+
 import numpy as np
 import numpy.typing as npt
 
@@ -8,8 +12,10 @@ from coterie.kernels.formats import FORMATS, ROWS, Format
 from coterie.models.dequant import finite
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.spec import ModelSpec
+from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.pack import pack, padded_columns
 from coterie.storage.runs import Run, cluster_layout, norm_places, projection_names
+from coterie.storage.weights import Weights
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -112,3 +118,37 @@ class RunPacker:
                 f"{self.file.path.name}: tensor {name!r} holds a weight that is not a number; the file is damaged"
             )
         return raw
+
+
+def pack_into(
+    arena: Arena,
+    weights: Weights,
+    packers: Sequence[RunPacker],
+    workers: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Fill the pinned extents of each run from its packer, several runs at a time: copying releases the GIL.
+    `progress` is told the bytes packed so far."""
+    lock, stopped, done = Lock(), False, 0
+
+    def fill(index: int) -> None:
+        nonlocal done
+        run = weights.runs[index]
+        for extent, offset in enumerate(weights.where[weights.extents.of_run(index)].tolist()):
+            if stopped:
+                return
+            size = run.extent_bytes(extent)
+            packers[index].fill(extent, arena.numpy(BufferRef("weights", offset, size, "|u1", (size,))))
+            with lock:
+                done += size
+                progress(done)
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for job in as_completed([pool.submit(fill, i) for i in range(len(weights.runs))]):
+            job.result()
+    except BaseException:
+        stopped = True  # jobs under way end with the extent they are packing
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

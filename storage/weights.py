@@ -5,11 +5,8 @@ through `staging`, a ring that reads fill and instructions free, at addresses th
 place on the tape, the order in which a step uses them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from threading import Lock
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +20,6 @@ from coterie.storage.arena import Arena, BufferRef, Ledger
 from coterie.storage.runs import PAGE, ClusterLayout, Extents, Run, cluster_layout, norm_places, norm_sizes
 
 PARTS = 4  # of the ring: what one instruction uses at once is no more than one of them
-Progress = Callable[[int], None]  # told the bytes packed so far
 PINNED = -1  # the tape position of an extent that is not streamed
 
 
@@ -117,6 +113,16 @@ class Weights:
     output_norm: BufferRef
     layers: tuple[Layer, ...]
 
+    def embedding_places(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The numbers of the extents in which the ids' embeddings lie, and where in them (bytes) their groups begin."""
+        run, groups = self.embedding.run, ids // ROWS
+        return self.extents.first[self.runs.index(run)] + groups // run.per, groups % run.per * run.item_bytes
+
+    def is_pinned(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether these extents stay in memory."""
+        at = self.where[numbers] - self.pinned.offset
+        return (at >= 0) & (at < self.pinned.nbytes)
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads from memory."""
@@ -152,38 +158,37 @@ class _Placing:
         return int(self._resident[index])
 
     def slices(self, index: int, *, streamed: bool = True) -> Iterator[Slice]:
+        """A matrix's parts, each in one piece of memory; without `streamed` what is not pinned is left out."""
         run, first = self.runs[index], int(self.extents.first[index])
-        pinned = self.resident(index)
-        if pinned:
-            yield Slice(0, pinned, self._ref("weights", int(self.where[first]), run.span(0, pinned)), PINNED)
-        at = pinned
-        while streamed and at < run.extents:
-            count = max(1, min(run.extents - at, self.limit // run.stride))
-            position = len(self.tape)
-            offset = self._take(first + at, count, run.span(at, at + count))
-            yield Slice(at, count, self._ref("staging", offset, run.span(at, at + count)), position)
-            at += count
+        for begin, end, position in self._parts(index):
+            nbytes = run.span(begin, end)
+            if position == PINNED:
+                yield Slice(begin, end - begin, self._ref("weights", int(self.where[first]), nbytes), PINNED)
+            elif streamed:
+                offset = self._take(first + begin, end - begin, nbytes)
+                yield Slice(begin, end - begin, self._ref("staging", offset, nbytes), position)
 
     def spans(self, index: int, ledger: Ledger) -> Iterator[Span]:
+        """A layer's clusters in parts; an extent of them may lie anywhere."""
         run, first = self.runs[index], int(self.extents.first[index])
-
-        def span(begin: int, end: int, position: int) -> Span:
-            clusters = begin * run.per, min(run.items, end * run.per)
-            count = clusters[1] - clusters[0]
+        for begin, end, position in self._parts(index):
+            if position != PINNED:
+                for extent in range(begin, end):
+                    self._take(first + extent, 1, run.extent_bytes(extent))
+            cluster, count = begin * run.per, min(run.items, end * run.per) - begin * run.per
             names = ledger.allocate("tables", 1 + count, np.int32)
-            return Span(names, clusters[0], count, position, len(self.tape))
+            yield Span(names, cluster, count, position, len(self.tape))
 
-        pinned = self.resident(index)
-        if pinned:
-            yield span(0, pinned, PINNED)
-        at = pinned
+    def _parts(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """A run's extents, those that are pinned and then as many at a time as one instruction may hold of the ring:
+        the first, the one behind the last, and the first's tape position."""
+        run, at = self.runs[index], self.resident(index)
+        if at:
+            yield 0, at, PINNED
         while at < run.extents:
-            count = max(1, min(run.extents - at, self.limit // run.stride))
-            position = len(self.tape)
-            for extent in range(at, at + count):
-                self._take(first + extent, 1, run.extent_bytes(extent))
-            yield span(at, at + count, position)
-            at += count
+            end = at + max(1, min(run.extents - at, self.limit // run.stride))
+            yield at, end, len(self.tape)
+            at = end
 
     def _take(self, number: int, count: int, nbytes: int) -> int:
         """Put extents on the tape, and together into the ring; returns their arena offset."""
@@ -274,42 +279,3 @@ def fill_tables(arena: Arena, weights: Weights, arrived: int) -> None:
         table[:, CLUSTER_WANTED // 8] = np.where(streamed, position[numbers] + 1, 0)
         for span in ffn.spans:
             arena.numpy(span.list)[:] = [span.count, *range(span.first, span.first + span.count)]
-
-
-class Packing(Protocol):
-    """What makes the extents of a run."""
-
-    def fill(self, extent: int, out: npt.NDArray[np.uint8]) -> None: ...
-
-
-def pack_into(
-    arena: Arena,
-    weights: Weights,
-    packers: Sequence[Packing],
-    workers: int,
-    progress: Progress,
-) -> None:
-    """Fill the pinned extents of each run from its packer, several runs at a time: copying releases the GIL."""
-    lock, stopped, done = Lock(), False, 0
-
-    def fill(index: int) -> None:
-        nonlocal done
-        run = weights.runs[index]
-        for extent, offset in enumerate(weights.where[weights.extents.of_run(index)].tolist()):
-            if stopped:
-                return
-            size = run.extent_bytes(extent)
-            packers[index].fill(extent, arena.numpy(BufferRef("weights", offset, size, "|u1", (size,))))
-            with lock:
-                done += size
-                progress(done)
-
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for job in as_completed([pool.submit(fill, i) for i in range(len(weights.runs))]):
-            job.result()
-    except BaseException:
-        stopped = True  # jobs under way end with the extent they are packing
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)

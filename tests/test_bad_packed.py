@@ -157,7 +157,7 @@ def test_damaged_extents_are_found(good: bytes, tmp_path: Path) -> None:
     chance, path = random.Random("extents"), tmp_path / "bad.coterie"
     path.write_bytes(good)
     with FlashFile(path) as file:
-        ends = file.offsets + file.lengths
+        ends = file.extents.offset + file.extents.nbytes
         for _ in range(ROUNDS):
             at = chance.randrange(PAGE, int(ends[-1]))
             path.write_bytes(good[:at] + bytes([good[at] ^ 1 << chance.randrange(8)]) + good[at + 1 :])
@@ -191,7 +191,7 @@ def test_manifests_that_contradict_the_header_are_refused(good: bytes, tmp_path:
     path = tmp_path / "bad.coterie"
     path.write_bytes(good)
     with FlashFile(path) as file:
-        table = manifest_table(file.runs, file.checksums)
+        table = manifest_table(file.runs, file.extents, file.checksums)
     wrong = {
         "offset": pa.array(table["offset"].to_numpy() + PAGE),
         "layer": pa.array(table["layer"].to_numpy() + 1),

@@ -82,11 +82,11 @@ def sound(path: Path) -> bool:
 
 def items_of(file: FlashFile, k: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Items uint8[items, item bytes] of run k, put together from its extents; checksums and padding compared."""
-    run, first = file.runs[k], int(file.run_first[k])
+    run, first = file.runs[k], int(file.extents.first[k])
     content = np.fromfile(file.path, np.uint8)
     items = []
     for i in range(first, first + run.extents):
-        extent = content[file.offsets[i] :][: file.lengths[i]]
+        extent = content[file.extents.offset[i] :][: file.extents.nbytes[i]]
         assert checksum(extent) == file.checksums[i]
         held = run.items_of(i - first) * run.item_bytes
         assert not extent[held:].any()
@@ -174,14 +174,14 @@ def test_the_file_is_laid_out_as_its_runs_say(model: Model, tmp_path: Path) -> N
         assert file.size == out.stat().st_size
         assert file.size % PAGE == 0
         at = PAGE
-        for run, first in zip(file.runs, file.run_first, strict=True):
+        for run, first in zip(file.runs, file.extents.first[:-1], strict=True):
             for i in range(run.extents):
-                assert (file.offsets[first + i], file.lengths[first + i]) == (at, run.extent_bytes(i))
+                assert (file.extents.offset[first + i], file.extents.nbytes[first + i]) == (at, run.extent_bytes(i))
                 at += run.extent_bytes(i)
         assert at == file.front.extents_end
         rows = file.manifest().to_pylist()
         assert [row["checksum"] for row in rows] == file.checksums.tolist()
-        assert [row["offset"] for row in rows] == file.offsets.tolist()
+        assert [row["offset"] for row in rows] == file.extents.offset.tolist()
         assert {row["kind"] for row in rows} == {run.kind for run in file.runs}
         assert {row["layout"] for row in rows} == {"dense"}
         assert sum(row["items"] for row in rows) == sum(run.items for run in file.runs)
@@ -546,8 +546,14 @@ def test_packing_and_checking_leave_the_page_cache_alone(
     direct: bool, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not direct:
-        monkeypatch.setattr(fcntl, "fcntl", lambda fd, command, value=0: 0)  # no O_DIRECT is set, or seen
-        monkeypatch.setattr(FlashFile, "open_direct", lambda file: (os.open(file.path, os.O_RDONLY), False))
+        set_flags = fcntl.fcntl
+
+        def refuse(fd: int, command: int, value: int = 0) -> int:
+            if command == fcntl.F_SETFL and value & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return set_flags(fd, command, value)
+
+        monkeypatch.setattr(fcntl, "fcntl", refuse)
     out = tmp_path / "m.coterie"
     pack_model(model, out, silent)
     assert cached_pages(out) <= 1
@@ -577,7 +583,7 @@ def test_pack_verify_and_inspect(model: Model, tmp_path: Path, cache: Path, monk
     assert kept["bytes"] == out.stat().st_size
 
     with FlashFile(out) as file:
-        extents, identity, place = len(file.offsets), file.identity, int(file.offsets[3])
+        extents, identity, place = file.checksums.size, file.identity, int(file.extents.offset[3])
     assert coterie("verify", out).stdout.startswith(f"{out}: sound, {extents} extents")
     assert json.loads(coterie("verify", out, "--json").stdout)["damaged_extents"] == []
     facts = json.loads(coterie("inspect", out, "--json").stdout)

@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock, RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
 from coterie.errors import UsageError
-from coterie.kernels.formats import ROWS
 from coterie.kernels.library import is_cached
 from coterie.kernels.operands import PROBE_BYTES
 from coterie.meter import Meter
@@ -33,10 +32,10 @@ from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.flash_file import FlashFile
 from coterie.storage.kv import KVCache, KVLayout
 from coterie.storage.kv import Sequence as KVSequence
-from coterie.storage.packer import RunPacker
+from coterie.storage.packer import RunPacker, pack_into
 from coterie.storage.runs import Extents, lay_out_runs
 from coterie.storage.unit import lay_out_unit
-from coterie.storage.weights import Residency, fill_tables, pack_into
+from coterie.storage.weights import Residency, fill_tables
 from coterie.stream import Stream
 from coterie.trace.chrome import write_chrome_trace
 
@@ -45,6 +44,15 @@ ROPE_ROWS = 256  # positions of a rope table computed at a time
 
 class _Yield(Exception):
     """The step under way makes room for a new ceiling."""
+
+
+class Rows(NamedTuple):
+    """The rows of a step: token ids, positions, addresses of block tables, and which of them want logits."""
+
+    ids: Sequence[int]
+    positions: npt.ArrayLike
+    tables: npt.ArrayLike
+    outputs: npt.ArrayLike
 
 
 Floats = npt.NDArray[np.float32]
@@ -98,7 +106,7 @@ class Engine:
         try:
             if self._packed is not None:
                 self.stream = self._open_stream(self._packed)
-                self.meter = Meter(self.stream.counters, self.unit.stalled_seconds)
+                self.meter = Meter(self.stream.unit, self.unit.stalled_seconds)
             self._lay_out()
             if isinstance(model.file, GGUFFile):
                 self._pack(model.file)
@@ -154,16 +162,7 @@ class Engine:
                 last = min(self.plan.context, first + ROPE_ROWS)
                 table[first:last] = rope_table(rope, first, last)
 
-    def _run(
-        self,
-        name: str,
-        ids: Sequence[int],
-        positions: npt.ArrayLike,
-        tables: npt.ArrayLike,
-        outputs: npt.ArrayLike,
-        *,
-        more: bool = False,
-    ) -> None:
+    def _run(self, name: str, rows: Rows, *, more: bool = False) -> None:
         """Run a program for one step; `more`: logits of this chunk's rows are wanted after it. A step that a new
         ceiling cuts short is run again; but not `head`, which cannot be."""
         while True:
@@ -171,24 +170,16 @@ class Engine:
                 self._apply_ceiling()
             self.ready(name)
             try:
-                self._step(name, ids, positions, tables, outputs, more)
+                self._step(name, rows, more)
             except _Yield:
                 continue
             return
 
-    def _step(
-        self,
-        name: str,
-        ids: Sequence[int],
-        positions: npt.ArrayLike,
-        tables: npt.ArrayLike,
-        outputs: npt.ArrayLike,
-        more: bool,
-    ) -> None:
+    def _step(self, name: str, rows: Rows, more: bool) -> None:
         program, stream, meter = self.layout.programs[name], self.stream, self.meter
-        rows = np.asarray(ids, np.int64)
+        ids = np.asarray(rows.ids, np.int64)
         if stream is None or meter is None:
-            self.unit.run(name, ids, positions, tables, outputs, self._embeddings(rows))
+            self.unit.run(name, *rows, self._embeddings(ids))
             return
 
         def watch() -> None:
@@ -199,7 +190,7 @@ class Engine:
         meter.start()
         tape = stream.begin(program, again=more)
         try:
-            self.unit.run(name, ids, positions, tables, outputs, self._embeddings(rows), tape, watch)
+            self.unit.run(name, *rows, self._embeddings(ids), tape, watch)
         except _Yield:
             stream.lose()
             raise
@@ -207,7 +198,7 @@ class Engine:
             stream.lose()
             stream.watch()  # if the flash unit complains, that is the reason
             raise
-        meter.stop(len(ids) if name in ("decode", "batch") else 0)
+        meter.stop(ids.size if name in ("decode", "batch") else 0)
 
     def _embeddings(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Addresses of the groups of rows in which the ids' embeddings lie."""
@@ -215,10 +206,9 @@ class Engine:
         if layout.lookups is not None and layout.bounce is not None:
             assert self.stream is not None
             return self.stream.look_up(ids, layout.lookups, layout.bounce)
-        run, (part,) = layout.weights.embedding.run, layout.weights.embedding.slices
-        groups = ids // ROWS
-        addresses: npt.NDArray[np.int64] = groups // run.per * run.stride + groups % run.per * run.item_bytes
-        return addresses + self.arena.address(part.ref)
+        extents, within = layout.weights.embedding_places(ids)
+        addresses: npt.NDArray[np.int64] = self.arena.base + layout.weights.where[extents] + within
+        return addresses
 
     def ready(self, *names: str) -> None:
         """Compile and link programs now, rather than when they are first run."""
@@ -275,11 +265,11 @@ class Engine:
         self._check_open()
         positions = sequence.length + np.arange(len(ids))
         tables = np.full(len(ids), sequence.table_address)
-        self._run("prefill", ids, positions, tables, (), more=wanted.size > 0)
+        self._run("prefill", Rows(ids, positions, tables, ()), more=wanted.size > 0)
         sequence.length += len(ids)
         for first in range(0, wanted.size, OUTPUT_ROWS):
             outputs = wanted[first : first + OUTPUT_ROWS]
-            self._run("head", ids, positions, tables, outputs, more=first + OUTPUT_ROWS < wanted.size)
+            self._run("head", Rows(ids, positions, tables, outputs), more=first + OUTPUT_ROWS < wanted.size)
             logits[first : first + outputs.size] = self._logits[: outputs.size]
 
     def decode(self, sequences: Sequence[KVSequence], tokens: Sequence[int]) -> Floats:
@@ -294,7 +284,7 @@ class Engine:
         positions, tables = [s.length for s in sequences], [s.table_address for s in sequences]
         with self._lock:
             self._check_open()
-            self._run("decode" if n == 1 else "batch", tokens, positions, tables, range(n))
+            self._run("decode" if n == 1 else "batch", Rows(tokens, positions, tables, range(n)))
             for s in sequences:
                 s.length += 1
             # A new ceiling, from another thread, may move the buffer.

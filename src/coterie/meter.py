@@ -4,31 +4,32 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from coterie.actors.flash import FlashUnit
 from coterie.scheduler.plan import Plan
 
 
 class Meter:
-    """Adds up steps. `counters` are the flash unit's, `stalled` the seconds that lanes have waited for weights."""
+    """Adds up steps. `stalled` gives the seconds that lanes have waited for weights."""
 
-    def __init__(self, counters: Callable[[], dict[str, float]], stalled: Callable[[], float]) -> None:
-        self._counters, self._stalled = counters, stalled
+    def __init__(self, flash: FlashUnit, stalled: Callable[[], float]) -> None:
+        self._flash, self._stalled = flash, stalled
         self.reset()
 
     def reset(self) -> None:
-        self._tokens, self._decode_bytes, self._seconds, self._waited = 0, 0.0, 0.0, 0.0
-        self._begun = self._counters()
-        self._last: float | None = None  # bytes read when the last decoded token was done
+        self._tokens, self._decode_bytes, self._seconds, self._waited = 0, 0, 0.0, 0.0
+        self._begun = self._flash.counters()
+        self._last: int | None = None  # bytes read when the last decoded token was done
 
     def start(self) -> None:
         self._at, self._stalled_at = time.perf_counter(), self._stalled()
-        self._bytes_at = self._counters()["bytes"]
+        self._bytes_at = self._flash.bytes_read
 
     def stop(self, decoded: int) -> None:
         """A step is done, in which `decoded` sequences got a token (0: it was part of a prompt). Reads run ahead of
         tokens, so between two tokens all reads count."""
         self._seconds += time.perf_counter() - self._at
         self._waited += self._stalled() - self._stalled_at
-        now = self._counters()["bytes"]
+        now = self._flash.bytes_read
         if decoded:
             self._decode_bytes += now - (self._bytes_at if self._last is None else self._last)
             self._tokens += decoded
@@ -37,7 +38,7 @@ class Meter:
     def report(self, plan: Plan) -> dict[str, Any]:
         """Bytes read a generated token, planned and measured; bytes/s while reading; the shares of the steps' time in
         which flash read and lanes waited for it; the share of a token's weights that were in memory."""
-        now = self._counters()
+        now = self._flash.counters()
         read, busy = now["bytes"] - self._begun["bytes"], now["busy"] - self._begun["busy"]
         per_token = self._decode_bytes / self._tokens if self._tokens else 0.0
         assert plan.flash is not None

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.flash import FlashUnit
-from coterie.errors import ModelError, UnitError, UsageError
-from coterie.kernels.formats import ROWS
+from coterie.errors import UnitError
 from coterie.kernels.tape import READ
 from coterie.scheduler.layout import LOOKUPS
 from coterie.scheduler.plan import Plan
@@ -42,13 +41,14 @@ class Stream:
     ) -> None:
         assert plan.flash is not None
         self.arena, self.file = arena, file
-        self._fd = _direct(file)
-        self._fingerprint = file.fingerprint()
+        # Buffered reads are for measuring what direct ones are worth: the cache takes memory that the plan left free.
+        self._fd = file.open_direct(buffered=os.environ.get("COTERIE_FLASH_BUFFERED") == "1")
         staging = arena.regions["staging"]
         ring = BufferRef("staging", staging.offset, staging.size, "|u1", (staging.size,))
         self.unit = FlashUnit(
             arena, buffers, self._fd,
             depth=plan.flash.depth, block=plan.flash.block, ring=ring, abort=abort,
+            engine="preadv" if plan.flash.engine == "preadv" else None,  # io_uring may have gone since it was measured
         )  # fmt: skip
         self._lookups: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(LOOKUPS, "coterie-lookup")
@@ -62,7 +62,7 @@ class Stream:
     def adopt(self, weights: Weights, pinned: npt.NDArray[np.int64], progress: Progress) -> None:
         """Stream by these weights' tape from now on; read those pinned extents that are not in memory yet."""
         self.unit.halt()
-        self._check_file()
+        self.file.check_unchanged()
         if pinned.size > self._pinned:
             self._load(weights, pinned[self._pinned :], progress)
         self._pinned = pinned.size
@@ -135,33 +135,25 @@ class Stream:
     def _silent(self) -> UnitError:
         return UnitError(f"cannot read {self.file.path}: the disk has not answered for {PATIENCE:.0f} seconds")
 
-    def _check_file(self) -> None:
-        if self.file.fingerprint() != self._fingerprint:
-            raise ModelError(f"{self.file.path.name}: the file was changed while the model was open; open it again")
-
     # --- embeddings -----------------------------------------------------------------------------------
 
     def look_up(self, ids: npt.NDArray[np.int64], slots: BufferRef, bounce: BufferRef) -> npt.NDArray[np.int64]:
         """Addresses of the groups that hold the ids' embeddings; those that are not pinned are read into `slots`
         uint8[rows][group bytes], through `bounce` uint8[LOOKUPS][extent bytes]."""
         assert self._weights is not None
-        weights, run = self._weights, self._weights.embedding.run
-        first = int(weights.extents.first[weights.runs.index(run)])
-        pinned = sum(part.count for part in weights.embedding.slices)
-        groups = ids // ROWS
-        extents = groups // run.per
-        within = groups % run.per * run.item_bytes
-        addresses: npt.NDArray[np.int64] = self.arena.base + weights.where[first + extents] + within
-        missing = np.flatnonzero(extents >= pinned)
+        weights, size = self._weights, self._weights.embedding.run.item_bytes
+        extents, within = weights.embedding_places(ids)
+        addresses: npt.NDArray[np.int64] = self.arena.base + weights.where[extents] + within
+        missing = np.flatnonzero(~weights.is_pinned(extents))
         if missing.size:
             room, buffers = self.arena.numpy(slots), self.arena.numpy(bounce)
-            addresses[missing] = self.arena.address(slots) + missing * run.item_bytes
+            addresses[missing] = self.arena.address(slots) + missing * size
 
             def read(share: npt.NDArray[np.int64], buffer: npt.NDArray[np.uint8]) -> None:
                 for extent in share.tolist():
-                    data = self._read(first + extent, buffer)
+                    data = self._read(extent, buffer)
                     for row in np.flatnonzero(extents == extent).tolist():
-                        room[row] = data[within[row] : within[row] + run.item_bytes]
+                        room[row] = data[within[row] : within[row] + size]
 
             self._settle()  # of a step that was interrupted: they write where these will
             shares = np.array_split(np.unique(extents[missing]), LOOKUPS)
@@ -198,9 +190,6 @@ class Stream:
             problem = f"only {count} bytes of {size}" if count < size else "the checksum is wrong"
         raise UnitError(f"cannot read {self.file.path} at byte {offset}: {problem}")
 
-    def counters(self) -> dict[str, float]:
-        return self.unit.counters()
-
     def close(self) -> None:
         """Stop the unit. A second call does nothing."""
         self.unit.close()
@@ -209,18 +198,3 @@ class Stream:
         if self._fd >= 0 and idle:  # a lookup that hangs on a dead disk keeps it
             os.close(self._fd)
             self._fd = -1
-
-
-def _direct(file: FlashFile) -> int:
-    """A descriptor for reads past the page cache. Raises UsageError where the file system has none: its cache would
-    take the memory that the plan leaves free. COTERIE_FLASH_BUFFERED=1 is for measuring what direct reads are worth."""
-    fd, direct = file.open_direct()
-    if os.environ.get("COTERIE_FLASH_BUFFERED") == "1":
-        os.close(fd)
-        return os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-    if not direct:
-        os.close(fd)
-        raise UsageError(
-            f"the file system of {file.path} has no direct reads; keep the packed model on another (coterie pack -o)"
-        )
-    return fd

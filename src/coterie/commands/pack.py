@@ -69,15 +69,15 @@ def verify(
         finally:
             opened.close()
         seconds = time.monotonic() - start
-    facts = {"path": path, "bytes": file.size, "extents": len(file.offsets), "damaged": len(bad), "seconds": seconds}
+    facts = {"path": path, "bytes": file.size, "extents": file.checksums.size, "damaged": len(bad), "seconds": seconds}
     if as_json:
         terminal.write_json(facts | {"identity": file.identity, "damaged_extents": bad[:LISTED]})
     if bad:
         first = rows.slice(bad[0], 1).to_pylist()[0]
         layer = f" of layer {first['layer']}" if first["layer"] >= 0 else ""
         raise ModelError(
-            f"{path}: {len(bad)} of {len(file.offsets)} extents are damaged, the first at byte {first['offset']} "
+            f"{path}: {len(bad)} of {file.checksums.size} extents are damaged, the first at byte {first['offset']} "
             f"({first['kind']}{layer}); pack the model again"
         )
     if not as_json:
-        terminal.write(f"{path}: sound, {len(file.offsets)} extents, {terminal.size_text(file.size)}\n")
+        terminal.write(f"{path}: sound, {file.checksums.size} extents, {terminal.size_text(file.size)}\n")

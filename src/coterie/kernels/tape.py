@@ -14,8 +14,7 @@ READ = np.dtype(
         ("address", "<i8"),
         ("nbytes", "<i8"),
         ("checksum", "<u8"),
-        ("layer", "<i4"),
-        ("kind", "<i4"),
+        ("layer", "<i8"),
         ("padding", "V24"),
     ]
 )
