@@ -1,10 +1,12 @@
 """What tests of the command line share: running it in process, and a stand-in for the engine."""
 
+import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
+import pytest
 from typer.testing import CliRunner, Result
 
 from coterie import cli
@@ -48,8 +50,22 @@ class FakeGeneration:
             yield piece
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, *answer: Any) -> type["FakeLLM"]:
+    """Put a class of its own in the engine's place, which answers so."""
+
+    class LLM(FakeLLM):
+        pieces: list[Any] = list(answer)  # noqa: RUF012
+        template: object | None = object()
+        begin: list[int] = []  # noqa: RUF012
+
+    module = ModuleType("coterie.llm")
+    module.LLM = LLM  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "coterie.llm", module)
+    return LLM
+
+
 class FakeLLM:
-    """Records how it was made and asked; what it answers is set on the class by `engine`."""
+    """Records how it was made and asked."""
 
     pieces: list[Any]
     template: object | None

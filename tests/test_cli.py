@@ -8,12 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from command_line import FakeLLM, coterie, refused
+from command_line import FakeLLM, coterie, refused, stand_in
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -37,15 +37,7 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
-    class LLM(FakeLLM):
-        pieces: list[Any] = ["Paris", ".", ""]  # noqa: RUF012
-        template: object | None = object()
-        begin: list[int] = []  # noqa: RUF012
-
-    module = ModuleType("coterie.llm")
-    module.LLM = LLM  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "coterie.llm", module)
-    return LLM
+    return stand_in(monkeypatch, "Paris", ".", "")
 
 
 # run

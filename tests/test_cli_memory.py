@@ -6,11 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from command_line import FakeLLM, coterie, refused
+from command_line import FakeLLM, coterie, refused, stand_in
 from tiny_models import write_tiny
 
 from coterie import paths
@@ -34,15 +33,7 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
-    class LLM(FakeLLM):
-        pieces: list[Any] = ["Paris", "."]  # noqa: RUF012
-        template: object | None = object()
-        begin: list[int] = []  # noqa: RUF012
-
-    module = ModuleType("coterie.llm")
-    module.LLM = LLM  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "coterie.llm", module)
-    return LLM
+    return stand_in(monkeypatch, "Paris", ".")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from exact_models import decoded, prefilled, some_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from packed_models import pack, small_extents
 from reference import same_bits
 from tiny_models import write_tiny
 
@@ -27,8 +28,6 @@ from coterie.scheduler.plan_file import MAX_BYTES, format_plan, read_plan, write
 from coterie.scheduler.planner import CHUNK, LEAST_CHUNK, make_plan
 from coterie.scheduler.residency import region_bytes
 from coterie.sizes import Share
-from coterie.storage import runs as runs_module
-from coterie.storage.flash_writer import pack_model
 
 CONTEXT = 2560
 MUTANTS = 1500
@@ -38,24 +37,14 @@ CEILINGS = st.integers(1, 20 << 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_extents() -> Iterator[None]:
-    """Tiny models have many extents as large ones have."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs_module, "SMALL", 2 * runs_module.PAGE)
-        patch.setattr(runs_module, "LOOKUP", 1)
+def _small_extents() -> Iterator[None]:
+    with small_extents():
         yield
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("plans")
-
-
-def pack(path: Path) -> Path:
-    model, out = open_model(path), path.with_suffix(".coterie")
-    pack_model(model, out, lambda label, done, total: None)
-    model.close()
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from exact_models import CASES, CONTEXT, Floats, decoded, opened, prefilled, some_tokens
 from harness import until
+from packed_models import pack, small_extents
 from reference import same_bits
 from tiny_models import write_tiny
 
@@ -29,7 +30,6 @@ from coterie.scheduler.residency import choose, least_budget, pin_order, region_
 from coterie.sizes import Share
 from coterie.storage import runs as runs_module
 from coterie.storage.arena import Ledger
-from coterie.storage.flash_writer import pack_model
 from coterie.storage.runs import Extents, lay_out_runs
 from coterie.storage.weights import Residency, lay_out
 
@@ -38,11 +38,8 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_extents() -> Iterator[None]:
-    """Tiny models have many extents as large ones have."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs_module, "SMALL", 2 * runs_module.PAGE)
-        patch.setattr(runs_module, "LOOKUP", 1)
+def _small_extents() -> Iterator[None]:
+    with small_extents():
         yield
 
 
@@ -52,12 +49,7 @@ def write_model(folder: Path, name: str) -> Path:
 
 
 def packed(folder: Path, name: str) -> Path:
-    path = write_model(folder, name)
-    model = open_model(path)
-    out = path.with_suffix(".coterie")
-    pack_model(model, out, lambda label, done, total: None)
-    model.close()
-    return out
+    return pack(write_model(folder, name))
 
 
 @pytest.fixture(scope="module")
