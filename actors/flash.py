@@ -24,6 +24,7 @@ from coterie.storage.flash_buffers import REGION, TRACE_EVENTS, WINDOW, FlashBuf
 
 ENGINES = ("io_uring", "preadv")
 READERS = 8  # threads of "preadv" at most
+PATIENCE = 30.0  # seconds without a read that was asked for: then the disk counts as dead
 SLICE = 0.1  # seconds after which a wait looks for signals
 SLICE_NANOSECONDS = 100_000  # of processor time: the shortest slice there is
 SCHED_SETATTR = 274 if platform.machine() == "aarch64" else 314
@@ -53,9 +54,9 @@ class FlashUnit:
 
     depth: requests in flight; block: bytes up to which neighbours are read as one; ring: memory that is used again and
     again, and is written only when the reads there before are freed; abort: address of a word that is set to 1
-    when reading has failed; engine: "io_uring" or "preadv", by default the first that works; reader: address
-    of a function (fd, address, nbytes, offset) -> bytes read or -errno, in place of pread; unchecked: do not compare
-    checksums, for measuring.
+    when reading has failed; engine: "io_uring" or "preadv", by default the first that works; patience: seconds that
+    `begin` and `halt` wait for reads in flight; reader: address of a function (fd, address, nbytes, offset) -> bytes
+    read or -errno, in place of pread; unchecked: do not compare checksums, for measuring.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class FlashUnit:
         ring: BufferRef | None,
         abort: int | None = None,
         engine: str | None = None,
+        patience: float = PATIENCE,
         reader: int | None = None,
         unchecked: bool = False,
     ) -> None:
         if not 1 <= depth <= buffers.slots.shape[0] // WINDOW or block < t.PAGE:
             raise UsageError(f"a flash unit cannot have depth {depth} and blocks of {block} bytes")
         self.arena, self.buffers, self.depth, self.block, self.ring = arena, buffers, depth, block, ring
+        self.patience = patience
         self._control: npt.NDArray[np.int64] = arena.numpy(buffers.control)
         self._address = arena.address(buffers.control)
         self._tape: npt.NDArray[Any] = arena.numpy(buffers.tape).reshape(-1).view(t.READ)
@@ -161,7 +164,8 @@ class FlashUnit:
         """Announce a step that consumes positions first..end-1, and what is expected after it. No step may be running.
 
         If the reads under way are not the announced ones, or `redirect`, they are dropped. Returns the sequence
-        number that position 0 would have. Raises UnitError when the unit is closed or its engine broke down.
+        number that position 0 would have. Raises UnitError when the unit is closed, its engine broke down, or the disk
+        does not answer.
         """
         if not (0 <= first <= end <= self._entries and 0 <= ahead[0] <= ahead[1] <= self._entries):
             raise UnitError(f"positions {first}..{end}, {ahead[0]}..{ahead[1]} of a tape of {self._entries} reads")
@@ -174,7 +178,8 @@ class FlashUnit:
         return seq - first
 
     def halt(self) -> None:
-        """Announce nothing, and come back when no read is in flight. A KeyboardInterrupt is possible meanwhile."""
+        """Announce nothing, and come back when no read is in flight. A KeyboardInterrupt is possible meanwhile.
+        Raises UnitError when the disk does not answer."""
         with self._lock:
             self._check_alive()
             _announce(self._announce, self._control, (0, 0, 0, 0), True)
@@ -266,8 +271,11 @@ class FlashUnit:
         return bool(self._wait(self._address + flag, value, self._address + 8 * end, nap, deadline))
 
     def _wait_taken(self) -> None:
+        end = time.monotonic() + self.patience
         while not self._wait_flag(t.TAKEN, int(self._control[t.NUMBER]), t.NEVER, SLICE):
             self._check_alive()
+            if time.monotonic() > end:
+                raise UnitError(f"the disk has not answered for {self.patience:.0f} seconds")
 
 
 def _set_up(engine: str | None, depth: int, reader: int | None) -> Uring | None:

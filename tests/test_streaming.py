@@ -292,6 +292,7 @@ Reader = Callable[[int, int, int, int], int]
 PREAD = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 
+KEPT: list[object] = []  # a thread that hangs in a reader may outlive the test
 LIBC = ctypes.CDLL(None)
 LIBC.pread.argtypes, LIBC.pread.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long], ctypes.c_long
 
@@ -303,6 +304,7 @@ def honest(fd: int, address: int, nbytes: int, offset: int) -> int:
 @contextmanager
 def faulty(path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     function = PREAD(reader)
+    KEPT.append(function)
     address = ctypes.cast(function, ctypes.c_void_p).value
     monkeypatch.setattr(stream, "FlashUnit", functools.partial(FlashUnit, reader=address))
     with streaming(path, 0.3) as engine:
@@ -381,6 +383,8 @@ def test_a_stalled_disk_can_be_interrupted_and_ends_by_itself(llama: Path, monke
         stalled = True
         with pytest.raises(UnitError, match="the disk has not answered"):
             decoded(engine, tokens)
+        with pytest.raises(UnitError, match="the disk has not answered"):  # memory is not given away under its reads
+            engine.set_memory(Share(0.6))
         release.set()
         stalled = False
         until(lambda: engine.stream is not None and engine.stream.unit.in_flight == 0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coterie.actors.flash import FlashUnit
+from coterie.actors.flash import PATIENCE, FlashUnit
 from coterie.errors import UnitError
 from coterie.kernels.tape import READ
 from coterie.scheduler.layout import LOOKUPS
@@ -21,7 +21,6 @@ from coterie.storage.flash_buffers import FlashBuffers
 from coterie.storage.flash_file import FlashFile
 from coterie.storage.weights import Weights
 
-PATIENCE = 30.0  # seconds without a read that was asked for: then the disk counts as dead
 LAST_WAIT = 2.0  # seconds that close waits for a lookup
 ATTEMPTS = 3  # of a lookup
 Progress = Callable[..., None]
@@ -47,7 +46,7 @@ class Stream:
         ring = BufferRef("staging", staging.offset, staging.size, "|u1", (staging.size,))
         self.unit = FlashUnit(
             arena, buffers, self._fd,
-            depth=plan.flash.depth, block=plan.flash.block, ring=ring, abort=abort,
+            depth=plan.flash.depth, block=plan.flash.block, ring=ring, abort=abort, patience=PATIENCE,
             engine="preadv" if plan.flash.engine == "preadv" else None,  # io_uring may have gone since it was measured
         )  # fmt: skip
         self._lookups: list[Future[None]] = []
@@ -111,8 +110,9 @@ class Stream:
             return 0
         ahead = output if again and head < end else body
         self._watch_anew()
-        lost, self._lost = self._lost, False
-        return self.unit.begin(*first, ahead=ahead, redirect=lost)
+        number = self.unit.begin(*first, ahead=ahead, redirect=self._lost)
+        self._lost = False
+        return number
 
     def lose(self) -> None:
         """A step was abandoned: the next one starts its reads anew."""
