@@ -58,11 +58,11 @@ class CpuUnit:
         self._header_address = arena.address(buffers.header)
         self._fill_header()
         self._threads = [self._lane_thread(lane) for lane in range(0 if detached else 1, lanes)]
+        # Threads know the arena's memory, not the unit: one that is dropped without close() stops them all the same.
+        publish = self._begin, self._header_address, self._own, self._go
+        self._stop = weakref.finalize(self, _stop_lanes, self._header, publish, self._threads)
         for thread in self._threads:
             thread.start()
-        # Threads know the arena, not the unit: one that is dropped without close() stops its lanes all the same.
-        publish = self._begin, self._header_address, self._own, self._go
-        self._stop = weakref.finalize(self, _stop_lanes, arena, self._header, publish, self._threads)
 
     def _fill_header(self) -> None:
         arena, buffers, header = self.arena, self.buffers, self._header
@@ -89,7 +89,7 @@ class CpuUnit:
         idle = int(IDLE_SPIN * cycles_per_second()) if self._spinning else 0
         core = sorted(os.sched_getaffinity(0))[lane] if self._spinning else None
         call = self._header_address, self._step(lane), lane, self._go, self._parked[lane], 0, idle
-        arguments = self.arena, self._worker, call, core
+        arguments = self._header, self._worker, call, core
         return threading.Thread(target=_serve, args=arguments, name=f"coterie-lane-{lane}", daemon=True)
 
     def _step(self, lane: int) -> int:
@@ -121,14 +121,9 @@ class CpuUnit:
         cycles = int(self.arena.numpy(self.buffers.stalled)[:, 0].sum())
         return cycles / self.lanes / cycles_per_second()
 
-    def load(self, program: Program, progress: Callable[[int], None] = lambda done: None) -> None:
-        """Compile what the program needs (`progress` is told how many kernels are ready), and put its records
-        into the arena."""
-        kernels: dict[str, int] = {}
-        for name in dict.fromkeys(program.kernels):
-            progress(len(kernels))
-            kernels[name] = library.address(name)
-        progress(len(kernels))
+    def load(self, program: Program) -> None:
+        """Link, or first compile, what the program needs, and put its records into the arena."""
+        kernels = {name: library.address(name) for name in program.kernels}
         table = self.arena.allocate("programs", program.words.shape, np.int64)
         address = self.arena.address(table)
         self.arena.numpy(table)[:] = program.bound(self.arena.base, address, kernels)
@@ -250,16 +245,15 @@ class CpuUnit:
             self._stop()
 
 
-def _serve(arena: Arena, worker: Callable[..., int], call: tuple[int, ...], core: int | None) -> None:
-    """A lane's thread: pinned to its core if there are enough, and never back in Python until the end. It keeps the
-    arena alive."""
+def _serve(memory: npt.NDArray[np.int64], worker: Callable[..., int], call: tuple[int, ...], core: int | None) -> None:
+    """A lane's thread: pinned to its core if there are enough, and never back in Python until the end. Meanwhile it
+    holds a view of the arena's memory."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     worker(*call)
 
 
 def _stop_lanes(
-    arena: Arena,
     header: npt.NDArray[np.int64],
     publish: tuple[Callable[..., int], int, int, int],
     threads: list[threading.Thread],
@@ -270,4 +264,5 @@ def _stop_lanes(
     begin, *addresses = publish
     begin(*addresses)
     for thread in threads:
-        thread.join()
+        if thread.is_alive():  # an interrupt may have come before all were started
+            thread.join()

@@ -96,14 +96,14 @@ class FlashUnit:
         self._fill_control(fd, abort, reader, readers, uring)
         self._control[t.UNCHECKED] = unchecked
         lane = library.function(f"flash_lane:{self.engine}", 1)
-        serve = (arena, lane, self._address, fd, uring)
+        serve = (self._control, lane, self._address, fd, uring)
         self._threads = [threading.Thread(target=_serve, args=serve, name="coterie-flash", daemon=True)]
         for i in range(readers):
-            read = (arena, library.function("flash_reader", 1), self._address)
+            read = (self._control, library.function("flash_reader", 1), self._address)
             self._threads.append(threading.Thread(target=_read, args=read, name=f"coterie-read-{i}", daemon=True))
+        self._stop = weakref.finalize(self, _stop_lane, self._control, self._announce, self._threads)
         for thread in self._threads:
             thread.start()
-        self._stop = weakref.finalize(self, _stop_lane, arena, self._control, self._announce, self._threads)
 
     def _fill_control(self, fd: int, abort: int | None, reader: int | None, readers: int, uring: Uring | None) -> None:
         arena, buffers, control = self.arena, self.buffers, self._control
@@ -160,6 +160,11 @@ class FlashUnit:
         self._entries = entries.size
         self._owners[:] = 0
 
+    def set_block(self, block: int) -> None:
+        """Halt, and read neighbours as one up to so many bytes from now on."""
+        self.halt()
+        self.block = self._control[t.BLOCK] = block
+
     def begin(self, first: int, end: int, ahead: tuple[int, int] = (0, 0), redirect: bool = False) -> int:
         """Announce a step that consumes positions first..end-1, and what is expected after it. No step may be running.
 
@@ -191,8 +196,8 @@ class FlashUnit:
 
     def close(self) -> None:
         """Stop the lane; a second call does nothing. A disk that does not answer is not waited for longer than 2 s."""
+        self._closed = True  # which ends waits of other threads
         with self._lock:
-            self._closed = True
             self._stop()
 
     # --- what it tells ----------------------------------------------------------------------------------
@@ -324,8 +329,10 @@ def _continues(expected: tuple[int, int], ranges: tuple[int, ...]) -> bool:
     return at == stop
 
 
-def _serve(arena: Arena, lane: Callable[[int], int], control: int, fd: int, uring: Uring | None) -> None:
-    """The lane's thread. It keeps the arena alive, and closes what only it uses."""
+def _serve(
+    memory: npt.NDArray[np.int64], lane: Callable[[int], int], control: int, fd: int, uring: Uring | None
+) -> None:
+    """The lane's thread. While it runs, it holds a view of the arena's memory; then it closes what only it uses."""
     _be_prompt()
     lane(control)
     if uring is not None:
@@ -340,16 +347,15 @@ def _be_prompt() -> None:
     ctypes.CDLL(None).syscall(SCHED_SETATTR, 0, attributes, 0)
 
 
-def _read(arena: Arena, reader: Callable[[int], int], control: int) -> None:
-    """A reader's thread; it keeps the arena alive as well."""
+def _read(memory: npt.NDArray[np.int64], reader: Callable[[int], int], control: int) -> None:
+    """A reader's thread, which holds such a view as well."""
     reader(control)
 
 
-def _stop_lane(
-    arena: Arena, control: npt.NDArray[np.int64], announce: Callable[..., int], threads: list[threading.Thread]
-) -> None:
+def _stop_lane(control: npt.NDArray[np.int64], announce: Callable[..., int], threads: list[threading.Thread]) -> None:
     """Tell the lane to leave, and wait a little."""
     _announce(announce, control, (0, 0, 0, 0), True, stop=True)
     end = time.monotonic() + LAST_WAIT
     for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
+        if thread.is_alive():  # an interrupt may have come before all were started
+            thread.join(max(0.0, end - time.monotonic()))

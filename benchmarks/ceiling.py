@@ -2,7 +2,8 @@
 
     python benchmarks/ceiling.py changes PACKED      50 random set_memory calls in a run: ids, and how fast RSS falls
     python benchmarks/ceiling.py hog PACKED MB       `--memory auto` in a cgroup that a memory hog shares (needs root)
-    python benchmarks/ceiling.py limits PACKED SIZE...   in a cgroup of --memory + 200 MB: peak, writes, page cache
+    python benchmarks/ceiling.py limits PACKED SIZE...   in a cgroup of --memory + 200 MB: peak, writes, page cache;
+                                                 with kernels in the cache, and with an empty one
 
 In `hog` the cgroup has MB megabytes; a quarter into the answer another process of the group takes a third of them
 within about a second, keeps them for some seconds, and ends. `hog` and `limits` need root.
@@ -13,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -103,13 +105,19 @@ def take(megabytes: int) -> None:
 def limits(packed: Path, sizes: list[str]) -> None:
     for size in sizes:
         limit = parse_size(size) + CONSTANT
-        cgroup.drop_page_cache()
-        with cgroup.memory_cgroup(limit) as group:
-            done = cgroup.run([sys.executable, __file__, "serve", packed, size], group)
-            highest = cgroup.peak(group)
-        print(f"--memory {size}, cgroup {limit / 1e6:.0f} MB: ", end="")
-        print(done.error or f"{done.output.strip()}, anonymous peak {done.anonymous / 1e6:.0f} MB, ", end="")
-        print(f"resident peak {done.resident / 1e6:.0f} MB, cgroup's peak {highest / 1e6:.0f} MB")
+        for warm in (True, False):
+            with tempfile.TemporaryDirectory() as empty, cgroup.memory_cgroup(limit) as group:
+                cgroup.drop_page_cache()
+                environment = {} if warm else {"COTERIE_HOME": empty}
+                done = cgroup.run([sys.executable, __file__, "serve", packed, size], group, environment=environment)
+                highest = cgroup.peak(group)
+            _say(f"--memory {size}, cgroup {limit / 1e6:.0f} MB, {'warm' if warm else 'cold'}", done, highest)
+
+
+def _say(case: str, done: cgroup.Run, highest: int) -> None:
+    print(f"{case}: ", end="")
+    print(done.error or f"{done.output.strip()}, anonymous peak {done.anonymous / 1e6:.0f} MB, ", end="")
+    print(f"resident peak {done.resident / 1e6:.0f} MB, cgroup's peak {highest / 1e6:.0f} MB")
 
 
 def serve(packed: Path, size: str) -> None:

@@ -10,7 +10,7 @@ from coterie.sizes import Memory
 
 VERSION = 2
 MAX_LANES = 64
-OVERHEAD = 200_000_000  # bytes: Python, its libraries and the compiler, beside the ceiling
+OVERHEAD = 200_000_000  # bytes: Python, its libraries, and before weights are loaded the compiler, beside the ceiling
 
 
 @dataclass(frozen=True, kw_only=True)

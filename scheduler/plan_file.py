@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import PlanError, UsageError
+from coterie.paths import replace_file
 from coterie.scheduler.layout import BATCH
 from coterie.scheduler.plan import MAX_LANES, VERSION, Plan, Wishes
+from coterie.sizes import MOST
 
 MAX_BYTES = 1 << 20  # of a plan file
-MOST = 1 << 50  # bytes: more memory than any machine has
 
 # Table, key: the least and the largest value, or None for text.
 SCHEMA: dict[str, dict[str, tuple[int, int] | None]] = {
@@ -82,7 +83,7 @@ def write_plan(path: Path, text: str) -> None:
             with open(_open_regular(path), "rb") as file:
                 if file.read(len(FIRST_LINE)) != FIRST_LINE.encode():
                     raise UsageError(f"{path} is there and is no plan; give another name, or delete it")
-        path.write_text(text, encoding="utf-8")
+        replace_file(path, text.encode())
     except OSError as error:
         raise UsageError(f"cannot write the plan {path}: {error.strerror}") from None
 

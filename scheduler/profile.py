@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -17,7 +16,7 @@ from typing import Any
 
 from coterie.errors import UsageError
 from coterie.kernels import target
-from coterie.paths import cache_dir
+from coterie.paths import cache_dir, replace_file
 
 VERSION = 1
 LARGEST_FILE = 4 << 20  # bytes of a profile
@@ -107,17 +106,9 @@ def save_profile(profile: DeviceProfile) -> Path:
     sections.pop(machine(), None)
     kept = list(sections.items())[1 - MACHINES :]
     text = json.dumps({"version": VERSION, "machines": dict(kept) | {machine(): asdict(profile)}}, indent=1)
-    temporary = ""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".profile-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, text.encode() + b"\n")
     except OSError as error:
-        with suppress(OSError):
-            os.unlink(temporary)
         raise UsageError(f"cannot write the device profile {path}: {error.strerror}") from None
     return path
 

@@ -10,6 +10,7 @@ import io
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ class FlashFile(ModelHeader):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._fd = open_regular(self.path)
+        self._close = weakref.finalize(self, os.close, self._fd)
         try:
             self._opened = self.fingerprint()
             self.size = self._opened[2]
@@ -184,9 +186,9 @@ class FlashFile(ModelHeader):
         return open_direct(f"/proc/self/fd/{self._fd}", buffered=buffered, name=self.path)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """A second call does nothing."""
+        self._close()
+        self._fd = -1
 
 
 def page_buffer(nbytes: int) -> NDArray[np.uint8]:

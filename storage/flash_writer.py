@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from coterie.errors import ModelError, UsageError
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model
-from coterie.paths import packed_dir
+from coterie.paths import packed_dir, replace_file
 from coterie.storage.arena import round_up
 from coterie.storage.checksum import checksum
 from coterie.storage.flash_file import (
@@ -66,6 +66,8 @@ def packed_copy(model: Model, progress: Progress) -> Path:
         with _only_one(out, progress) as fd:
             if not _is_copy(out, model.gguf):  # another process may just have made it
                 _pack(model, out, fd, progress)
+    with suppress(OSError):
+        replace_file(_source_note(out), os.fsencode(os.path.abspath(model.file.path)))
     return out
 
 
@@ -292,8 +294,18 @@ def _is_at(path: Path, fd: int) -> bool:
         return False
 
 
+def _source_note(copy: Path) -> Path:
+    """Where it is written down of which file a copy was made last."""
+    return copy.with_suffix(".source")
+
+
 def _sweep(folder: Path) -> None:
-    """Remove what killed packs left in the cache."""
+    """Remove from the cache what killed packs left, and copies of files that have changed since."""
+    for note in folder.glob("*.source"):
+        with suppress(OSError, ModelError), GGUFFile(os.fsdecode(note.read_bytes())) as file:
+            if _source_note(packed_path(file)) != note:
+                note.with_suffix(".coterie").unlink(missing_ok=True)
+                note.unlink()
     for path in folder.glob(".*.part"):
         with suppress(OSError):
             fd = _locked(path)

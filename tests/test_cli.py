@@ -256,6 +256,12 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
+@pytest.mark.parametrize("text", ["99999TiB", "999999999999999G", "1125899906842.625K"])
+def test_sizes_beyond_reason_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="more than any machine has"):
+        parse_size(text)
+
+
 @given(st.text(max_size=12))
 def test_any_text_is_a_size_or_a_usage_error(text: str) -> None:
     with contextlib.suppress(UsageError):

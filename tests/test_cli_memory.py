@@ -1,7 +1,9 @@
 """Memory ceilings and plans on the command line: with a stand-in for the engine, and on a tiny model."""
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -206,6 +208,21 @@ def test_where_a_plan_cannot_be_saved(model: str, packed: str, tmp_path: Path) -
     assert not (tmp_path / "new").exists()
 
 
+def test_a_plan_is_saved_whole_or_not_at_all(
+    packed: str, plan_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = Path(plan_file).read_text()
+    for name in ("plan.toml", "new.toml"):
+        result = coterie("plan", packed, "--memory", "60%", "--save", str(tmp_path / name))
+        refused(result, "No space left")
+    assert Path(plan_file).read_text() == before
+    assert not (tmp_path / "new.toml").exists()
+
+
 # run, with the engine
 
 
@@ -220,7 +237,7 @@ def test_a_gguf_is_packed_on_first_use_and_that_is_said(model: str, tmp_path: Pa
     assert plain.returncode == 0, plain.stderr
     first, second = run(model, "--memory", "50%"), run(model, "--memory", "50%")
     assert first.stdout == second.stdout == plain.stdout
-    (copy,) = (tmp_path / "home" / "packed").iterdir()
+    (copy,) = (tmp_path / "home" / "packed").glob("*.coterie")
     assert f"coterie: packed tiny.gguf into {copy}, once for all" in first.stderr.splitlines()
     assert "packed" not in second.stderr.replace("/packed/", "")
     for result in (first, second):
@@ -234,6 +251,18 @@ def test_what_cannot_be_planned_is_not_packed(model: str, tmp_path: Path) -> Non
     refused(coterie("run", model, "-p", "Hi", "--memory", "1MiB"), "raise --memory by", code=4)
     folder = tmp_path / "home" / "packed"
     assert not folder.exists() or not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("seconds", [0.8, 2.5, 4.0])
+def test_ctrl_c_while_kernels_are_compiled_ends_it(seconds: float, packed: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "coterie", "run", packed, "--memory", "50%", "-p", "x", "--raw", "-n", "1000000"]
+    environment = os.environ | {"COTERIE_HOME": str(tmp_path / "cold")}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in errors) == (130, False), errors
 
 
 def test_run_follows_a_plan(packed: str, plan_file: str) -> None:

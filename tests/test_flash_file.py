@@ -280,7 +280,7 @@ def test_the_copy_is_made_once(model: Model, cache: Path, monkeypatch: pytest.Mo
     assert out == packed_path(model.gguf) == packed_copy(model, silent)
     assert packed == [out]
     assert sound(out)
-    assert os.listdir(cache) == [out.name]
+    assert set(os.listdir(cache)) == {out.name, out.with_suffix(".source").name}
     with open(out, "r+b") as file:  # a copy that cannot be opened is made again
         file.write(b"COTERIE\0 of another version")
     assert packed_copy(model, silent) == out
@@ -288,8 +288,23 @@ def test_the_copy_is_made_once(model: Model, cache: Path, monkeypatch: pytest.Mo
     assert sound(out)
     os.utime(model.file.path, ns=(5, 5))
     changed = open_model(model.file.path)
-    assert packed_copy(changed, silent) != out
+    new = packed_copy(changed, silent)
     changed.close()
+    assert new != out
+    assert set(os.listdir(cache)) == {new.name, new.with_suffix(".source").name}  # the old one serves nobody
+
+
+def test_copies_of_other_models_and_of_lost_ones_are_kept(model: Model, cache: Path, tmp_path: Path) -> None:
+    copies: list[Path] = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        other = open_model(write_tiny(folder / "m.gguf", seed=len(copies) + 5))
+        copies.append(packed_copy(other, silent))
+        other.close()
+    (tmp_path / "a" / "m.gguf").unlink()
+    copies.append(packed_copy(model, silent))
+    assert {path for path in cache.iterdir() if path.suffix == ".coterie"} == set(copies)
 
 
 def test_two_packers_make_one_copy(model: Model, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,14 +327,14 @@ def test_two_packers_make_one_copy(model: Model, cache: Path, monkeypatch: pytes
     again.close()
     thread.join()
     assert made == packed == [packed_path(model.gguf)]
-    assert os.listdir(cache) == [made[0].name]
+    assert [path for path in cache.iterdir() if path.suffix == ".coterie"] == made
     assert sound(made[0])
 
 
 def test_what_killed_packs_left_in_the_cache_goes(model: Model, cache: Path) -> None:
     (cache / ".other.coterie.part").write_bytes(b"half")
     out = packed_copy(model, silent)
-    assert os.listdir(cache) == [out.name]
+    assert set(os.listdir(cache)) == {out.name, out.with_suffix(".source").name}
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------

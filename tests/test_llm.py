@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,8 +17,9 @@ from reference import same_bits
 from tiny_models import write_tiny
 
 from coterie import LLM
-from coterie.errors import CoterieError, ModelError, PlanError, UsageError
+from coterie.errors import CoterieError, ModelError, PlanError, UnitError, UsageError
 from coterie.kernels import library, target
+from coterie.kernels.apart import CompilerProcess
 
 PROMPT = "In the beginning was the word"
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -340,6 +343,31 @@ def test_a_cache_that_cannot_be_written_costs_only_time(cache: Path, monkeypatch
     monkeypatch.setattr(tempfile, "mkstemp", full)
     assert cycles() <= cycles()
     assert not library.is_cached("lane_cycles")
+
+
+def test_the_compiler_is_started_again_when_it_has_ended() -> None:
+    compiler = CompilerProcess()
+    first = compiler.compile("lane_cycles")
+    assert compiler._process is not None
+    os.kill(compiler._process.pid, signal.SIGKILL)
+    assert compiler.compile("lane_cycles") == first
+    compiler.end()
+    assert compiler._process is None
+    compiler.end()
+
+
+def test_what_cannot_be_compiled_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = CompilerProcess()
+    with pytest.raises(UnitError, match="cannot compile kernel no_such_family: KeyError"):
+        compiler.compile("no_such_family")
+    assert compiler.compile("lane_cycles")  # by the same process
+    compiler.end()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UnitError, match="cannot compile kernel lane_cycles: the compiler ended with status 1"):
+        compiler.compile("lane_cycles")
+    monkeypatch.setattr(sys, "executable", "/nowhere")
+    with pytest.raises(UnitError, match="cannot start the compiler, /nowhere: No such file"):
+        compiler.compile("lane_cycles")
 
 
 def test_leaving_an_iteration_early_gives_the_cache_back_at_once(paths: dict[str, Path]) -> None:

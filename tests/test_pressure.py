@@ -96,7 +96,7 @@ class FakeEngine:
         self.model, self.spec, self.wishes, self.flash = SimpleNamespace(file=None), None, None, None
         self.least, self.told = least, list[int]()
 
-    def set_memory(self, ceiling: int, *, urgent: bool = True) -> None:
+    def set_ceiling(self, ceiling: int, *, urgent: bool = True) -> None:
         if ceiling < self.least:
             raise PlanError("too little")
         self.told.append(ceiling)

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import functools
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from reference import same_bits
 from tiny_models import write_tiny
 
 from coterie import stream
+from coterie.actors import flash
 from coterie.actors.flash import FlashUnit
 from coterie.engine import Engine
 from coterie.errors import CoterieError, ModelError, PlanError, UnitError, UsageError
@@ -239,8 +241,27 @@ def test_a_ceiling_above_what_can_be_had_is_refused(llama: Path, monkeypatch: py
 
 
 def test_a_model_that_is_not_packed_cannot_be_given_another_ceiling(folder: Path) -> None:
-    with opened(write_model(folder, "llama Q4_1")) as engine, pytest.raises(UsageError, match="packed"):
-        engine.set_memory(1 << 30)
+    with opened(write_model(folder, "llama Q4_1")) as engine:
+        for enough in (engine.plan.total, 1 << 40, Share(1.0), "auto"):
+            engine.set_memory(enough)
+        for less in (engine.plan.total - 1, Share(0.99)):
+            with pytest.raises(UsageError, match="coterie pack"):
+                engine.set_memory(less)
+
+
+def test_a_new_ceiling_ends_what_auto_does_and_auto_begins_it(llama: Path) -> None:
+    def following() -> bool:
+        return any(thread.name == "coterie-auto" for thread in threading.enumerate())
+
+    engine = Engine(open_model(llama), Wishes(threads=2, context=CONTEXT, memory="auto"))
+    assert following()
+    engine.set_memory(Share(0.5))
+    assert not following()
+    engine.set_memory("auto")
+    engine.set_memory("auto")
+    assert following()
+    engine.close()
+    assert not following()
 
 
 # --- changes of the ceiling --------------------------------------------------------------------------
@@ -390,6 +411,56 @@ def test_a_stalled_disk_can_be_interrupted_and_ends_by_itself(llama: Path, monke
         until(lambda: engine.stream is not None and engine.stream.unit.in_flight == 0)
         again = engine.sequence()
         assert same_bits(np.stack([engine.decode([again], [t])[0] for t in tokens]), expected)
+
+
+def test_a_model_may_be_closed_and_forgotten_while_the_disk_hangs(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a thread still works on stays mapped until it is done."""
+    stalled, release = False, threading.Event()
+
+    def reader(*call: int) -> int:
+        if stalled:
+            release.wait()
+        return honest(*call)
+
+    monkeypatch.setattr(stream, "PATIENCE", 0.2)
+    monkeypatch.setattr(flash, "LAST_WAIT", 0.1)
+    with faulty(llama, reader, monkeypatch) as engine:
+        decoded(engine, some_tokens(2))
+        stalled = True
+        with pytest.raises(UnitError, match="the disk has not answered"):
+            decoded(engine, some_tokens(N))
+    del engine
+    gc.collect()
+    release.set()
+    until(lambda: not any(thread.name.startswith("coterie-") for thread in threading.enumerate()))
+
+
+@pytest.mark.parametrize("name", ["coterie-flash", "coterie-lane-0"])
+def test_an_interrupt_while_threads_start_leaves_none(name: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Engine(open_model(llama), Wishes(threads=2, memory=Share(0.5)))
+    gc.collect()
+    until(lambda: not any(thread.name.startswith("coterie-") for thread in threading.enumerate()))
+
+
+def test_a_model_that_is_dropped_leaves_no_file_open(llama: Path) -> None:
+    def use() -> int:
+        engine = Engine(open_model(llama), Wishes(threads=2, context=CONTEXT, memory=Share(0.5)))
+        decoded(engine, some_tokens(2))
+        del engine
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    first = use()
+    assert use() == first
 
 
 def test_a_file_that_loses_its_name_is_read_on(folder: Path) -> None:

@@ -12,21 +12,20 @@ import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
 from coterie.errors import UsageError
-from coterie.kernels.library import is_cached
+from coterie.kernels import library
 from coterie.kernels.operands import PROBE_BYTES
 from coterie.meter import Meter
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model
-from coterie.models.rope import rope_table
+from coterie.models.rope import fill_rope_table
 from coterie.models.spec import Rope
 from coterie.pressure import Follower
 from coterie.room import SCRATCH_ROOM, check_free, room_for
 from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model
 from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash
-from coterie.scheduler.program import Program
 from coterie.scheduler.residency import ring_room
-from coterie.sizes import Memory
+from coterie.sizes import Memory, Share
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.flash_file import FlashFile
@@ -38,8 +37,6 @@ from coterie.storage.unit import lay_out_unit
 from coterie.storage.weights import Residency, fill_tables
 from coterie.stream import Stream
 from coterie.trace.chrome import write_chrome_trace
-
-ROPE_ROWS = 256  # positions of a rope table computed at a time
 
 
 class _Yield(Exception):
@@ -62,7 +59,7 @@ Progress = Callable[..., None]  # progress(label, done=0, total=0)
 class Engine:
     """A model in memory, ready to run.
 
-    Programs are compiled when they are first needed; their machine code is cached on disk. Raises ModelError,
+    Kernels are compiled before weights are loaded; their machine code is cached on disk. Raises ModelError,
     PlanError, UsageError.
     """
 
@@ -113,8 +110,7 @@ class Engine:
             self._fill_rope_tables()
             self.count_anew()
             if wishes.memory == "auto":
-                self._follower = Follower(self)
-                self._follower.start()
+                self._follow()
         except BaseException:
             self.close()
             raise
@@ -132,6 +128,8 @@ class Engine:
         )
         stream = Stream(self.arena, file, plan, buffers, self.unit.abort_address)
         self.unit.connect(stream.unit.arrived, stream.unit.freed)
+        assert self.flash is not None
+        self.flash = replace(self.flash, engine=stream.unit.engine)
         self.plan = replace(plan, flash=replace(plan.flash, engine=stream.unit.engine))
         return stream
 
@@ -142,11 +140,13 @@ class Engine:
             self.arena, self.model.file, self.spec, self.runs, self._residency,
             lanes=plan.lanes, context=plan.context, chunk=plan.chunk, tile=plan.tile, ropes=self._ropes,
         )  # fmt: skip
+        self._compile()
         self._ropes = self.layout.shared.ropes
         self._logits: Floats = self.arena.numpy(self.layout.shared.logits)[:, : self.spec.vocab]
         stream = self.stream
         if stream is not None:
-            stream.adopt(self.layout.weights, self._residency.pinned, self._progress)
+            assert plan.flash is not None
+            stream.adopt(self.layout.weights, self._residency.pinned, plan.flash.block, self._progress)
         fill_tables(self.arena, self.layout.weights, 0 if stream is None else stream.unit.arrived)
 
     def _pack(self, file: GGUFFile) -> None:
@@ -157,10 +157,7 @@ class Engine:
 
     def _fill_rope_tables(self) -> None:
         for rope, ref in self.layout.shared.ropes.items():
-            table = self.arena.numpy(ref)
-            for first in range(0, self.plan.context, ROPE_ROWS):
-                last = min(self.plan.context, first + ROPE_ROWS)
-                table[first:last] = rope_table(rope, first, last)
+            fill_rope_table(rope, self.arena.numpy(ref)[: self.plan.context])
 
     def _run(self, name: str, rows: Rows, *, more: bool = False) -> None:
         """Run a program for one step; `more`: logits of this chunk's rows are wanted after it. A step that a new
@@ -210,25 +207,17 @@ class Engine:
         addresses: npt.NDArray[np.int64] = self.arena.base + layout.weights.where[extents] + within
         return addresses
 
+    def _compile(self) -> None:
+        """Have the machine code of whatever may run, before weights take the memory that the compiler needs."""
+        wanted = [kernel for program in self.layout.programs.values() for kernel in program.kernels]
+        library.compile_missing(wanted, self._progress)
+
     def ready(self, *names: str) -> None:
-        """Compile and link programs now, rather than when they are first run."""
+        """Link programs now, rather than when they are first run."""
         for name in names:
             if name not in self._loaded:
-                self._load(self.layout.programs[name])
+                self.unit.load(self.layout.programs[name])
                 self._loaded.add(name)
-
-    def _load(self, program: Program) -> None:
-        kernels = list(dict.fromkeys(program.kernels))
-        cold = not all(map(is_cached, kernels))
-        self.unit.load(program, lambda n: self._progress("compiling", n, len(kernels)) if cold else None)
-
-    @property
-    def weight_kind(self) -> str:
-        """The format that most weights are in."""
-        sizes: dict[str, int] = {}
-        for tensor in self.model.file.tensors.values():
-            sizes[tensor.format] = sizes.get(tensor.format, 0) + tensor.nbytes
-        return max(sizes, key=lambda name: sizes[name])
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence; close it to give its memory back."""
@@ -291,36 +280,62 @@ class Engine:
             return self._logits[:n] if self.stream is None else self._logits[:n].copy()
 
     def read_bandwidth(self) -> float:
-        """Bytes/s at which the lanes read the layers' weights, once through."""
+        """Bytes/s at which the lanes read the layers' weights, once through; the better of two times."""
         with self._lock:
             self._check_open()
             self._apply_ceiling()
             self.ready("probe")
+            seconds = []
             for _ in range(2):
                 start = time.perf_counter()
                 self.unit.run("probe", [0], [0], [0], ())
-            nbytes = self.layout.programs["probe"].words[0, PROBE_BYTES]
-            return float(nbytes / (time.perf_counter() - start))
+                seconds.append(time.perf_counter() - start)
+            return float(self.layout.programs["probe"].words[0, PROBE_BYTES] / min(seconds))
 
     # --- the ceiling ----------------------------------------------------------------------------------
 
-    def set_memory(self, memory: Memory, *, urgent: bool = True) -> None:
-        """Change the ceiling: at once between two steps, else the step under way is cut short and run again. What is
-        not `urgent` waits for the next step.
+    def set_memory(self, memory: Memory) -> None:
+        """Change the ceiling for good: at once between two steps, else the step under way is cut short and run again.
+        From "auto" on it follows what the machine can spare.
 
         Raises PlanError for a ceiling that cannot hold what is not weights, and the smallest ring; UsageError where
         there is nothing to stream from.
         """
-        if self.stream is None:
-            raise UsageError(
-                "this model was opened to be in memory as a whole; open it with memory=, or from a packed file"
-            )
         self._check_open()
+        self._unfollow()  # it would soon have its way again
+        if self.stream is None:
+            self._check_holds(memory)
+        elif memory == "auto":
+            self._follow()
+        else:
+            self.set_ceiling(memory)
+
+    def _check_holds(self, memory: Memory) -> None:
+        """A model that is in memory as a whole can be given only a ceiling that it keeps to."""
+        enough = memory.part >= 1 if isinstance(memory, Share) else memory == "auto" or memory >= self.plan.total
+        if not enough:
+            raise UsageError(
+                "this model is in memory as a whole, with no packed copy to stream from; open it from a packed file "
+                "(coterie pack), or with a lower memory="
+            )
+
+    def _follow(self) -> None:
+        self._follower = Follower(self)
+        self._follower.start()
+
+    def _unfollow(self) -> None:
+        follower, self._follower = self._follower, None
+        if follower is not None:
+            follower.stop()
+
+    def set_ceiling(self, memory: Memory, *, urgent: bool = True) -> None:
+        """Change the ceiling for now; what is not `urgent` waits for the next step."""
+        assert self.stream is not None
         with self._asking:
             plan = self.plan
             new, residency = make_plan(self.model.file, self.spec, replace(self.wishes, memory=memory), self.flash)
             check_free(new, plan.total)
-            new = replace(new, flash=plan.flash, sources=plan.sources | {"memory": "argument"})
+            new = replace(new, sources=plan.sources | {"memory": "argument"})
             self._ceiling, self._urgent = (new, residency), urgent
         if urgent:
             with self._lock:
@@ -382,8 +397,7 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        if self._follower is not None:
-            self._follower.stop()
+        self._unfollow()
         self.unit.close()
         if self.stream is not None:
             self.stream.close()

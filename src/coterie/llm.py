@@ -22,12 +22,13 @@ from coterie.engine import Engine
 from coterie.errors import UsageError
 from coterie.fetch import resolve
 from coterie.generation import Sampler, TextStream
+from coterie.models.header import ModelHeader
 from coterie.models.template import ChatTemplate
 from coterie.opening import open_to_run
 from coterie.sampling import SamplingOptions
 from coterie.scheduler.plan import OVERHEAD, Plan, Wishes
 from coterie.scheduler.plan_file import read_plan
-from coterie.sizes import Memory, Share, parse_memory
+from coterie.sizes import MOST, Memory, Share, parse_memory
 
 LOGITS_BYTES = 1 << 30  # logits() refuses to return more
 
@@ -213,7 +214,7 @@ class LLM:
         return [
             {
                 "model_filename": str(file.path),
-                "model_type": f"{self.plan.architecture} {self._engine.weight_kind}",
+                "model_type": f"{self.plan.architecture} {_weight_kind(file)}",
                 "model_size": sum(tensor.nbytes for tensor in file.tensors.values()),
                 "model_n_params": sum(tensor.rows * tensor.cols for tensor in file.tensors.values()),
                 "n_threads": self.plan.lanes,
@@ -243,10 +244,18 @@ class LLM:
             sequence.close()
 
 
+def _weight_kind(file: ModelHeader) -> str:
+    """The format that most weights are in."""
+    sizes: dict[str, int] = {}
+    for tensor in file.tensors.values():
+        sizes[tensor.format] = sizes.get(tensor.format, 0) + tensor.nbytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
 def _ceiling(memory: int | str | Share | None) -> Memory | None:
     if isinstance(memory, str):
         return parse_memory(memory)
-    if memory is not None and not isinstance(memory, Share) and (type(memory) is not int or memory < 1):
+    if memory is not None and not isinstance(memory, Share) and (type(memory) is not int or not 1 <= memory <= MOST):
         raise UsageError(f'memory is {memory!r}: give bytes, or text such as "6GiB", "50%" or "auto"')
     return memory
 

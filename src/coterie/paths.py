@@ -13,7 +13,7 @@ def cache_dir() -> Path:
     """The first folder that can be written, created if absent.
 
     In this order: $COTERIE_HOME, $XDG_CACHE_HOME/coterie (~/.cache/coterie where unset), and a
-    folder of this user's under the temporary folder, with a note on stderr, since it may not last.
+    folder of this user's under the temporary folder. A note on stderr says where it is not the first.
     Raises UsageError where none can be written.
     """
     wanted = []
@@ -39,6 +39,20 @@ def packed_dir() -> Path:
     return _made(cache_dir() / "packed")
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, and durably. Raises OSError."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -46,12 +60,14 @@ def _made(folder: Path) -> Path:
 
 @functools.cache
 def _choose(wanted: tuple[Path, ...]) -> Path:
-    """The first writable folder, else the temporary one; cached so that the note appears once."""
+    """The first writable folder, else the temporary one; a note says so, once, where it is not the first."""
     for folder in wanted:
         if folder.is_absolute() and _writable(folder):
-            return folder
-    folder = _temporary()
-    print(f"coterie: cannot write {wanted[0]}; using {folder} (set COTERIE_HOME to choose)", file=sys.stderr)
+            break
+    else:
+        folder = _temporary()
+    if folder != wanted[0]:
+        print(f"coterie: cannot write {wanted[0]}; using {folder} (set COTERIE_HOME to choose)", file=sys.stderr)
     return folder
 
 

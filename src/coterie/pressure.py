@@ -95,14 +95,14 @@ class Follower:
                 self._plenty_since = self._clock()
             elif self._clock() - self._plenty_since >= CALM:
                 self._plenty_since = None
-                engine.set_memory(wanted, urgent=False)
+                engine.set_ceiling(wanted, urgent=False)
         else:
             self._plenty_since = None
 
     def _set(self, engine: "Engine", ceiling: int) -> None:
         try:
-            engine.set_memory(ceiling)
+            engine.set_ceiling(ceiling)
         except PlanError:  # less than it needs at least
             least = least_ceiling(engine.model.file, engine.spec, engine.wishes, engine.flash)
             if least < engine.plan.total - STEP:
-                engine.set_memory(least)
+                engine.set_ceiling(least)

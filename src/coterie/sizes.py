@@ -6,6 +6,7 @@ from typing import Literal
 
 from coterie.errors import UsageError
 
+MOST = 1 << 50  # bytes: more memory than any machine has
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 UNITS |= {f"{unit}B": factor for unit, factor in UNITS.items()}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -29,6 +30,8 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
     if match and match[2].upper() in UNITS:
         size = int(float(match[1]) * UNITS[match[2].upper()])
+        if size > MOST:
+            raise UsageError(f"--memory {text!r} is more than any machine has")
         if size > 0:
             return size
     raise UsageError(f"--memory {text!r} is not a size: write it as 64MiB, 1.5GiB, 2G (10^9 bytes), 50% or auto")

@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -42,6 +43,7 @@ class Stream:
         self.arena, self.file = arena, file
         # Buffered reads are for measuring what direct ones are worth: the cache takes memory that the plan left free.
         self._fd = file.open_direct(buffered=os.environ.get("COTERIE_FLASH_BUFFERED") == "1")
+        self._close_fd = weakref.finalize(self, os.close, self._fd)
         staging = arena.regions["staging"]
         ring = BufferRef("staging", staging.offset, staging.size, "|u1", (staging.size,))
         self.unit = FlashUnit(
@@ -58,9 +60,10 @@ class Stream:
 
     # --- residency ------------------------------------------------------------------------------------
 
-    def adopt(self, weights: Weights, pinned: npt.NDArray[np.int64], progress: Progress) -> None:
-        """Stream by these weights' tape from now on; read those pinned extents that are not in memory yet."""
-        self.unit.halt()
+    def adopt(self, weights: Weights, pinned: npt.NDArray[np.int64], block: int, progress: Progress) -> None:
+        """Stream by these weights' tape from now on, up to `block` bytes at a time; read those pinned extents that are
+        not in memory yet."""
+        self.unit.set_block(block)
         self.file.check_unchanged()
         if pinned.size > self._pinned:
             self._load(weights, pinned[self._pinned :], progress)
@@ -195,6 +198,6 @@ class Stream:
         self.unit.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         idle = not wait(self._lookups, timeout=LAST_WAIT).not_done
-        if self._fd >= 0 and idle:  # a lookup that hangs on a dead disk keeps it
-            os.close(self._fd)
+        if idle:  # a lookup that hangs on a dead disk keeps it
+            self._close_fd()
             self._fd = -1

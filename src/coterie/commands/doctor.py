@@ -109,9 +109,9 @@ def _memory() -> dict[str, Any]:
 
 
 def _folders() -> dict[str, Any]:
-    from coterie.paths import kernels_dir, models_dir
+    from coterie.paths import kernels_dir, models_dir, packed_dir
 
-    return {"models": _folder(models_dir), "kernels": _folder(kernels_dir)}
+    return {"models": _folder(models_dir), "kernels": _folder(kernels_dir), "packed": _folder(packed_dir)}
 
 
 def _folder(find: Callable[[], Path]) -> dict[str, Any]:

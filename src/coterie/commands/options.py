@@ -38,7 +38,7 @@ Memory = Annotated[
         parser=parse_memory,
         metavar="SIZE",
         envvar="COTERIE_MEMORY",
-        help="Ceiling, as 64MiB or 2G; 50%: half of the weights in memory; auto: what the machine can spare.",
+        help="Ceiling, as 64MiB or 2G; 50%: room for half of the weights; auto: what the machine can spare.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]

@@ -2,7 +2,7 @@
 
 Kernels are families: `factory(*parameters)` returns the Python function of one member. Everything compiled takes and
 returns 64-bit integers. Division is IEEE's and nothing raises, so the code needs nothing of Python and can be linked
-in a process that never imports the compiler (library.py).
+in a process that never imports the compiler (apart.py, library.py).
 """
 
 import inspect

@@ -2,16 +2,14 @@
 
 A kernel's machine code is an ELF object in a folder of the cache. The folder's name is a hash of all kernel sources,
 the compiler's versions and the CPU, so an edit or another machine can never meet stale code. Linking needs only LLVM's
-linker: a process that finds its kernels there never loads the compiler, which saves it half a second and 100 MB.
+linker: this process never loads the compiler, which saves it half a second and 100 MB.
 """
 
 import ctypes
 import hashlib
-import os
 import platform
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -19,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from coterie.kernels import target
-from coterie.paths import kernels_dir
+from coterie.kernels.apart import CompilerProcess
+from coterie.paths import kernels_dir, replace_file
 
 KEPT_FOLDERS = 7  # of earlier versions, when a new one is made
+COMPILER = CompilerProcess()
 
 
 def kernel_name(family: str, *parameters: str | int) -> str:
@@ -62,11 +62,18 @@ def address(name: str) -> int:
     """Where the kernel of that name starts, in this process."""
     found = _read(name)
     if found is None:
-        from coterie.kernels.compiler import compile_kernel
-
-        found = compile_kernel(name)
+        found = COMPILER.compile(name)
         _write(name, *found)
     return _linker().link(*found)
+
+
+def compile_missing(names: Iterable[str], progress: Callable[[str, int, int], None]) -> None:
+    """Have the machine code of these kernels, and the compiler gone. `progress` gets (label, kernels done, in all)."""
+    missing = [name for name in dict.fromkeys(names) if not is_cached(name)]
+    for done, name in enumerate(missing):
+        progress("compiling", done, len(missing))
+        address(name)
+    COMPILER.end()
 
 
 def function(name: str, arguments: int) -> Callable[..., int]:
@@ -101,13 +108,7 @@ def _write(name: str, symbol: str, code: bytes) -> None:
     """Keep a kernel, if the disk lets us: else the next process compiles it again."""
     body = symbol.encode() + b"\n" + code
     with suppress(OSError):
-        handle, temporary = tempfile.mkstemp(dir=cache_folder())
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(body + hashlib.sha256(body).digest())
-            os.replace(temporary, _path(name))
-        except OSError:
-            os.unlink(temporary)
+        replace_file(_path(name), body + hashlib.sha256(body).digest())
 
 
 # What compiled code calls to report an exception. Kernels raise none; where the compiler is not loaded, and so does

@@ -6,6 +6,7 @@ opened, so that what later code asks for lies inside the file and is as large as
 """
 
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ class GGUFFile(ModelHeader):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._fd = open_regular(self.path)
+        self._close = weakref.finalize(self, os.close, self._fd)
         try:
             self.status = os.fstat(self._fd)
             with open(self._fd, "rb", buffering=1 << 18, closefd=False) as stream:
@@ -70,6 +72,6 @@ class GGUFFile(ModelHeader):
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """A second call does nothing."""
+        self._close()
+        self._fd = -1

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from coterie.models.spec import Rope
 
 Doubles = npt.NDArray[np.float64]
+ROWS = 256  # positions of a table computed at a time
 
 # pi/2 in three parts of 33 bits, so that k times a part is exact for k < 2**20 (fdlibm's constants)
 HALF_PI = (1.57079632673412561417e00, 6.07710050630396597660e-11, 2.02226624879595063154e-21)
@@ -56,3 +57,10 @@ def rope_table(rope: Rope, first: int, last: int) -> npt.NDArray[np.float32]:
     """float32[last - first][cos, sin][dims / 2] for positions `first` to `last` (excluded)."""
     angles = np.arange(first, last, dtype=np.float64)[:, None] * frequencies(rope)
     return np.stack(cos_sin(angles), axis=1).astype(np.float32)
+
+
+def fill_rope_table(rope: Rope, out: npt.NDArray[np.float32]) -> None:
+    """`rope_table` of positions 0 to n - 1 into float32[n][2][dims/2], some at a time."""
+    for first in range(0, len(out), ROWS):
+        last = min(len(out), first + ROWS)
+        out[first:last] = rope_table(rope, first, last)
