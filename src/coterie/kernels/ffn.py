@@ -52,7 +52,7 @@ from coterie.kernels.shapes import (
     VECTOR,
 )
 from coterie.kernels.sync import await_weights, claim, finish, prepare, word
-from coterie.kernels.tile import Tile, cluster_tile_op, tile_groups, tile_op
+from coterie.kernels.tile import Tile, cluster_tile_op, tile_groups, tile_op, turning_tile_op
 from coterie.kernels.vector import floats_at, i32_at, i64_at, mul, prefetch
 
 
@@ -71,6 +71,7 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
     tile_tokens = int(tokens)
     together = tile_groups(tile_tokens)  # a cluster has an even number of groups
     gate_tile, up_tile = tile_op(gate_name, tile_tokens, together), tile_op(up_name, tile_tokens, together)
+    last_tile = turning_tile_op(up_name, tile_tokens)  # Down's column comes next
     gate, up = formats.FORMATS[gate_name], formats.FORMATS[up_name]
     gate_block, up_block = gate.block, up.block
     if gate.subs != up.subs or gate.is_float != up.is_float:
@@ -104,6 +105,8 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
                     return pieces
                 w_gate = i64_at(entry + CLUSTER_GATE_UP)
                 w_up = w_gate + word(record, UP_UP_OFFSET)
+                after = i32_at(ids + 4 * min(c + 1, clusters - 1))
+                following = i64_at(word(record, UP_TABLE) + after * CLUSTER_ROW + CLUSTER_GATE_UP)
                 for first in range(0, blocks, panel):
                     count = min(panel, blocks - first)
                     for g in range(0, groups, together):
@@ -117,7 +120,10 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
                         for i in range(tiles):
                             out = gates + i * tile_tokens * row_bytes + (groups + g) * VECTOR
                             x_at = x + i * x_tile + first * subs * x_sub
-                            up_tile(w, blocks * up_block, x_at, out, row_bytes, count, first)
+                            if g + together < groups:
+                                up_tile(w, blocks * up_block, x_at, out, row_bytes, count, first)
+                            else:
+                                last_tile(w, blocks * up_block, x_at, out, row_bytes, count, first, following)
                 pairs = groups // 2
                 for row in range(n):
                     for p in range(pairs):

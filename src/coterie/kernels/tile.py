@@ -14,13 +14,14 @@ int8, float32 scale, float32 scale * sum, int32 -sum, int32 -(sum of the first 1
 `[sub-block][T][32]` float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.extending import register_jitable
 
 from coterie.kernels import formats, unpack
 from coterie.kernels.formats import COLUMNS, QUADS, Format
@@ -43,6 +44,7 @@ from coterie.kernels.vector import (
     store,
 )
 
+FEW = 2  # tokens up to which memory is the bound
 AHEAD = 4096  # bytes; without it a core waits for a tenth to a fifth of its reads, with hardware's prefetch alone
 
 
@@ -53,7 +55,7 @@ class Tile:
     f: Format
     tokens: int
     groups: int = 1
-    ahead: int = 0  # prefetch weights so many bytes ahead of their use
+    ahead: Any = 0  # prefetch weights so many bytes ahead of their use: a number, or a value of the program's
 
     @property
     def x_sub(self) -> int:
@@ -73,9 +75,10 @@ def _int_sub_block(b: ir.IRBuilder, tile: Tile, w: list[Any], x: Any, shared: li
     """Add one sub-block of an integer format into the sums. `w`, `shared`: one a group."""
     f, n = tile.f, tile.tokens
     words = COLUMNS * n
+    ahead = const(I64, tile.ahead) if isinstance(tile.ahead, int) else tile.ahead
     for at in w:
-        for line in range(0, f.sub if tile.ahead else 0, 64):
-            ask_for(b, b.add(at, const(I64, tile.ahead + line)), near=True)
+        for line in range(0, 0 if tile.ahead == 0 else f.sub, 64):
+            ask_for(b, b.add(at, b.add(ahead, const(I64, line))), near=True)
 
     def word(kind: int, t: int, ty: ir.Type) -> Any:
         return splat(b, load(b, x, ty, words + 4 * (kind * n + t)))
@@ -198,13 +201,43 @@ def build_cluster_tile(
 def tile_op(name: str, tokens: int, groups: int = 1, *, ahead: bool = True) -> Any:
     """tile(w, group, x, y, y_stride, blocks, keep): the intrinsic for a format, tokens and groups. `ahead`: the
     weights behind these are read next, so with few tokens they are prefetched."""
-    tile = Tile(formats.FORMATS[name], tokens, groups, AHEAD if ahead and tokens <= 2 else 0)
+    tile = Tile(formats.FORMATS[name], tokens, groups, AHEAD if ahead and tokens <= FEW else 0)
 
     @op(types.void, ADDRESS, types.intp, ADDRESS, ADDRESS, types.intp, types.intp, types.intp)
     def run_tile(b, w, group, x, y, y_stride, blocks, keep):
         build_tile(b, tile, w, group, x, y, y_stride, blocks, keep)
 
     return run_tile
+
+
+@cache
+def turning_tile_op(name: str, tokens: int) -> Any:
+    """tile(w, group, x, y, y_stride, blocks, keep, following): a group whose neighbour is not read next, but
+    `following` is. With few tokens the last blocks prefetch that."""
+    plain = tile_op(name, tokens, tile_groups(tokens))
+    if tokens > FEW:
+
+        @register_jitable
+        def run_plain(w, group, x, y, y_stride, blocks, keep, following):
+            plain(w, group, x, y, y_stride, blocks, keep)
+
+        return run_plain
+    f = formats.FORMATS[name]
+    tile = Tile(f, tokens)
+    block, x_block, turn = f.block, tile.x_sub * f.subs, -(-AHEAD // f.block)
+
+    @op(types.void, ADDRESS, ADDRESS, ADDRESS, types.intp, types.intp, types.intp, types.intp)
+    def last(b, w, x, y, y_stride, blocks, keep, ahead):
+        build_tile(b, replace(tile, ahead=ahead), w, const(I64, 0), x, y, y_stride, blocks, keep)
+
+    @register_jitable
+    def run(w, group, x, y, y_stride, blocks, keep, following):
+        first = max(0, blocks - turn)
+        at = w + first * block
+        plain(w, group, x, y, y_stride, first, keep)
+        last(at, x + first * x_block, y, y_stride, blocks - first, keep + first, following - at)
+
+    return run
 
 
 @cache
@@ -222,4 +255,4 @@ def cluster_tile_op(name: str, tokens: int, groups: int = 1) -> Any:
 def tile_groups(tokens: int) -> int:
     """Row groups a tile takes together. With four tokens two, which halves the loads of activations and makes 8
     integer sums; with fewer, memory is the bound, and weights are read in order."""
-    return 2 if tokens > 2 else 1
+    return 2 if tokens > FEW else 1
