@@ -21,7 +21,6 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import register_jitable
 
 from coterie.kernels import formats, unpack
 from coterie.kernels.formats import COLUMNS, QUADS, Format
@@ -161,13 +160,33 @@ def build_tile(
 ) -> None:
     """Instructions for `blocks` blocks that lie one behind the other; groups lie `group` bytes apart."""
 
+    _with_sums(b, tile, y, y_stride, keep, lambda sums: _blocks(b, tile, w, group, x, blocks, sums))
+
+
+def build_turning_tile(
+    b: ir.IRBuilder, tile: Tile, w: Any, x: Any, y: Any, y_stride: Any, blocks: Any, keep: Any, following: Any
+) -> None:
+    """The same for one group; the last blocks prefetch what lies at `following` and behind it."""
+    turn = -(-tile.ahead // tile.f.block)
+
     def body(sums: Sums) -> None:
-        with cgutils.for_range(b, blocks, intp=I64) as loop:
-            at = b.add(w, b.mul(loop.index, const(I64, tile.f.block)))
-            x_at = b.add(x, b.mul(loop.index, const(I64, tile.x_sub * tile.f.subs)))
-            _block(b, tile, [b.add(at, b.mul(group, const(I64, g))) for g in range(tile.groups)], x_at, sums)
+        before = b.sub(blocks, const(I64, turn))
+        before = b.select(b.icmp_signed("<", before, const(I64, 0)), const(I64, 0), before)
+        at = b.add(w, b.mul(before, const(I64, tile.f.block)))
+        x_at = b.add(x, b.mul(before, const(I64, tile.x_sub * tile.f.subs)))
+        _blocks(b, tile, w, const(I64, 0), x, before, sums)
+        turning = replace(tile, ahead=b.sub(following, at))
+        _blocks(b, turning, at, const(I64, 0), x_at, b.sub(blocks, before), sums)
 
     _with_sums(b, tile, y, y_stride, keep, body)
+
+
+def _blocks(b: ir.IRBuilder, tile: Tile, w: Any, group: Any, x: Any, blocks: Any, sums: Sums) -> None:
+    """Add blocks that lie one behind the other into the sums."""
+    with cgutils.for_range(b, blocks, intp=I64) as loop:
+        at = b.add(w, b.mul(loop.index, const(I64, tile.f.block)))
+        x_at = b.add(x, b.mul(loop.index, const(I64, tile.x_sub * tile.f.subs)))
+        _block(b, tile, [b.add(at, b.mul(group, const(I64, g))) for g in range(tile.groups)], x_at, sums)
 
 
 def build_cluster_tile(
@@ -212,32 +231,18 @@ def tile_op(name: str, tokens: int, groups: int = 1, *, ahead: bool = True) -> A
 
 @cache
 def turning_tile_op(name: str, tokens: int) -> Any:
-    """tile(w, group, x, y, y_stride, blocks, keep, following): a group whose neighbour is not read next, but
-    `following` is. With few tokens the last blocks prefetch that."""
-    plain = tile_op(name, tokens, tile_groups(tokens))
-    if tokens > FEW:
+    """tile(w, group, x, y, y_stride, blocks, keep, following): what lies at `following` is read next, not what lies
+    behind these. With few tokens the last blocks prefetch it."""
+    tile = Tile(formats.FORMATS[name], tokens, tile_groups(tokens), AHEAD if tokens <= FEW else 0)
 
-        @register_jitable
-        def run_plain(w, group, x, y, y_stride, blocks, keep, following):
-            plain(w, group, x, y, y_stride, blocks, keep)
+    @op(types.void, ADDRESS, types.intp, ADDRESS, ADDRESS, types.intp, types.intp, types.intp, ADDRESS)
+    def run_tile(b, w, group, x, y, y_stride, blocks, keep, following):
+        if tokens > FEW:
+            build_tile(b, tile, w, group, x, y, y_stride, blocks, keep)
+        else:
+            build_turning_tile(b, tile, w, x, y, y_stride, blocks, keep, following)
 
-        return run_plain
-    f = formats.FORMATS[name]
-    tile = Tile(f, tokens)
-    block, x_block, turn = f.block, tile.x_sub * f.subs, -(-AHEAD // f.block)
-
-    @op(types.void, ADDRESS, ADDRESS, ADDRESS, types.intp, types.intp, types.intp, types.intp)
-    def last(b, w, x, y, y_stride, blocks, keep, ahead):
-        build_tile(b, replace(tile, ahead=ahead), w, const(I64, 0), x, y, y_stride, blocks, keep)
-
-    @register_jitable
-    def run(w, group, x, y, y_stride, blocks, keep, following):
-        first = max(0, blocks - turn)
-        at = w + first * block
-        plain(w, group, x, y, y_stride, first, keep)
-        last(at, x + first * x_block, y, y_stride, blocks - first, keep + first, following - at)
-
-    return run
+    return run_tile
 
 
 @cache
