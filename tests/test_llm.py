@@ -1,6 +1,7 @@
 """The Python API on tiny models, and the cache of compiled kernels beneath it."""
 
 import os
+import re
 import shutil
 import signal
 import stat
@@ -354,6 +355,18 @@ def test_the_compiler_is_started_again_when_it_has_ended() -> None:
     compiler.end()
     assert compiler._process is None
     compiler.end()
+
+
+def test_functions_within_kernels_have_symbols_of_their_own() -> None:
+    """Also when two kernels come from two processes: linked into one, they must not take each other's."""
+    symbols = []
+    for name in ("flash_lane:io_uring", "flash_lane:preadv"):
+        compiler = CompilerProcess()
+        _, code = compiler.compile(name)
+        compiler.end()
+        symbols.append(set(re.findall(rb"_ZN7coterie7kernels5flash10flash_lane\w*", code)))
+        assert symbols[-1]
+    assert not symbols[0] & symbols[1]
 
 
 def test_what_cannot_be_compiled_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,12 @@ in a process that never imports the compiler (apart.py, library.py).
 
 import inspect
 from collections.abc import Callable
+from itertools import count
 from typing import Any
+from zlib import crc32
 
 from numba import types
+from numba.core.bytecode import FunctionIdentity
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 
@@ -33,6 +36,9 @@ def compile_kernel(name: str) -> tuple[str, bytes]:
     signature = ((types.int64,) * arity, types.int64)
     compiled = CFunc(function, signature, locals={}, options={"nopython": True, "error_model": "numpy"})
     with global_compiler_lock:
+        # Functions within a factory differ from kernel to kernel, but numba numbers them by the order in a process: two
+        # objects of two processes could give one symbol to both.
+        FunctionIdentity._unique_ids = count(crc32(name.encode()) << 20)
         result = compiled._compile_uncached()
         result.library.finalize()
         _, _, (code, _) = result.library.serialize_using_object_code()
