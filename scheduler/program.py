@@ -112,6 +112,7 @@ class ProgramBuilder:
         """The finished program."""
         prepared = {id(d.prepare): d.prepare for d in self.drafts if d.prepare is not None}
         everything = [*self.drafts, *prepared.values()]
+        number = {id(draft): i for i, draft in enumerate(everything)}
         words = np.zeros((len(everything), r.WORDS), np.int64)
         relocate = np.zeros(words.shape, np.bool_)
         for i, draft in enumerate(everything):
@@ -126,7 +127,7 @@ class ProgramBuilder:
             for index, offset in places.items():
                 row[index], moves[index] = offset, True
             if draft.prepare is not None:
-                row[r.PREPARE] = next(j for j, d in enumerate(everything) if d is draft.prepare)
+                row[r.PREPARE] = number[id(draft.prepare)]
             for index, operand in draft.operands.items():
                 if isinstance(operand, BufferRef):
                     row[index], moves[index] = operand.offset, True
