@@ -67,9 +67,6 @@ class Header(ModelHeader):
     def vector(self, name: str) -> NDArray[np.float32]:
         raise KeyError(name)
 
-    def close(self) -> None:
-        pass
-
 
 def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes, (rows, columns) or (values,)."""

@@ -10,7 +10,6 @@ import io
 import mmap
 import os
 import struct
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from coterie.errors import ModelError, PlanError, UsageError
 from coterie.kernels.formats import FORMATS, ROWS
-from coterie.models.header import HeaderParser, ModelHeader, open_regular
+from coterie.models.header import HeaderParser, ModelFile, open_regular
 from coterie.models.load import read_spec
 from coterie.storage.arena import round_up
 from coterie.storage.checksum import checksum
@@ -105,7 +104,7 @@ def is_flash_file(path: str | Path) -> bool:
         os.close(fd)
 
 
-class FlashFile(ModelHeader):
+class FlashFile(ModelFile):
     """An open packed model: the `extents` of its `runs`, and their `checksums`. `identity` names this very packing,
     `source_key` the GGUF it is of.
 
@@ -113,12 +112,9 @@ class FlashFile(ModelHeader):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._fd = open_regular(self.path)
-        self._close = weakref.finalize(self, os.close, self._fd)
+        super().__init__(path)
         try:
-            self._opened = self.fingerprint()
-            self.size = self._opened[2]
+            self.size = self.status.st_size
             page = _read(self._fd, PAGE, 0, self.path.name)
             self.front = FrontPage.decode(page, self.path.name, self.size)
             self.identity = page[-_DIGEST:].hex()
@@ -171,24 +167,9 @@ class FlashFile(ModelHeader):
             raise ModelError(f"{self.path.name}: its manifest contradicts its header; pack the model again")
         return table
 
-    def check_unchanged(self) -> None:
-        """Raise ModelError if the file was written to or cut since it was opened. Its name may go: it stays open."""
-        if self.fingerprint() != self._opened:
-            raise ModelError(f"{self.path}: the packed model was changed while it was in use; pack it again")
-
-    def fingerprint(self) -> tuple[int, int, int, int]:
-        """Device, inode, size and time of change, of the open file: other ones mean that it was written to."""
-        status = os.fstat(self._fd)
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
     def open_direct(self, *, buffered: bool = False) -> int:
         """Another descriptor of the open file, which may have lost its name, as from `direct.open_direct`."""
         return open_direct(f"/proc/self/fd/{self._fd}", buffered=buffered, name=self.path)
-
-    def close(self) -> None:
-        """A second call does nothing."""
-        self._close()
-        self._fd = -1
 
 
 def page_buffer(nbytes: int) -> NDArray[np.uint8]:

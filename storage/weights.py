@@ -20,6 +20,7 @@ from coterie.storage.arena import Arena, BufferRef, Ledger
 from coterie.storage.runs import PAGE, ClusterLayout, Extents, Run, cluster_layout, norm_places, norm_sizes
 
 PARTS = 4  # of the ring: what one instruction uses at once is no more than one of them
+Int64s = npt.NDArray[np.int64]
 PINNED = -1  # the tape position of an extent that is not streamed
 
 
@@ -113,12 +114,15 @@ class Weights:
     output_norm: BufferRef
     layers: tuple[Layer, ...]
 
-    def embedding_places(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The numbers of the extents in which the ids' embeddings lie, and where in them (bytes) their groups begin."""
+    def embedding_places(self, ids: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+        """Of the groups of rows that hold the ids' embeddings: their extents' numbers, where in those they begin
+        (bytes), and where in the arena."""
         run, groups = self.embedding.run, ids // ROWS
-        return self.extents.first[self.runs.index(run)] + groups // run.per, groups % run.per * run.item_bytes
+        numbers = self.extents.first[self.runs.index(run)] + groups // run.per
+        within = groups % run.per * run.item_bytes
+        return numbers, within, self.where[numbers] + within
 
-    def is_pinned(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def is_pinned(self, numbers: Int64s) -> npt.NDArray[np.bool_]:
         """Whether these extents stay in memory."""
         at = self.where[numbers] - self.pinned.offset
         return (at >= 0) & (at < self.pinned.nbytes)

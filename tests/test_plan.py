@@ -66,7 +66,7 @@ def model(request: pytest.FixtureRequest, folder: Path) -> Iterator[Model]:
 
 
 def plan_of(model: Model, wishes: Wishes) -> Plan:
-    return make_plan(model.file, model.spec, wishes, flash_of(model, wishes))[0]
+    return make_plan(model.file, model.spec, wishes, flash_of(model.file, model.spec, wishes))[0]
 
 
 def planned(model: Model, memory: int, context: int | None = None, chunk: int | None = None) -> Plan | None:

@@ -185,8 +185,8 @@ class Engine:
                 raise _Yield
 
         meter.start()
-        tape = stream.begin(program, again=more)
         try:
+            tape = stream.begin(program, again=more)
             self.unit.run(name, *rows, self._embeddings(ids), tape, watch)
         except _Yield:
             stream.lose()
@@ -203,9 +203,7 @@ class Engine:
         if layout.lookups is not None and layout.bounce is not None:
             assert self.stream is not None
             return self.stream.look_up(ids, layout.lookups, layout.bounce)
-        extents, within = layout.weights.embedding_places(ids)
-        addresses: npt.NDArray[np.int64] = self.arena.base + layout.weights.where[extents] + within
-        return addresses
+        return self.arena.base + layout.weights.embedding_places(ids)[2]
 
     def _compile(self) -> None:
         """Have the machine code of whatever may run, before weights take the memory that the compiler needs."""

@@ -9,7 +9,9 @@ from pathlib import Path
 from coterie.actors.sweep import quick_flash
 from coterie.errors import CoterieError, PlanError
 from coterie.models.gguf_file import GGUFFile
+from coterie.models.header import ModelFile, ModelHeader
 from coterie.models.load import Model, understand
+from coterie.models.spec import ModelSpec
 from coterie.paths import packed_dir
 from coterie.scheduler.plan import Flash, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash, wants_flash
@@ -21,9 +23,14 @@ LARGE_ENOUGH = 64 << 20  # bytes of a file that can be measured by
 Progress = Callable[[str, int, int], None]
 
 
-def open_model(path: str | Path) -> Model:
+def open_file(path: str | Path) -> ModelFile:
     """Open a GGUF or a packed file; ModelError says what is wrong with it."""
-    return understand(FlashFile(path) if is_flash_file(path) else GGUFFile(path))
+    return FlashFile(path) if is_flash_file(path) else GGUFFile(path)
+
+
+def open_model(path: str | Path) -> Model:
+    """The same with tokenizer and template."""
+    return understand(open_file(path))
 
 
 def open_to_run(path: Path, wishes: Wishes, progress: Progress) -> Model:
@@ -34,7 +41,9 @@ def open_to_run(path: Path, wishes: Wishes, progress: Progress) -> Model:
         if isinstance(model.file, GGUFFile) and streaming:
             first = not packed_path(model.file).exists()
             if first:
-                make_plan(model.file, model.spec, wishes, flash_of(model, wishes))  # what cannot be is not packed
+                make_plan(
+                    model.file, model.spec, wishes, flash_of(model.file, model.spec, wishes)
+                )  # what cannot be is not packed
             copy = packed_copy(model, progress)
             if first:  # it takes the disk's room for good
                 print(f"coterie: packed {path.name} into {copy}, once for all", file=sys.stderr, flush=True)
@@ -49,12 +58,11 @@ def open_to_run(path: Path, wishes: Wishes, progress: Progress) -> Model:
         raise
 
 
-def flash_of(model: Model, wishes: Wishes) -> Flash | None:
+def flash_of(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> Flash | None:
     """How the weights of an open model would be streamed; for a GGUF that needs it, from a copy still to be made."""
-    file = model.file
     if isinstance(file, FlashFile):
         return plan_flash(file.path, file.identity, wishes)
-    if not isinstance(file, GGUFFile) or not wants_flash(file, model.spec, wishes):
+    if not isinstance(file, GGUFFile) or not wants_flash(file, spec, wishes):
         return None
     return replace(plan_flash(packed_dir(), "", wishes), file=str(packed_path(file)))
 

@@ -113,9 +113,8 @@ class Stream:
             return 0
         ahead = output if again and head < end else body
         self._watch_anew()
-        number = self.unit.begin(*first, ahead=ahead, redirect=self._lost)
-        self._lost = False
-        return number
+        lost, self._lost = self._lost, False
+        return self.unit.begin(*first, ahead=ahead, redirect=lost)
 
     def lose(self) -> None:
         """A step was abandoned: the next one starts its reads anew."""
@@ -145,8 +144,8 @@ class Stream:
         uint8[rows][group bytes], through `bounce` uint8[LOOKUPS][extent bytes]."""
         assert self._weights is not None
         weights, size = self._weights, self._weights.embedding.run.item_bytes
-        extents, within = weights.embedding_places(ids)
-        addresses: npt.NDArray[np.int64] = self.arena.base + weights.where[extents] + within
+        extents, within, offsets = weights.embedding_places(ids)
+        addresses = self.arena.base + offsets
         missing = np.flatnonzero(~weights.is_pinned(extents))
         if missing.size:
             room, buffers = self.arena.numpy(slots), self.arena.numpy(bounce)

@@ -34,7 +34,8 @@ def plan(
     name = pick_model(model, model_option)
     with terminal.Progress() as progress:
         from coterie import fetch
-        from coterie.opening import flash_of, open_model, open_to_run
+        from coterie.models.load import read_spec
+        from coterie.opening import flash_of, open_file, open_to_run
         from coterie.scheduler.plan import Wishes
         from coterie.scheduler.plan_file import format_plan, write_plan
         from coterie.scheduler.planner import make_plan
@@ -42,11 +43,9 @@ def plan(
 
         wishes = Wishes(threads, context or None, memory=memory, sources=value_sources(command))
         path = fetch.resolve(name, progress)
-        opened = open_to_run(path, wishes, progress) if save is not None else open_model(path)
-        try:
-            made, _ = make_plan(opened.file, opened.spec, wishes, flash_of(opened, wishes))
-        finally:
-            opened.close()
+        with open_file(path) if save is None else open_to_run(path, wishes, progress).file as file:
+            spec = read_spec(file)
+            made, _ = make_plan(file, spec, wishes, flash_of(file, spec, wishes))
         if save is not None:
             write_plan(save, format_plan(made))
             progress.say([f"wrote {save}"])

@@ -6,28 +6,24 @@ opened, so that what later code asks for lies inside the file and is as large as
 """
 
 import os
-import weakref
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.errors import ModelError
-from coterie.models.header import HeaderParser, ModelHeader, open_regular
+from coterie.models.header import HeaderParser, ModelFile
 
 
-class GGUFFile(ModelHeader):
+class GGUFFile(ModelFile):
     """An open GGUF file: its metadata, its tensors' descriptions, and their bytes on request.
 
     Raises ModelError for anything that is not a sound GGUF file with formats that Coterie reads.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._fd = open_regular(self.path)
-        self._close = weakref.finalize(self, os.close, self._fd)
+        super().__init__(path)
         try:
-            self.status = os.fstat(self._fd)
             with open(self._fd, "rb", buffering=1 << 18, closefd=False) as stream:
                 header = HeaderParser(stream, self.status.st_size, self.path.name)
             self.metadata, self.tensors, self._header_size = header.metadata, header.tensors, header.consumed
@@ -61,17 +57,6 @@ class GGUFFile(ModelHeader):
         vector: NDArray[np.float32] = self.read(name).view(np.float32)[0]
         return vector
 
-    def check_unchanged(self) -> None:
-        """Raise ModelError if the file was written to since it was opened."""
-        now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
-            raise ModelError(f"{self.path}: the file was changed while it was in use")
-
     def forget(self) -> None:
         """Take what was read out of the page cache."""
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def close(self) -> None:
-        """A second call does nothing."""
-        self._close()
-        self._fd = -1

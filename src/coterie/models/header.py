@@ -7,6 +7,7 @@ tensor descriptions. A packed file keeps the same bytes, so both kinds of file a
 import os
 import stat
 import struct
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def open_regular(path: Path, flags: int = 0) -> int:
 
 
 class ModelHeader(ABC):
-    """An open model file: its metadata and its tensors' descriptions."""
+    """A model's metadata and its tensors' descriptions."""
 
     path: Path
     metadata: dict[str, Any]
@@ -96,15 +97,6 @@ class ModelHeader(ABC):
     @abstractmethod
     def vector(self, name: str) -> NDArray[np.float32]:
         """A float32 vector that belongs to the model's shape, not to its weights (rotary factors)."""
-
-    @abstractmethod
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def tensor(self, name: str) -> TensorInfo:
         """The description of a tensor that the model must have."""
@@ -147,6 +139,33 @@ class ModelHeader(ABC):
     def _wrong(self, key: str, value: object, wanted: str) -> ModelError:
         found = "missing" if value is None else f"{str(value)[:40]!r}"
         return ModelError(f"{self.path.name}: metadata {key!r} is {found}, but must be {wanted}")
+
+
+class ModelFile(ModelHeader):
+    """An open model file. Raises ModelError where it cannot be opened."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._fd = open_regular(self.path)
+        self._close = weakref.finalize(self, os.close, self._fd)
+        self.status = os.fstat(self._fd)
+
+    def check_unchanged(self) -> None:
+        """Raise ModelError if the file was written to or cut since it was opened. Its name may go: it stays open."""
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+            raise ModelError(f"{self.path}: the file was changed while it was in use")
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        self._close()
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class HeaderParser:

@@ -6,7 +6,7 @@ from types import ModuleType
 from coterie.errors import ModelError, UsageError
 from coterie.models import gemma3, llama
 from coterie.models.gguf_file import GGUFFile
-from coterie.models.header import ModelHeader
+from coterie.models.header import ModelFile, ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.models.template import ChatTemplate
 from coterie.models.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "gemma3": gemma3}
 class Model:
     """A model file that has been opened and understood. `template` is None where the file has none."""
 
-    file: ModelHeader
+    file: ModelFile
     spec: ModelSpec
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -34,7 +34,7 @@ class Model:
         self.file.close()
 
 
-def understand(file: ModelHeader) -> Model:
+def understand(file: ModelFile) -> Model:
     """A model by its open file; ModelError says what is wrong with it. The file is closed in that case."""
     try:
         spec = read_spec(file)
