@@ -87,7 +87,7 @@ class FlashUnit:
         self._announce = library.function("flash_announce", 2)
         self._lock = threading.Lock()
         self._closed = False
-        uring = _set_up(engine, depth, reader)
+        uring = set_up_engine(engine, depth, reader)
         self.engine = "preadv" if uring is None else "io_uring"
         readers = min(depth, READERS) if uring is None else 0
         fd = os.dup(fd)
@@ -96,11 +96,7 @@ class FlashUnit:
         self._fill_control(fd, abort, reader, readers, uring)
         self._control[t.UNCHECKED] = unchecked
         lane = library.function(f"flash_lane:{self.engine}", 1)
-        serve = (self._control, lane, self._address, fd, uring)
-        self._threads = [threading.Thread(target=_serve, args=serve, name="coterie-flash", daemon=True)]
-        for i in range(readers):
-            read = (self._control, library.function("flash_reader", 1), self._address)
-            self._threads.append(threading.Thread(target=_read, args=read, name=f"coterie-read-{i}", daemon=True))
+        self._threads = lane_threads("coterie-flash", self._control, lane, (self._address,), fd, uring, readers)
         self._stop = weakref.finalize(self, _stop_lane, self._control, self._announce, self._threads)
         for thread in self._threads:
             thread.start()
@@ -283,7 +279,7 @@ class FlashUnit:
                 raise UnitError(f"the disk has not answered for {self.patience:.0f} seconds")
 
 
-def _set_up(engine: str | None, depth: int, reader: int | None) -> Uring | None:
+def set_up_engine(engine: str | None, depth: int, reader: int | None) -> Uring | None:
     """A ring, or None for readers."""
     if engine not in (None, *ENGINES) or (engine == "io_uring" and reader):
         raise UsageError(f"there is no flash engine {engine} here; there are {', '.join(ENGINES)}")
@@ -329,12 +325,30 @@ def _continues(expected: tuple[int, int], ranges: tuple[int, ...]) -> bool:
     return at == stop
 
 
+def lane_threads(
+    name: str,
+    control: npt.NDArray[np.int64],
+    lane: Callable[..., int],
+    arguments: tuple[int, ...],
+    fd: int,
+    uring: Uring | None,
+    readers: int,
+) -> list[threading.Thread]:
+    """The lane's thread, and those of its readers, which work on `control`, the first of the lane's `arguments`."""
+    serve = control, lane, arguments, fd, uring
+    threads = [threading.Thread(target=_serve, args=serve, name=name, daemon=True)]
+    for i in range(readers):
+        read = control, library.function("flash_reader", 1), arguments[0]
+        threads.append(threading.Thread(target=_read, args=read, name=f"{name}-{i}", daemon=True))
+    return threads
+
+
 def _serve(
-    memory: npt.NDArray[np.int64], lane: Callable[[int], int], control: int, fd: int, uring: Uring | None
+    memory: npt.NDArray[np.int64], lane: Callable[..., int], arguments: tuple[int, ...], fd: int, uring: Uring | None
 ) -> None:
     """The lane's thread. While it runs, it holds a view of the arena's memory; then it closes what only it uses."""
     _be_prompt()
-    lane(control)
+    lane(*arguments)
     if uring is not None:
         uring.close()
     os.close(fd)

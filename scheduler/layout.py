@@ -11,9 +11,10 @@ from coterie.kernels.record import LINE, Opcode
 from coterie.kernels.shapes import SPAN
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec, Rope
-from coterie.scheduler.lower import Lowering, Mode, Shared
+from coterie.scheduler.lower import Lowering, Mode, Neurons, Shared
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
+from coterie.storage.neuron_buffers import NeuronBuffers, bundle_runs, lay_out_neurons
 from coterie.storage.runs import PAGE, Run
 from coterie.storage.weights import Residency, Weights, lay_out
 
@@ -27,10 +28,12 @@ OUTPUT_ROWS = 8  # rows whose logits are computed together, each in two planes
 class ModelLayout:
     """A model's buffers and programs. Programs by name: `decode` (one row), `batch` (2 to 8 rows of different
     sequences), `prefill` (a chunk of one sequence, no logits), `head` (logits of chosen rows of a prefill), `probe`
-    (reads the pinned weights: the machine's bandwidth, with the same lanes on the same memory). `lookups`:
+    (reads the pinned weights: the machine's bandwidth, with the same lanes on the same memory). `whole`: the weights as
+    prompts use them, which differ from `weights` where decode has a neuron cache. `lookups`:
     uint8[rows][group bytes], room for embeddings that are not pinned; `bounce`: uint8[LOOKUPS][extent bytes]."""
 
     weights: Weights
+    whole: Weights
     shared: Shared
     programs: dict[str, Program]
     lookups: BufferRef | None
@@ -49,18 +52,23 @@ def lay_out_model(
     chunk: int,
     tile: int,
     ropes: dict[Rope, BufferRef] | None = None,
+    neurons: Neurons | None = None,
 ) -> ModelLayout:
-    """Cut everything but KV blocks and trace rings, in a fixed order. `ropes`: tables that are there already."""
-    weights = lay_out(file.tensors, spec, runs, residency, ledger)
+    """Cut everything but KV blocks and trace rings, in a fixed order. `ropes`, `neurons`: what is there already."""
+    weights = lay_out(file.tensors, spec, runs, residency, ledger, whole=not residency.slots)
+    whole = weights
+    if residency.slots:  # a prompt's chunk uses all neurons, and has a tape of its own
+        whole = lay_out(file.tensors, spec, runs, residency, ledger, beside=weights)
     ropes = ropes or {
         rope: ledger.allocate("state", (context, 2, rope.dims // 2), np.float32)
         for rope in dict.fromkeys(layer.rope for layer in spec.layers)
     }
     logits = ledger.allocate("activations", (2 * OUTPUT_ROWS, round_up(spec.vocab, COLUMNS)), np.float32)
-    shared = Shared(lanes, context, ledger.allocate("flags", LINE), ropes, logits)
+    shared = Shared(lanes, context, ledger.allocate("flags", LINE), ropes, logits, neurons)
 
     def lowering(mode: Mode, rows: int, tile: int) -> Lowering:
-        return Lowering(spec, weights, shared, ledger, mode=mode, rows=rows, tile=tile)
+        used = whole if mode == "prefill" else weights
+        return Lowering(spec, used, shared, ledger, mode=mode, rows=rows, tile=tile)
 
     prefill = lowering("prefill", chunk, tile)
     programs = [
@@ -75,7 +83,24 @@ def lay_out_model(
     if sum(part.count for part in weights.embedding.slices) < run.extents:
         lookups = ledger.allocate("activations", (max(chunk, BATCH), run.item_bytes))
         bounce = ledger.allocate("activations", (LOOKUPS, run.stride), align=PAGE)
-    return ModelLayout(weights, shared, {p.name: p for p in programs}, lookups, bounce)
+    return ModelLayout(weights, whole, shared, {p.name: p for p in programs}, lookups, bounce)
+
+
+def lay_out_shared(
+    ledger: Ledger, runs: tuple[Run, ...], residency: Residency, lanes: int, sector: int, *, tracing: bool
+) -> tuple[Neurons | None, NeuronBuffers | None]:
+    """What programs of a sparse model share, and the buffers of its neuron cache if there is one."""
+    if not bundle_runs(runs):
+        return None, None
+    cache = lay_out_neurons(ledger, runs, residency.slots, sector, tracing=tracing) if residency.slots else None
+    counted = ledger.allocate("cache", (lanes, LINE // 8), np.int64)
+    return Neurons(counted, cache.control if cache else None), cache
+
+
+def tape_room(runs: tuple[Run, ...]) -> int:
+    """Reads at most on the tape of a model: a sparse one has a second one behind the first."""
+    count = sum(run.extents for run in runs)
+    return 2 * count if bundle_runs(runs) else count
 
 
 def lookup_room(runs: tuple[Run, ...], chunk: int) -> int:

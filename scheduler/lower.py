@@ -17,6 +17,7 @@ from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
 from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN
 from coterie.models.spec import ModelSpec, Rope
+from coterie.scheduler.lower_sparse import SparseLowering, Woven
 from coterie.scheduler.program import NO_LAYER, Draft, Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.kv import KVLayout
@@ -47,15 +48,25 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class Neurons:
+    """What a sparse model's programs share: lines in which lanes count neurons, int64[lanes][8], and the control block
+    of the neuron cache (None: all bundles stay in memory)."""
+
+    counted: BufferRef
+    cache: BufferRef | None
+
+
+@dataclass(frozen=True)
 class Shared:
     """What all programs of a model share. `ropes`: float32[context][2][dims/2]; `logits`:
-    float32[rows][vocabulary, padded]; `error`: the word kernels complain into."""
+    float32[rows][vocabulary, padded]; `error`: the word kernels complain into; `neurons`: of a sparse model."""
 
     lanes: int
     context: int
     error: BufferRef
     ropes: dict[Rope, BufferRef]
     logits: BufferRef
+    neurons: "Neurons | None" = None
 
 
 class Lowering:
@@ -94,27 +105,38 @@ class Lowering:
         self.qkv = self._floats(rows, self.qkv_width)
         layers = self.weights.layers
         readers = [m.format for layer in layers for m in layer.projections]
-        readers += [g for layer in layers for g in (layer.ffn.layout.gate, layer.ffn.layout.up)]
+        dense = [layer.ffn.layout for layer in layers if isinstance(layer.ffn, FFN)]
+        readers += [g for layout in dense for g in (layout.gate, layout.up)]
         self.normed = self._tiles(spec.dim, rows, readers)
         self.attended = self._tiles(spec.n_heads * spec.head_dim, rows, [layer.output.format for layer in layers])
         private = self._private
         self.attention = self._floats(private, rows, self.heads_width)
-        hidden = max(layer.ffn.layout.clusters * layer.ffn.layout.neurons for layer in layers)
-        self.hidden = self._tiles(hidden, rows, [layer.ffn.layout.down for layer in layers], shared=True)
+        if dense:
+            hidden = max(layout.clusters * layout.neurons for layout in dense)
+            self.hidden = self._tiles(hidden, rows, [layout.down for layout in dense], shared=True)
+            self.ffn_lane = rows * 2 * max(layout.neurons for layout in dense) * 4
+            self.ffn_scratch = self.ledger.allocate("activations", self.lanes * self.ffn_lane)
+        self.sparse = self._sparse()
         self.planes = 1 if self.weights.output.format.is_float else 2
         self.final_tile = max(self.tile, self.planes)
         self.final = self._tiles(spec.dim, self.shared.logits.shape[0], [self.weights.output.format])
         share = spec.n_heads // spec.n_kv_heads
         self.attend_lane = round_up(shapes.attend_scratch(share, spec.head_dim, shapes.QUERY_TOKENS), 64)
         self.attend_scratch = self.ledger.allocate("activations", self.lanes * self.attend_lane)
-        neurons = max(layer.ffn.layout.neurons for layer in layers)
-        self.ffn_lane = rows * 2 * neurons * 4
-        self.ffn_scratch = self.ledger.allocate("activations", self.lanes * self.ffn_lane)
         self.unpack_scratch = self.ledger.allocate("activations", self.lanes * shapes.UNPACKED)
         self.spans = -(-self.shared.context // shapes.SPAN) + 1
         self.state_row = spec.n_heads * self.spans * (shapes.HEAD + 4 * spec.head_dim)
         states = rows * self.state_row if self.mode == "decode" else 64
         self.states = self.ledger.allocate("activations", states)
+
+    def _sparse(self) -> SparseLowering | None:
+        shared = self.shared.neurons
+        if shared is None:
+            return None
+        return SparseLowering(
+            self.spec, self.weights, self.ledger, lanes=self.lanes, rows=self.rows, tile=self.tile,
+            decode=self.mode == "decode", cache=shared.cache, counted=shared.counted,
+        )  # fmt: skip
 
     @property
     def _private(self) -> int:
@@ -157,8 +179,12 @@ class Lowering:
             ready = self._norm(b, i, layer.norms["attn_norm"], self.normed, self.z if i else None, post)
             self._attend(b, i, layer, self._project(b, i, layer, ready))
             post = layer.norms.get("post_attention_norm")
-            ready = self._norm(b, i, layer.norms["ffn_norm"], self.normed, self.y, post)
-            self._ffn(b, i, layer, ready)
+            woven = self.sparse.x if self.sparse else None
+            ready = self._norm(b, i, layer.norms["ffn_norm"], self.normed, self.y, post, woven=woven)
+            if isinstance(layer.ffn, FFN):
+                self._ffn(b, i, layer.ffn, ready)
+            elif self.sparse:
+                self.sparse.add(b, i, layer.ffn, ready, self.z, self.width)
         return b
 
     def _head(self, b: ProgramBuilder) -> ProgramBuilder:
@@ -198,9 +224,11 @@ class Lowering:
         post: BufferRef | None,
         *,
         select: bool = False,
+        woven: Woven | None = None,
     ) -> Draft | None:
-        """Residual addition of `add` (if there is one) and norm: in decode a preparation for the instructions that
-        read `out`, which writes the new residual into the other of two buffers; in prefill an instruction."""
+        """Residual addition of `add` (if there is one) and norm, into `out` or `woven`: in decode a preparation for the
+        instructions that read it, which writes the new residual into the other of two buffers; in prefill an
+        instruction."""
         source = self.x[self._at]
         if self.mode == "decode" and add is not None:
             self._at = 1 - self._at
@@ -214,9 +242,9 @@ class Lowering:
             o.NORM_DIM: self.spec.dim,
             o.NORM_SUBS: self.width // COLUMNS,
             o.NORM_EPS: float(self.spec.norm_eps),
-            o.NORM_OUT: out.ints,
+            o.NORM_OUT: None if woven else out.ints,
             o.NORM_OUT_LANE: out.int_lane,
-            o.NORM_FLOAT_OUT: out.floats,
+            o.NORM_FLOAT_OUT: None if woven else out.floats,
             o.NORM_FLOAT_LANE: out.float_lane,
             o.NORM_TILE: self.final_tile if select else self.tile,
             o.NORM_SELECT: int(select),
@@ -224,6 +252,12 @@ class Lowering:
             o.NORM_TILE_SUBS: out.subs,
             o.NORM_PLANES: self.planes if select else 1,
         }
+        if woven:
+            operands |= {
+                o.NORM_WOVEN: woven.ref,
+                o.NORM_WOVEN_LANE: woven.lane,
+                o.NORM_WOVEN_FLOAT: int(woven.is_float),
+            }
         return self._row_wise(b, kernel_name("norm"), Opcode.NORM, operands, layer)
 
     def _row_wise(
@@ -353,11 +387,11 @@ class Lowering:
         ready = self._row_wise(b, kernel_name("merge"), Opcode.MERGE, merge, i)
         self._matmul(b, i, layer.output, self.attended, self.y, 0, self.width, prepare=ready)
 
-    def _ffn(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> None:
-        layout = layer.ffn.layout
+    def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN, ready: Draft | None) -> None:
+        layout = ffn.layout
         names = layout.gate.name, layout.up.name, self.spec.activation, self.tile
-        for span in layer.ffn.spans:
-            up, down = self._up(layer.ffn, span), self._down(layer.ffn, span)
+        for span in ffn.spans:
+            up, down = self._up(ffn, span), self._down(ffn, span)
             streaming = _streaming(span.position, span.end)
             ordered, frees = streaming["ordered"], streaming["frees"]
             b.add(kernel_name("ffn_up", *names), Opcode.FFN_UP, up, layer=i, prepare=ready, ordered=ordered)

@@ -8,7 +8,7 @@ from coterie.scheduler.profile import FlashChoice
 from coterie.scheduler.residency import region_bytes
 from coterie.sizes import Memory
 
-VERSION = 2
+VERSION = 3
 MAX_LANES = 64
 OVERHEAD = 200_000_000  # bytes: Python, its libraries, and before weights are loaded the compiler, beside the ceiling
 
@@ -20,6 +20,7 @@ class Flash(FlashChoice):
 
     file: str
     identity: str
+    sector: int = 4096  # bytes that reads are multiples of
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Plan:
     streamed_per_token: int  # of these, read from flash
     pinned: int
     ring: int
+    slots: int  # neurons in the cache of a sparse model
     regions: dict[str, int]
     sources: dict[str, str]
     memory: int | None = None
@@ -140,6 +142,7 @@ class Wishes:
     sources: Mapping[str, str] = field(default_factory=dict)
     pinned: int | None = None
     ring: int | None = None
+    slots: int | None = None
     block: int | None = None
     depth: int | None = None
     identity: str | None = None

@@ -26,7 +26,7 @@ SCHEMA: dict[str, dict[str, tuple[int, int] | None]] = {
     "model": {"name": None, "identity": None},
     "memory": {"ceiling": (1, MOST), "context": (1, 1 << 30)},
     "cpu": {"lanes": (1, MAX_LANES), "chunk": (BATCH, 1 << 16)},
-    "residency": {"pinned": (1, 1 << 30), "ring": (0, MOST)},
+    "residency": {"pinned": (1, 1 << 30), "ring": (0, MOST), "slots": (0, 1 << 30)},
     "flash": {"block": (4096, 1 << 30), "depth": (1, 1 << 10)},
 }
 OPTIONAL = {("memory", "ceiling")}
@@ -59,6 +59,7 @@ chunk = {plan.chunk}  # prompt tokens computed together
 [residency]  # {plan.streamed_per_token} of a token's {plan.bytes_per_token} bytes are streamed
 pinned = {plan.pinned}  # extents, in the order in which they are given up last to first
 ring = {plan.ring}  # bytes through which the others are streamed
+slots = {plan.slots}  # neurons in the cache of a sparse model
 
 [flash]
 block = {plan.flash.block}  # bytes read at a time at most
@@ -117,6 +118,7 @@ def read_plan(path: Path, wishes: Wishes) -> Wishes:
         chunk=values["cpu", "chunk"],
         pinned=values["residency", "pinned"],
         ring=values["residency", "ring"],
+        slots=values["residency", "slots"],
         block=values["flash", "block"],
         depth=values["flash", "depth"],
         identity=values["model", "identity"],

@@ -10,16 +10,17 @@ from coterie.kernels import target
 from coterie.kernels.shapes import TILE_TOKENS
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
-from coterie.scheduler.layout import BATCH, ModelLayout, block_table_bytes, lay_out_model
+from coterie.scheduler.layout import BATCH, ModelLayout, block_table_bytes, lay_out_model, lay_out_shared, tape_room
 from coterie.scheduler.plan import MAX_LANES, OVERHEAD, Flash, Plan, Wishes
 from coterie.scheduler.profile import flash_choice, load_profile
 from coterie.scheduler.residency import choose, least_budget, region_bytes, resume, ring_room
 from coterie.sizes import Share
 from coterie.storage.arena import Ledger, round_up
 from coterie.storage.available import available_memory
+from coterie.storage.direct import sector_bytes
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.kv import KVLayout
-from coterie.storage.runs import Extents, lay_out_runs
+from coterie.storage.runs import PAGE, Extents, lay_out_runs
 from coterie.storage.unit import lay_out_unit
 from coterie.storage.weights import Residency
 
@@ -55,7 +56,7 @@ def plan_flash(path: Path, identity: str, wishes: Wishes) -> Flash:
     choice = flash_choice(load_profile(), path)
     if wishes.block is not None and wishes.depth is not None:
         choice = replace(choice, block=wishes.block, depth=wishes.depth, source="plan")
-    return Flash(file=str(path), identity=identity, **vars(choice))
+    return Flash(file=str(path), identity=identity, sector=sector_bytes(path), **vars(choice))
 
 
 def wants_flash(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> bool:
@@ -99,7 +100,7 @@ def least_ceiling(file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Fla
     """The lowest ceiling, in bytes, under which `wishes` can be had."""
     draft = _Draft(file, spec, wishes, flash)
     context = draft.context or draft.usual
-    return draft.fixed(context, draft.chunks(context)[-1]) + least_budget(draft.runs)
+    return draft.fixed(context, draft.chunks(context)[-1]) + least_budget(draft.runs, draft.sector)
 
 
 class _Draft:
@@ -108,6 +109,7 @@ class _Draft:
     def __init__(self, file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Flash | None) -> None:
         self.file, self.spec, self.wishes, self.flash = file, spec, wishes, flash
         self.runs = lay_out_runs(file.tensors, spec)
+        self.sector = flash.sector if flash else PAGE
         self.lanes = available_cores() if wishes.threads is None else wishes.threads
         if not 1 <= self.lanes <= MAX_LANES:
             raise UsageError(f"{self.lanes} threads: choose 1 to {MAX_LANES}")
@@ -122,7 +124,7 @@ class _Draft:
         """What a plan file decided."""
         wishes, context = self.wishes, self.context or self.usual
         assert wishes.pinned is not None
-        residency = resume(self.runs, wishes.pinned, wishes.ring or 0)
+        residency = resume(self.runs, wishes.pinned, wishes.ring or 0, wishes.slots or 0)
         plan = self._plan(context, self.chunks(context)[0], residency, ceiling)
         if ceiling is not None and plan.total > ceiling:
             raise PlanError(
@@ -177,9 +179,9 @@ class _Draft:
         if budget < self.weight_bytes and self.flash is None:
             raise PlanError(f"{self.file.path.name} does not fit, and there is no packed copy to stream from")
         try:
-            return choose(self.runs, budget)
+            return choose(self.runs, budget, self.sector)
         except PlanError as error:
-            need = least_budget(self.runs) - budget >> 20
+            need = least_budget(self.runs, self.sector) - budget >> 20
             raise PlanError(f"{self.file.path.name}: {error}; raise --memory by {need + 1} MiB, or lower -c") from None
 
     def chunks(self, context: int) -> list[int]:
@@ -195,21 +197,22 @@ class _Draft:
 
     def fixed(self, context: int, chunk: int) -> int:
         """Bytes of all that are not weights, at most: with as little pinned as can be, programs are longest."""
-        least = choose(self.runs, least_budget(self.runs)) if self.flash else choose(self.runs, 1 << 62)
-        regions = self._regions(context, chunk, least)[0]
-        return sum(region_bytes(size) for name, size in regions.items() if name not in ("weights", "staging"))
+        least = least_budget(self.runs, self.sector) if self.flash else 1 << 62
+        regions = self._regions(context, chunk, choose(self.runs, least, self.sector))[0]
+        weights = "weights", "staging", "neurons"
+        return sum(region_bytes(size) for name, size in regions.items() if name not in weights)
 
     def _regions(self, context: int, chunk: int, residency: Residency) -> tuple[dict[str, int], ModelLayout]:
         ledger, tracing = Ledger(), self.wishes.tracing
+        neurons, _ = lay_out_shared(ledger, self.runs, residency, self.lanes, self.sector, tracing=tracing)
         layout = lay_out_model(
             ledger, self.file, self.spec, self.runs, residency,
-            lanes=self.lanes, context=context, chunk=chunk, tile=TILE_TOKENS,
+            lanes=self.lanes, context=context, chunk=chunk, tile=TILE_TOKENS, neurons=neurons,
         )  # fmt: skip
         lay_out_unit(ledger, self.lanes, chunk, tracing=tracing)
         if self.flash is not None:
-            lay_out_flash(
-                ledger, entries=self.count, ring_bytes=ring_room(self.runs), depth=self.flash.depth, tracing=tracing
-            )
+            entries, ring = tape_room(self.runs), ring_room(self.runs)
+            lay_out_flash(ledger, entries=entries, ring_bytes=ring, depth=self.flash.depth, tracing=tracing)
         regions = ledger.usage()
         regions["kv"] = KVLayout.of(self.spec).region(context)
         regions["state"] += (BATCH + 1) * block_table_bytes(context)
@@ -237,6 +240,7 @@ class _Draft:
             streamed_per_token=weights.streamed,
             pinned=residency.pinned.size,
             ring=residency.ring,
+            slots=residency.slots,
             regions=regions,
             sources={name: _source(name, value, wishes.sources) for name, value in given.items()},
             memory=ceiling,

@@ -3,9 +3,24 @@
 import fcntl
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from coterie.errors import ModelError, UsageError
+
+LEAST_SECTOR = 512  # bytes
+
+
+def sector_bytes(path: Path) -> int:
+    """What direct reads of a file at `path`, or of one in the folder that will hold it, must be multiples of."""
+    while not path.exists():
+        path = path.parent
+    device = path.stat().st_dev
+    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    for queue in (folder / "queue", folder.resolve().parent / "queue"):  # a partition's disk has it
+        with suppress(OSError, ValueError):
+            return max(LEAST_SECTOR, int((queue / "logical_block_size").read_text()))
+    return mmap.PAGESIZE
 
 
 def open_direct(path: Path | str, *, buffered: bool = False, name: Path | str | None = None) -> int:

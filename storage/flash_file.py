@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from coterie.errors import ModelError, PlanError, UsageError
 from coterie.kernels.formats import FORMATS, ROWS
+from coterie.kernels.shapes import CLUSTER
 from coterie.models.header import HeaderParser, ModelFile, open_regular
 from coterie.models.load import read_spec
 from coterie.storage.arena import round_up
@@ -30,9 +31,9 @@ from coterie.storage.runs import PAGE, Extents, Run, lay_out_runs
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MAGIC, VERSION = b"COTERIE\0", 1
-SECTIONS = ("header", "factors", "manifest")
-MAX_SECTION = {"header": 256 << 20, "factors": 1 << 20, "manifest": 64 << 20}  # bytes
+MAGIC, VERSION = b"COTERIE\0", 2
+SECTIONS = ("header", "factors", "neurons", "manifest")
+MAX_SECTION = {"header": 256 << 20, "factors": 1 << 20, "neurons": 256 << 20, "manifest": 64 << 20}  # bytes
 ROW_BYTES = 40  # of a manifest's row at least
 FACTORS = "rope_freqs.weight"
 PIECE = 8 << 20  # bytes read at a time when all are checked
@@ -124,6 +125,7 @@ class FlashFile(ModelFile):
             self.metadata, self.tensors = parser.metadata, parser.tensors
             self._lay_out()
             self.checksums: UInt64s = self._checksums()
+            self.neuron_sums: UInt64s = self._neuron_sums()
         except BaseException:
             self.close()
             raise
@@ -145,6 +147,13 @@ class FlashFile(ModelFile):
         manifest = self._section("manifest")
         first = self.front.checksums - self.front.sections["manifest"][0]
         return np.frombuffer(manifest, "<u8", self.front.extents, first).copy()
+
+    def _neuron_sums(self) -> UInt64s:
+        """Checksums of all bundles of a sparse model, in the order of the file."""
+        data = self._section("neurons")
+        if len(data) != 8 * sum(run.items * CLUSTER for run in self.runs if run.kind == "neurons"):
+            raise ModelError(f"{self.path.name}: it has not one checksum for each neuron; pack the model again")
+        return np.frombuffer(data, "<u8")
 
     def _section(self, name: str) -> bytes:
         offset, size, digest = self.front.sections[name]
@@ -262,7 +271,7 @@ def manifest_table(runs: Sequence[Run], extents: Extents, checksums: UInt64s) ->
         "offset": extents.offset,
         "length": extents.nbytes,
         "format": words([run.format for run in runs]),
-        "layout": words(["dense"] * len(runs)),
+        "layout": words(["sparse" if run.kind in ("gate", "neurons") else "dense" for run in runs]),
         "checksum": checksums,
         "hotness": pa.nulls(checksums.size, pa.float32()),
     }
@@ -273,6 +282,8 @@ def _rows_of_item(run: Run) -> int:
     """Matrix rows of a group, neurons of a cluster."""
     if run.kind == "norms":
         return 0
+    if run.kind in ("gate", "neurons"):
+        return CLUSTER
     return FORMATS[run.format.rpartition("/")[2]].columns if run.kind == "ffn" else ROWS
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.errors import ModelError, UsageError
+from coterie.kernels.shapes import CLUSTER
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model
 from coterie.paths import packed_dir, replace_file
@@ -138,15 +139,16 @@ def write_flash_file(
     FrontPage's; `report` is told the bytes written. The first page is written last, the name given after that.
     """
     _check_room(out, runs[-1].end + len(header) + ROOM)
-    sums: list[int] = []
+    sums, bundles = list[int](), list[int]()
     writer = _Writer(fd, out)
-    for offset, block in _blocks(runs, fill, sums):
+    for offset, block in _blocks(runs, fill, sums, bundles):
         writer.write(block, offset)
         report(offset + block.size)
     table = manifest_table(runs, Extents.of(runs), np.array(sums, np.uint64))
     manifest, checksums = encode_manifest(table)
+    neurons = np.array(bundles, "<u8").tobytes()
     sections, end = {}, runs[-1].end
-    for name, data in zip(SECTIONS, (header, factors, manifest), strict=True):
+    for name, data in zip(SECTIONS, (header, factors, neurons, manifest), strict=True):
         sections[name] = (end, len(data), hashlib.sha256(data).digest())
         writer.write_bytes(data, end)
         end = round_up(end + len(data), PAGE)
@@ -156,9 +158,9 @@ def write_flash_file(
     writer.finish()
 
 
-def _blocks(runs: Sequence[Run], fill: Fill, sums: list[int]) -> Iterator[tuple[int, Bytes]]:
+def _blocks(runs: Sequence[Run], fill: Fill, sums: list[int], bundles: list[int]) -> Iterator[tuple[int, Bytes]]:
     """The extents of all runs, some MiB at a time: (offset, bytes), each made in a thread while the one before is
-    being written. Adds their checksums to `sums`."""
+    being written. Adds their checksums to `sums`, and those of single neurons' bundles to `bundles`."""
     placed = Extents.of(runs)
     offsets, lengths = placed.offset, placed.nbytes
     extents = [(run, extent) for run in runs for extent in range(run.extents)]
@@ -173,6 +175,7 @@ def _blocks(runs: Sequence[Run], fill: Fill, sums: list[int]) -> Iterator[tuple[
             out = block[offsets[i] - start :][: lengths[i]]
             fill(*extents[i], out)
             found.append(checksum(out))
+            bundles.extend(_bundle_sums(*extents[i], out))
         return block, found
 
     cuts, ends = [0], offsets + lengths
@@ -187,6 +190,13 @@ def _blocks(runs: Sequence[Run], fill: Fill, sums: list[int]) -> Iterator[tuple[
             if made:
                 sums += made[1]
                 yield int(offsets[cuts[k - 1]]), made[0]
+
+
+def _bundle_sums(run: Run, extent: int, data: Bytes) -> Iterator[int]:
+    if run.kind == "neurons":
+        size = run.item_bytes // CLUSTER
+        for first in range(0, run.items_of(extent) * run.item_bytes, size):
+            yield checksum(data[first : first + size])
 
 
 class _Writer:

@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from coterie.errors import ModelError
 from coterie.kernels.formats import FORMATS, ROWS, Format
+from coterie.kernels.shapes import CLUSTER, SUPERBLOCK
 from coterie.models.dequant import finite
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.spec import ModelSpec
 from coterie.storage.arena import Arena, BufferRef
-from coterie.storage.pack import pack, padded_columns
-from coterie.storage.runs import Run, cluster_layout, norm_places, projection_names
+from coterie.storage.pack import pack, padded_columns, raw_bytes
+from coterie.storage.runs import Run, cluster_layout, neuron_layout, norm_places, projection_names
 from coterie.storage.weights import Weights
 
 Bytes = npt.NDArray[np.uint8]
@@ -25,6 +26,17 @@ def half_split_rows(head_dim: int, rope_dims: int, heads: int) -> npt.NDArray[np
     order = np.arange(head_dim)
     order[:rope_dims] = np.concatenate([np.arange(0, rope_dims, 2), np.arange(1, rope_dims, 2)])
     return (np.arange(heads)[:, None] * head_dim + order).ravel()
+
+
+def pack_rows(name: str, raw: Bytes, out: Bytes) -> None:
+    """Rows of single neurons: raw uint8[rows, row bytes] into uint8[rows, superblocks * bytes], which may be a view."""
+    f = FORMATS[name]
+    block, supers = raw_bytes(name, f.columns), out.shape[1] // f.block
+    blocks = np.zeros((len(raw), supers * SUPERBLOCK, block), np.uint8)
+    blocks[:, : raw.shape[1] // block] = raw.reshape(len(raw), -1, block)
+    packed = np.empty((len(raw) * supers, 1, f.block), np.uint8)
+    pack(name, blocks.reshape(-1, block), packed)
+    out[:] = packed.reshape(len(raw), -1)
 
 
 class RunPacker:
@@ -44,6 +56,10 @@ class RunPacker:
                 self._norms(items[0].view(np.float32))
             case "ffn":
                 self._clusters(first, items)
+            case "gate":
+                self._gates(first, items)
+            case "neurons":
+                self._bundles(first, items)
             case _:
                 self._groups(first, items)
 
@@ -102,6 +118,25 @@ class RunPacker:
         bundles = out[:, layout.down_offset : layout.down_offset + size]
         area = bundles.reshape(len(out), layout.down_groups, layout.down.block)
         pack(layout.down.name, np.ascontiguousarray(column), area.transpose(1, 0, 2))
+
+    def _gates(self, first: int, out: Bytes) -> None:
+        """Gate rows of the clusters of neurons from number `first` on."""
+        layout = neuron_layout(self.file.tensors, self.spec, self.run.layer)
+        self._neuron_rows("gate", layout.gate, first, out.reshape(len(out) * CLUSTER, -1))
+
+    def _bundles(self, first: int, out: Bytes) -> None:
+        """The same clusters' bundles."""
+        layout = neuron_layout(self.file.tensors, self.spec, self.run.layer)
+        bundles = out.reshape(len(out) * CLUSTER, layout.bundle)
+        end = layout.down_offset + layout.supers * layout.down.block
+        self._neuron_rows("up", layout.up, first, bundles[:, : layout.down_offset])
+        self._neuron_rows("down_t", layout.down, first, bundles[:, layout.down_offset : end])
+
+    def _neuron_rows(self, part: str, f: Format, first: int, out: Bytes) -> None:
+        """Rows of single neurons: 16 blocks of a row are packed as a block of 16 rows is."""
+        low, high = first * CLUSTER, min(self.spec.ffn_dim, first * CLUSTER + len(out))
+        raw = self._read(f"blk.{self.run.layer}.ffn_{part}.weight", low, high)
+        pack_rows(f.name, raw, out[: high - low])
 
     def _projection(self, name: str, f: Format, rows: tuple[int, int], out: Bytes) -> None:
         """Gate or Up rows into their places in the bundles."""

@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from coterie.errors import PlanError
 from coterie.kernels.formats import COLUMNS, FORMATS, ROWS, Format
+from coterie.kernels.shapes import CLUSTER, DOWN_FORMATS, SUPERBLOCK
 from coterie.models.header import TensorInfo
 from coterie.models.spec import ModelSpec
 from coterie.storage.arena import LINE, round_up
 from coterie.storage.pack import packed_bytes, padded_columns
 
 PAGE = 4096  # bytes: where extents begin
+SECTOR = 512  # bytes: where bundles of single neurons begin
 SMALL, LARGE = 256 << 10, 1 << 20  # bytes of an extent, about, for small and large models
 LARGE_MODEL = 1 << 30  # bytes of weights
 LOOKUP = 96 << 10  # bytes of an extent of the embedding at most: single rows are looked up in it
@@ -30,7 +32,8 @@ class Run:
     """Items (groups of 16 rows, neuron clusters, or the one block of all norms) packed `per` an extent.
 
     `kind`: "norms", "embedding", "qkv" (`part` counts a layer's runs of neighbouring formats), "attention" (the output
-    projection), "ffn", "output"; `layer` is -1 where there is none; `offset`: bytes from the file's start.
+    projection), "ffn" (of a sparse model "gate" and "neurons": Gate rows, bundles), "output"; `layer` is -1 where there
+    is none; `offset`: bytes from the file's start.
     """
 
     kind: str
@@ -117,6 +120,51 @@ class ClusterLayout:
         return f"{self.gate.name}/{self.up.name}/{self.down.name}"
 
 
+@dataclass(frozen=True)
+class NeuronLayout:
+    """How a layer's FFN is cut into single neurons: rows of Gate, and bundles of an Up row and a Down row, each a row
+    of superblocks (docs/packed-format.md, "Neurons")."""
+
+    gate: Format
+    up: Format
+    down: Format
+    dim: int
+    ffn_dim: int
+
+    @property
+    def supers(self) -> int:
+        """Superblocks in a row."""
+        return -(-self.dim // (SUPERBLOCK * COLUMNS))
+
+    @property
+    def clusters(self) -> int:
+        return -(-self.ffn_dim // CLUSTER)
+
+    @property
+    def neurons(self) -> int:
+        """Neurons, those that fill up the last cluster included."""
+        return self.clusters * CLUSTER
+
+    @property
+    def gate_row(self) -> int:
+        """Bytes of a Gate row."""
+        return self.supers * self.gate.block
+
+    @property
+    def down_offset(self) -> int:
+        """Where in a bundle the Down row begins, behind the Up row."""
+        return self.supers * self.up.block
+
+    @property
+    def bundle(self) -> int:
+        """Bytes of a bundle: whole sectors, so that it can be read by itself."""
+        return round_up(self.down_offset + self.supers * self.down.block, SECTOR)
+
+    @property
+    def name(self) -> str:
+        return f"{self.up.name}/{self.down.name}"
+
+
 def norm_sizes(spec: ModelSpec) -> dict[str, int]:
     """A layer's norm vectors, as GGUF names them, and their lengths."""
     sizes = {"attn_norm": spec.dim, "ffn_norm": spec.dim}
@@ -157,6 +205,16 @@ def cluster_layout(tensors: Mapping[str, TensorInfo], spec: ModelSpec, layer: in
     return ClusterLayout(gate, up, down, spec.dim, spec.ffn_dim)
 
 
+def neuron_layout(tensors: Mapping[str, TensorInfo], spec: ModelSpec, layer: int) -> NeuronLayout:
+    """Raises PlanError for formats that no kernel serves."""
+    names = [tensors[f"blk.{layer}.ffn_{part}.weight"].format for part in ("gate", "up", "down_t")]
+    gate, up, down = (FORMATS[name] for name in names)
+    unfit = [f.name for f in (gate, up) if f.subs > 1] + [down.name] * (down.name not in DOWN_FORMATS)
+    if unfit or gate.is_float != up.is_float:
+        raise PlanError(f"layer {layer} has neurons in {'/'.join(names)}, which do not work together; Q4_0 and Q8_0 do")
+    return NeuronLayout(gate, up, down, spec.dim, spec.ffn_dim)
+
+
 def lay_out_runs(tensors: Mapping[str, TensorInfo], spec: ModelSpec) -> tuple[Run, ...]:
     """All runs of a model, in the order of the file. Raises PlanError for formats that cannot be combined."""
     size = LARGE if sum(tensor.nbytes for tensor in tensors.values()) >= LARGE_MODEL else SMALL
@@ -186,11 +244,22 @@ def _runs(tensors: Mapping[str, TensorInfo], spec: ModelSpec, size: int) -> Iter
         for part, names in enumerate(projection_names(tensors, i)):
             yield matrix("qkv", names, i, part)
         yield matrix("attention", (f"blk.{i}.attn_output.weight",), i)
-        layout = cluster_layout(tensors, spec, i)
-        per = max(1, size // layout.bundle)
-        yield Run("ffn", i, 0, layout.name, layout.clusters, layout.bundle, min(per, layout.clusters), PAGE)
+        yield from _ffn(tensors, spec, i, size)
     if not spec.tied:
         yield matrix("output", ("output.weight",))
+
+
+def _ffn(tensors: Mapping[str, TensorInfo], spec: ModelSpec, i: int, size: int) -> Iterator[Run]:
+    if not spec.sparse:
+        dense = cluster_layout(tensors, spec, i)
+        per = min(dense.clusters, max(1, size // dense.bundle))
+        yield Run("ffn", i, 0, dense.name, dense.clusters, dense.bundle, per, PAGE)
+        return
+    layout = neuron_layout(tensors, spec, i)
+    clusters, bundles = layout.clusters, CLUSTER * layout.bundle
+    per = min(clusters, max(1, size // bundles))
+    yield Run("gate", i, 0, layout.gate.name, clusters, CLUSTER * layout.gate_row, min(clusters, 2 * per), PAGE)
+    yield Run("neurons", i, 0, layout.name, clusters, bundles, per, PAGE)
 
 
 def _lookup_groups(group: int) -> int:

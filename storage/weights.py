@@ -13,11 +13,34 @@ import numpy.typing as npt
 
 from coterie.errors import PlanError
 from coterie.kernels.formats import FORMATS, ROWS, Format
-from coterie.kernels.shapes import CLUSTER_DOWN, CLUSTER_FLAG, CLUSTER_GATE_UP, CLUSTER_ROW, CLUSTER_WANTED
+from coterie.kernels.shapes import (
+    CLUSTER,
+    CLUSTER_DOWN,
+    CLUSTER_FLAG,
+    CLUSTER_GATE_UP,
+    CLUSTER_ROW,
+    CLUSTER_WANTED,
+    NEURON_BUNDLES,
+    NEURON_FLAG,
+    NEURON_GATE,
+    NEURON_GATE_WANTED,
+    NEURON_ROW,
+    NEURON_WANTED,
+)
 from coterie.models.header import TensorInfo
 from coterie.models.spec import ModelSpec
 from coterie.storage.arena import Arena, BufferRef, Ledger
-from coterie.storage.runs import PAGE, ClusterLayout, Extents, Run, cluster_layout, norm_places, norm_sizes
+from coterie.storage.runs import (
+    PAGE,
+    ClusterLayout,
+    Extents,
+    NeuronLayout,
+    Run,
+    cluster_layout,
+    neuron_layout,
+    norm_places,
+    norm_sizes,
+)
 
 PARTS = 4  # of the ring: what one instruction uses at once is no more than one of them
 Int64s = npt.NDArray[np.int64]
@@ -27,10 +50,11 @@ PINNED = -1  # the tape position of an extent that is not streamed
 @dataclass(frozen=True)
 class Residency:
     """What stays in memory: `pinned`, numbers of extents in the order of their addresses; all others are streamed
-    through a ring of `ring` bytes."""
+    through a ring of `ring` bytes. Of a sparse model's bundles, decode keeps `slots` in the neuron cache instead."""
 
     pinned: npt.NDArray[np.int64]
     ring: int = 0
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,25 +111,50 @@ class FFN:
 
 
 @dataclass(frozen=True)
+class NeuronSpan:
+    """Clusters of neurons whose streamed weights are in memory together: positions `position` to `end` (excluded) of
+    the tape, or PINNED."""
+
+    first: int
+    count: int
+    position: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SparseFFN:
+    """A layer's neurons, cut into spans in ascending order. `gate`, `bundles`: numbers of the runs; `table`:
+    int64[clusters][8], shapes.NEURON_ROW; `addresses`: int64[neurons], of bundles (0: not in memory)."""
+
+    gate: int
+    bundles: int
+    layout: NeuronLayout
+    table: BufferRef
+    addresses: BufferRef
+    spans: tuple[NeuronSpan, ...]
+
+
+@dataclass(frozen=True)
 class Layer:
     """A layer's weights. `projections` give queries, keys and values, in this order."""
 
     projections: tuple[Matrix, ...]
     output: Matrix
-    ffn: FFN
+    ffn: FFN | SparseFFN
     norms: dict[str, BufferRef] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Weights:
     """All weights of a model. `where`: the arena offset of every extent, -1 of those that have none (parts of an
-    embedding that is only looked up in); `tape`: numbers of the streamed extents in the order of use, the last layers'
-    before the output's, which begin at position `head`."""
+    embedding that is only looked up in); `tape`: numbers of the streamed extents in the order of use, from position
+    `begin` on, the last layers' before the output's, which begin at position `head`."""
 
     runs: tuple[Run, ...]
     extents: Extents
     where: npt.NDArray[np.int64]
     tape: npt.NDArray[np.int64]
+    begin: int
     head: int
     pinned: BufferRef
     staging: BufferRef
@@ -122,6 +171,11 @@ class Weights:
         within = groups % run.per * run.item_bytes
         return numbers, within, self.where[numbers] + within
 
+    @property
+    def positions(self) -> tuple[int, int, int]:
+        """Where on the tape its body begins, its head, and what is behind both."""
+        return self.begin, self.head, self.begin + self.tape.size
+
     def is_pinned(self, numbers: Int64s) -> npt.NDArray[np.bool_]:
         """Whether these extents stay in memory."""
         at = self.where[numbers] - self.pinned.offset
@@ -130,7 +184,7 @@ class Weights:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads from memory."""
-        used = {"qkv", "attention", "ffn", self.output.run.kind}
+        used = {"qkv", "attention", "ffn", "gate", "neurons", self.output.run.kind}
         return sum(run.nbytes for run in self.runs if run.kind in used)
 
     @property
@@ -140,13 +194,15 @@ class Weights:
 
 
 class _Placing:
-    """Gives extents their addresses and tape positions."""
+    """Gives extents their addresses and tape positions, in the regions of `beside` if that is given."""
 
-    def __init__(self, runs: tuple[Run, ...], residency: Residency, ledger: Ledger) -> None:
-        self.runs, self.extents = runs, Extents.of(runs)
+    def __init__(
+        self, runs: tuple[Run, ...], residency: Residency, ledger: Ledger, tape: int, beside: Weights | None
+    ) -> None:
+        self.runs, self.extents, self.begin = runs, Extents.of(runs), tape
         sizes = self.extents.nbytes[residency.pinned]
-        self.pinned = ledger.allocate("weights", int(sizes.sum()), align=PAGE)
-        self.staging = ledger.allocate("staging", residency.ring, align=PAGE)
+        self.pinned = beside.pinned if beside else ledger.allocate("weights", int(sizes.sum()), align=PAGE)
+        self.staging = beside.staging if beside else ledger.allocate("staging", residency.ring, align=PAGE)
         self.where = np.full(int(self.extents.first[-1]), -1, np.int64)
         self.where[residency.pinned] = self.pinned.offset + np.cumsum(sizes) - sizes
         self._resident = np.bincount(self.extents.run[residency.pinned], minlength=len(runs))
@@ -181,7 +237,42 @@ class _Placing:
                     self._take(first + extent, 1, run.extent_bytes(extent))
             cluster, count = begin * run.per, min(run.items, end * run.per) - begin * run.per
             names = ledger.allocate("tables", 1 + count, np.int32)
-            yield Span(names, cluster, count, position, len(self.tape))
+            yield Span(names, cluster, count, position, self._next)
+
+    def neuron_spans(self, gate: int, bundles: int, whole: bool) -> Iterator[NeuronSpan]:
+        """A sparse layer's clusters in parts; without `whole` only Gates are streamed. An extent of Gates has the
+        clusters of two of bundles."""
+        unit, pair = self.runs[gate], self.runs[bundles]
+        most = -(-pair.extents // unit.extents)
+
+        def missing(i: int) -> list[tuple[int, Run, int]]:
+            """Unit `i`'s extents that must be streamed: the run's number, the run, the extent's."""
+            wanted = [(gate, unit, i)] if i >= self.resident(gate) else []
+            last = min(pair.extents, (i + 1) * most)
+            begin = max(i * most, self.resident(bundles))
+            return wanted + [(bundles, pair, e) for e in range(begin, last)] * whole
+
+        at = 0
+        while at < unit.extents:
+            parts, end = missing(at), at + 1
+            nbytes = sum(run.stride for _, run, _ in parts)
+            while end < unit.extents:
+                more = missing(end)
+                nbytes += sum(run.stride for _, run, _ in more)
+                if bool(more) != bool(parts) or nbytes > self.limit:
+                    break
+                parts, end = parts + more, end + 1
+            position = self._next if parts else PINNED
+            for index, run, extent in sorted(parts, key=lambda part: (part[0], part[2])):
+                self._take(int(self.extents.first[index]) + extent, 1, run.extent_bytes(extent))
+            first = at * unit.per
+            yield NeuronSpan(first, min(unit.items, end * unit.per) - first, position, self._next)
+            at = end
+
+    @property
+    def _next(self) -> int:
+        """The position that the next extent on the tape gets."""
+        return self.begin + len(self.tape)
 
     def _parts(self, index: int) -> Iterator[tuple[int, int, int]]:
         """A run's extents, those that are pinned and then as many at a time as one instruction may hold of the ring:
@@ -191,7 +282,7 @@ class _Placing:
             yield 0, at, PINNED
         while at < run.extents:
             end = at + max(1, min(run.extents - at, self.limit // run.stride))
-            yield at, end, len(self.tape)
+            yield at, end, self._next
             at = end
 
     def _take(self, number: int, count: int, nbytes: int) -> int:
@@ -217,9 +308,15 @@ def lay_out(
     runs: tuple[Run, ...],
     residency: Residency,
     ledger: Ledger,
+    *,
+    whole: bool = True,
+    beside: Weights | None = None,
 ) -> Weights:
-    """Cut buffers for all weights. Raises PlanError where an extent is larger than the ring."""
-    placing = _Placing(runs, residency, ledger)
+    """Cut buffers for all weights. Without `whole` a sparse model's bundles are not streamed; `beside`: what was laid
+    out before, whose pinned weights, ring and addresses are shared, and behind whose tape this one's begins. Raises
+    PlanError where an extent is larger than the ring."""
+    begin = beside.begin + beside.tape.size if beside else 0
+    placing = _Placing(runs, residency, ledger, begin, beside)
     index = {(run.kind, run.layer, run.part): i for i, run in enumerate(runs)}
     norms = int(placing.where[0])
 
@@ -241,14 +338,25 @@ def lay_out(
         parts = [run.part for run in runs if (run.kind, run.layer) == ("qkv", i)]
         projections = tuple(matrix("qkv", i, part) for part in parts)
         output = matrix("attention", i)
+        norms = {name: vector(f"blk.{i}.{name}.weight") for name in norm_sizes(spec)}
+        return Layer(projections, output, sparse(i) if spec.sparse else dense(i), norms)
+
+    def dense(i: int) -> FFN:
         layout, run = cluster_layout(tensors, spec, i), index["ffn", i, 0]
         table = ledger.allocate("tables", (layout.clusters, CLUSTER_ROW // 8), np.int64)
-        ffn = FFN(runs[run], run, layout, table, tuple(placing.spans(run, ledger)))
-        return Layer(projections, output, ffn, {name: vector(f"blk.{i}.{name}.weight") for name in norm_sizes(spec)})
+        return FFN(runs[run], run, layout, table, tuple(placing.spans(run, ledger)))
+
+    def sparse(i: int) -> SparseFFN:
+        layout, gate, bundles = neuron_layout(tensors, spec, i), index["gate", i, 0], index["neurons", i, 0]
+        table = ledger.allocate("tables", (layout.clusters, NEURON_ROW // 8), np.int64)
+        shared = beside.layers[i].ffn if beside else None
+        known = shared.addresses if isinstance(shared, SparseFFN) else None
+        addresses = known or ledger.allocate("tables", layout.neurons, np.int64)
+        return SparseFFN(gate, bundles, layout, table, addresses, tuple(placing.neuron_spans(gate, bundles, whole)))
 
     places = norm_places(spec)
     layers = tuple(layer(i) for i in range(len(spec.layers)))
-    head = len(placing.tape)
+    head = begin + len(placing.tape)
     output = matrix("embedding" if spec.tied else "output")
     embedding = matrix("embedding", streamed=False)
     return Weights(
@@ -256,6 +364,7 @@ def lay_out(
         placing.extents,
         placing.where,
         np.array(placing.tape, np.int64),
+        begin,
         head,
         placing.pinned,
         placing.staging,
@@ -268,18 +377,41 @@ def lay_out(
 
 def fill_tables(arena: Arena, weights: Weights, arrived: int) -> None:
     """Write every layer's cluster table and lists; `arrived` is the address of the flag that counts reads."""
-    position = np.full(weights.where.size, PINNED, np.int64)
-    position[weights.tape] = np.arange(weights.tape.size)
+    wanted = np.zeros(weights.where.size, np.int64)  # 1 + tape position, of what is streamed
+    wanted[weights.tape] = weights.begin + np.arange(1, 1 + weights.tape.size)
     for layer in weights.layers:
-        ffn, run = layer.ffn, layer.ffn.run
-        clusters = np.arange(run.items)
-        numbers = weights.extents.first[ffn.index] + clusters // run.per
-        table = arena.numpy(ffn.table)
-        bundle = arena.base + weights.where[numbers] + clusters % run.per * run.item_bytes
-        table[:, CLUSTER_GATE_UP // 8] = bundle
-        table[:, CLUSTER_DOWN // 8] = bundle + ffn.layout.down_offset
-        streamed = position[numbers] != PINNED
-        table[:, CLUSTER_FLAG // 8] = np.where(streamed, arrived, 0)
-        table[:, CLUSTER_WANTED // 8] = np.where(streamed, position[numbers] + 1, 0)
-        for span in ffn.spans:
-            arena.numpy(span.list)[:] = [span.count, *range(span.first, span.first + span.count)]
+        if isinstance(layer.ffn, FFN):
+            _fill_clusters(arena, weights, layer.ffn, wanted, arrived)
+        else:
+            _fill_neurons(arena, weights, layer.ffn, wanted, arrived)
+
+
+def _places(arena: Arena, weights: Weights, index: int) -> tuple[Int64s, Int64s]:
+    """Of each item of a run: the number of its extent, and its address."""
+    run = weights.runs[index]
+    items = np.arange(run.items)
+    numbers = weights.extents.first[index] + items // run.per
+    return numbers, arena.base + weights.where[numbers] + items % run.per * run.item_bytes
+
+
+def _fill_clusters(arena: Arena, weights: Weights, ffn: FFN, wanted: Int64s, arrived: int) -> None:
+    table = arena.numpy(ffn.table)
+    numbers, bundle = _places(arena, weights, ffn.index)
+    table[:, CLUSTER_GATE_UP // 8] = bundle
+    table[:, CLUSTER_DOWN // 8] = bundle + ffn.layout.down_offset
+    table[:, CLUSTER_FLAG // 8] = np.where(wanted[numbers] > 0, arrived, 0)
+    table[:, CLUSTER_WANTED // 8] = wanted[numbers]
+    for span in ffn.spans:
+        arena.numpy(span.list)[:] = [span.count, *range(span.first, span.first + span.count)]
+
+
+def _fill_neurons(arena: Arena, weights: Weights, ffn: SparseFFN, wanted: Int64s, arrived: int) -> None:
+    """The addresses are those of pinned bundles: others come and go."""
+    table, layout = arena.numpy(ffn.table), ffn.layout
+    gates, table[:, NEURON_GATE // 8] = _places(arena, weights, ffn.gate)
+    bundles, table[:, NEURON_BUNDLES // 8] = _places(arena, weights, ffn.bundles)
+    table[:, NEURON_FLAG // 8] = arrived
+    table[:, NEURON_GATE_WANTED // 8], table[:, NEURON_WANTED // 8] = wanted[gates], wanted[bundles]
+    pinned = weights.is_pinned(bundles)[:, None]
+    first = table[:, NEURON_BUNDLES // 8, None] + np.arange(CLUSTER) * layout.bundle
+    arena.numpy(ffn.addresses).reshape(-1, CLUSTER)[:] = np.where(pinned, first, 0)

@@ -35,17 +35,19 @@ def write_tiny(
     vocab: int = 300,
     tied: bool = True,
     rope_factors: bool = False,
+    activation: str | None = None,
+    sparse: bool = False,
     window: int = 16,
     context: int = 512,
     seed: int = 0,
 ) -> Path:
     """Write a model with random weights of standard deviation about 1/sqrt(columns).
 
-    `architecture` is "llama" (byte-level BPE tokenizer, chat template) or "gemma3" (SentencePiece).
+    `architecture` is "llama" or "bamboo" (byte-level BPE tokenizer, chat template) or "gemma3" (SentencePiece).
     `formats` is one weight format, or a format per role: "token_embd", "output", "attn_q", "attn_k",
     "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"; roles left out are F32. K-quants need columns
-    divisible by 256, the other quantised formats by 32. `rope_factors` serves llama only, `window` gemma3
-    only. `vocab` must be at least 264.
+    divisible by 256, the other quantised formats by 32. `activation`, `sparse` (Down transposed) and `rope_factors`
+    serve llama only, `window` gemma3 only. `vocab` must be at least 264.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -67,6 +69,8 @@ def write_tiny(
         writer.add_rope_dimension_count(head_dim)
         writer.add_rope_freq_base(1e4)
         writer.add_vocab_size(vocab)
+        if activation:
+            writer.add_string(f"{architecture}.hidden_activation", activation)
         add_bpe_tokenizer(writer, vocab)
 
     def norm(name: str, size: int) -> None:
@@ -90,7 +94,10 @@ def write_tiny(
         norm(prefix + "ffn_norm.weight", dim)
         matrix(prefix + "ffn_gate.weight", ffn, dim)
         matrix(prefix + "ffn_up.weight", ffn, dim)
-        matrix(prefix + "ffn_down.weight", dim, ffn)
+        if sparse:
+            matrix(prefix + "ffn_down_t.weight", ffn, dim, gain=(dim / ffn) ** 0.5)
+        else:
+            matrix(prefix + "ffn_down.weight", dim, ffn)
         if architecture == "gemma3":
             norm(prefix + "attn_q_norm.weight", head_dim)
             norm(prefix + "attn_k_norm.weight", head_dim)

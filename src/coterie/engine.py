@@ -21,7 +21,7 @@ from coterie.models.rope import fill_rope_table
 from coterie.models.spec import Rope
 from coterie.pressure import Follower
 from coterie.room import SCRATCH_ROOM, check_free, room_for
-from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model
+from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model, lay_out_shared, tape_room
 from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash
 from coterie.scheduler.residency import ring_room
@@ -32,7 +32,7 @@ from coterie.storage.flash_file import FlashFile
 from coterie.storage.kv import KVCache, KVLayout
 from coterie.storage.kv import Sequence as KVSequence
 from coterie.storage.packer import RunPacker, pack_into
-from coterie.storage.runs import Extents, lay_out_runs
+from coterie.storage.runs import PAGE, Extents, lay_out_runs
 from coterie.storage.unit import lay_out_unit
 from coterie.storage.weights import Residency, fill_tables
 from coterie.stream import Stream
@@ -118,10 +118,9 @@ class Engine:
     def _open_stream(self, file: FlashFile) -> Stream:
         plan = self.plan
         assert plan.flash is not None
-        entries = int(Extents.of(self.runs).first[-1])
         buffers = lay_out_flash(
             self.arena,
-            entries=entries,
+            entries=tape_room(self.runs),
             ring_bytes=ring_room(self.runs),
             depth=plan.flash.depth,
             tracing=self._wishes.tracing,
@@ -136,9 +135,14 @@ class Engine:
     def _lay_out(self) -> None:
         """Cut the buffers that depend on what is resident, and fill the tables."""
         plan = self.plan
+        sector = plan.flash.sector if plan.flash else PAGE
+        neurons, cache = lay_out_shared(
+            self.arena, self.runs, self._residency, plan.lanes, sector, tracing=self._wishes.tracing
+        )
         self.layout = lay_out_model(
             self.arena, self.model.file, self.spec, self.runs, self._residency,
             lanes=plan.lanes, context=plan.context, chunk=plan.chunk, tile=plan.tile, ropes=self._ropes,
+            neurons=neurons,
         )  # fmt: skip
         self._compile()
         self._ropes = self.layout.shared.ropes
@@ -146,8 +150,11 @@ class Engine:
         stream = self.stream
         if stream is not None:
             assert plan.flash is not None
-            stream.adopt(self.layout.weights, self._residency.pinned, plan.flash.block, self._progress)
-        fill_tables(self.arena, self.layout.weights, 0 if stream is None else stream.unit.arrived)
+            stream.adopt(self.layout, self._residency.pinned, plan.flash.block, self._progress)
+        for weights in (self.layout.whole, self.layout.weights):
+            fill_tables(self.arena, weights, 0 if stream is None else stream.unit.arrived)
+        if stream is not None and cache is not None:
+            stream.open_neurons(cache, sector)
 
     def _pack(self, file: GGUFFile) -> None:
         total = self.plan.weight_bytes
@@ -370,8 +377,9 @@ class Engine:
         keep = int(Extents.of(self.runs).nbytes[residency.pinned].sum())
         self.arena.release("weights", keep)
         self.arena.rewind("weights")
-        for region in ("staging", "tables", "flags", "programs", "activations"):
-            self.arena.release(region)
+        for region in ("staging", "tables", "flags", "programs", "activations", "neurons", "cache"):
+            if region in self.arena.regions:
+                self.arena.release(region)
         self._lay_out()
 
     def flash_report(self) -> dict[str, Any] | None:

@@ -3,13 +3,15 @@
 from coterie.errors import PlanError
 from coterie.scheduler.layout import lookup_room
 from coterie.scheduler.plan import Plan
-from coterie.scheduler.residency import region_bytes, ring_room
+from coterie.scheduler.residency import SLOT_METADATA, region_bytes, ring_room, slot_cost
 from coterie.storage.arena import HUGE
 from coterie.storage.available import available_memory
-from coterie.storage.runs import Extents, Run
+from coterie.storage.neuron_buffers import bundle_runs, layer_neurons
+from coterie.storage.runs import PAGE, Extents, Run
 
 # Bytes of address space for regions that are laid out anew when the ceiling changes.
 SCRATCH_ROOM = {"flags": 256 << 20, "programs": 256 << 20, "tables": 64 << 20}
+CACHE_ROOM = 128 << 20  # of a neuron cache's queue and checksums, when there was none before
 
 
 def check_free(plan: Plan, held: int) -> None:
@@ -27,7 +29,14 @@ def room_for(runs: tuple[Run, ...], plan: Plan) -> dict[str, int]:
     """Room, not memory, for regions that may grow when the ceiling is raised."""
     every = int(Extents.of(runs).nbytes.sum())
     lookups = lookup_room(runs, plan.chunk)
-    return {
+    bundles = bundle_runs(runs)
+    neurons = sum(map(layer_neurons, bundles))
+    sector = plan.flash.sector if plan.flash else PAGE
+    cache = {
+        "neurons": neurons * slot_cost(runs, sector) + HUGE,
+        "cache": plan.regions["cache"] + neurons * SLOT_METADATA + CACHE_ROOM,
+    }
+    return (cache if bundles else {}) | {
         "weights": every + HUGE,
         "staging": ring_room(runs),
         "activations": plan.regions["activations"] + lookups,

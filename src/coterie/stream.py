@@ -11,15 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.flash import PATIENCE, FlashUnit
+from coterie.actors.neurons import NeuronUnit
 from coterie.errors import UnitError
 from coterie.kernels.tape import READ
-from coterie.scheduler.layout import LOOKUPS
+from coterie.scheduler.layout import LOOKUPS, ModelLayout
 from coterie.scheduler.plan import Plan
 from coterie.scheduler.program import Program
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.checksum import checksum
 from coterie.storage.flash_buffers import FlashBuffers
 from coterie.storage.flash_file import FlashFile
+from coterie.storage.neuron_buffers import NeuronBuffers
 from coterie.storage.weights import Weights
 
 LAST_WAIT = 2.0  # seconds that close waits for a lookup
@@ -51,25 +53,38 @@ class Stream:
             depth=plan.flash.depth, block=plan.flash.block, ring=ring, abort=abort, patience=PATIENCE,
             engine="preadv" if plan.flash.engine == "preadv" else None,  # io_uring may have gone since it was measured
         )  # fmt: skip
+        self._abort = abort
+        self.neurons: NeuronUnit | None = None  # reads the bundles of a sparse model that decode wants
         self._lookups: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(LOOKUPS, "coterie-lookup")
         self._pinned = 0  # extents that are in memory, in the order of their addresses
         self._weights: Weights | None = None
+        self._whole: Weights | None = None
         self._lost = True  # where the tape stands is not known
         self._seen, self._since = -1, 0.0
 
     # --- residency ------------------------------------------------------------------------------------
 
-    def adopt(self, weights: Weights, pinned: npt.NDArray[np.int64], block: int, progress: Progress) -> None:
-        """Stream by these weights' tape from now on, up to `block` bytes at a time; read those pinned extents that are
+    def adopt(self, layout: ModelLayout, pinned: npt.NDArray[np.int64], block: int, progress: Progress) -> None:
+        """Stream by this layout's tapes from now on, up to `block` bytes at a time; read those pinned extents that are
         not in memory yet."""
         self.unit.set_block(block)
         self.file.check_unchanged()
+        weights, whole = layout.weights, layout.whole
         if pinned.size > self._pinned:
             self._load(weights, pinned[self._pinned :], progress)
         self._pinned = pinned.size
-        self._weights, self._lost = weights, True
-        self.unit.set_tape(self._entries(weights, weights.tape))
+        self._weights, self._whole, self._lost = weights, whole, True
+        tapes = [self._entries(each, each.tape) for each in ([weights] if whole is weights else [weights, whole])]
+        self.unit.set_tape(np.concatenate(tapes))
+
+    def open_neurons(self, buffers: NeuronBuffers, sector: int) -> None:
+        """Read single neurons into these buffers from now on; the tables are filled."""
+        assert self._weights is not None
+        self.neurons = NeuronUnit(
+            self.arena, buffers, self.file.runs, self._weights, self.file.neuron_sums, self._fd,
+            sector=sector, abort=self._abort, engine="preadv" if self.unit.engine == "preadv" else None,
+        )  # fmt: skip
 
     def _load(self, weights: Weights, numbers: npt.NDArray[np.int64], progress: Progress) -> None:
         entries = self._entries(weights, numbers)
@@ -95,10 +110,18 @@ class Stream:
         return entries
 
     def forget(self, keep: int) -> None:
-        """The extents behind the first `keep` pinned ones are no longer in memory."""
+        """The extents behind the first `keep` pinned ones are no longer in memory, nor is any neuron in the cache."""
         self.unit.halt()
+        self._end_neurons()
         self._settle()
         self._pinned = min(self._pinned, keep)
+
+    def _end_neurons(self) -> None:
+        neurons, self.neurons = self.neurons, None
+        if neurons is not None:
+            neurons.close()
+            if neurons.in_flight:  # it may still write into memory that others will use
+                raise self._silent()
 
     # --- steps ----------------------------------------------------------------------------------------
 
@@ -106,13 +129,18 @@ class Stream:
         """Announce a step, and what is expected after it; `again`: a prompt's chunk whose rows want logits, or more of
         them. Returns the number of the read that stands for tape position 0."""
         assert self._weights is not None
-        head, end = self._weights.head, self._weights.tape.size
-        body, output = (0, head), (head, end)
-        first = {"prefill": body, "head": output}.get(program.name, (0, end))
+        assert self._whole is not None
+        if self.neurons is not None:
+            self.neurons.forgive()
+        (begin, head, end), (whole, whole_head, whole_end) = self._weights.positions, self._whole.positions
+        ranges = {"prefill": (whole, whole_head), "head": (whole_head, whole_end)}
+        first = ranges.get(program.name, (begin, end))
+        self._watch_anew()
         if first[0] == first[1]:
             return 0
-        ahead = output if again and head < end else body
-        self._watch_anew()
+        ahead = ranges["head"] if again and whole_head < whole_end else (begin, head)
+        if ahead[0] == ahead[1]:
+            ahead = 0, 0
         lost, self._lost = self._lost, False
         return self.unit.begin(*first, ahead=ahead, redirect=lost)
 
@@ -128,8 +156,13 @@ class Stream:
         failure = self.unit.failure()
         if failure is not None:
             raise UnitError(f"cannot read {self.file.path}: {failure.reason}")
-        arrived = self.unit.arrived_count()
-        if arrived != self._seen or self.unit.in_flight == 0:
+        arrived, in_flight = self.unit.arrived_count(), self.unit.in_flight
+        if self.neurons is not None:
+            failure = self.neurons.failure()
+            if failure is not None:
+                raise UnitError(f"cannot read {self.file.path}: {failure.reason}")
+            arrived, in_flight = arrived + self.neurons.served(), in_flight + self.neurons.in_flight
+        if arrived != self._seen or in_flight == 0:
             self._seen, self._since = arrived, time.monotonic()
         elif time.monotonic() - self._since > PATIENCE:
             raise self._silent()
@@ -193,8 +226,10 @@ class Stream:
         raise UnitError(f"cannot read {self.file.path} at byte {offset}: {problem}")
 
     def close(self) -> None:
-        """Stop the unit. A second call does nothing."""
+        """Stop the units. A second call does nothing."""
         self.unit.close()
+        if self.neurons is not None:
+            self.neurons.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         idle = not wait(self._lookups, timeout=LAST_WAIT).not_done
         if idle:  # a lookup that hangs on a dead disk keeps it

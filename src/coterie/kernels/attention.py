@@ -54,8 +54,9 @@ from coterie.kernels.operands import (
     MERGE_TILE_SUBS,
     MERGE_WINDOW,
 )
+from coterie.kernels.quantise import emit_block
 from coterie.kernels.record import CLAIM, LANES_COUNT, LAST, POSITIONS, TABLES, TOKENS
-from coterie.kernels.rows import bits_to_float, emit_block
+from coterie.kernels.rows import bits_to_float
 from coterie.kernels.shapes import HEAD, QUERY_ROWS, QUERY_TOKENS, SPAN, TILE
 from coterie.kernels.softmax import attend_span, clear_state, merge_state, rope_head, store_kv
 from coterie.kernels.sync import claim, finish, word

@@ -27,7 +27,19 @@ def kernel(factory: Callable[..., Callable[..., Any]]) -> Callable[..., Callable
 
 def compile_kernel(name: str) -> tuple[str, bytes]:
     """Entry symbol and ELF object of the kernel called `name`, for example "matmul:Q4_0:8"."""
-    from coterie.kernels import attention, checksum, ffn, flash, lane, matmul, probe, rows  # noqa: F401  register
+    from coterie.kernels import (  # noqa: F401  register
+        attention,
+        checksum,
+        ffn,
+        flash,
+        lane,
+        matmul,
+        neuron_lane,
+        probe,
+        rows,
+        sparse,
+        sparse_down,
+    )
 
     family, *parameters = name.split(":")
     function = _FACTORIES[family](*parameters)

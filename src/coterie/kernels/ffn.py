@@ -41,8 +41,8 @@ from coterie.kernels.operands import (
     UP_X_LANE,
     UP_X_SUBS,
 )
+from coterie.kernels.quantise import emit_block
 from coterie.kernels.record import TAPE, TOKENS
-from coterie.kernels.rows import emit_block
 from coterie.kernels.shapes import (
     CLUSTER_DOWN,
     CLUSTER_FLAG,
@@ -67,18 +67,18 @@ def arrived(entry, step, lane):
 
 @kernel
 def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callable[..., Any]:
-    """hidden = activation(Gate x) * (Up x), cluster by cluster, quantised as Down's input."""
+    """hidden = activation(Gate x) * activation(Up x), cluster by cluster, quantised as Down's input."""
     tile_tokens = int(tokens)
     together = tile_groups(tile_tokens)  # a cluster has an even number of groups
     gate_tile, up_tile = tile_op(gate_name, tile_tokens, together), tile_op(up_name, tile_tokens, together)
     last_tile = turning_tile_op(up_name, tile_tokens)  # Down's column comes next
-    gate, up = formats.FORMATS[gate_name], formats.FORMATS[up_name]
-    gate_block, up_block = gate.block, up.block
-    if gate.subs != up.subs or gate.is_float != up.is_float:
+    gate_format, up_format = formats.FORMATS[gate_name], formats.FORMATS[up_name]
+    gate_block, up_block = gate_format.block, up_format.block
+    if gate_format.subs != up_format.subs or gate_format.is_float != up_format.is_float:
         raise ValueError(f"Gate as {gate_name} with Up as {up_name}")
-    x_sub = Tile(gate, tile_tokens).x_sub
-    subs = gate.subs
-    activate = ACTIVATIONS[activation]
+    x_sub = Tile(gate_format, tile_tokens).x_sub
+    subs = gate_format.subs
+    activate_gate, activate_up = ACTIVATIONS[activation]
 
     def run(record, step, lane):
         n = word(step, TOKENS)
@@ -128,8 +128,9 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
                 for row in range(n):
                     for p in range(pairs):
                         at = gates + row * row_bytes + p * 2 * VECTOR
-                        low = mul(activate(floats_at(at)), floats_at(at + groups * VECTOR))
-                        high = mul(activate(floats_at(at + VECTOR)), floats_at(at + VECTOR + groups * VECTOR))
+                        up = at + groups * VECTOR
+                        low = mul(activate_gate(floats_at(at)), activate_up(floats_at(up)))
+                        high = mul(activate_gate(floats_at(at + VECTOR)), activate_up(floats_at(up + VECTOR)))
                         sub = cluster * pairs + p
                         emit_block(
                             low, high, word(record, UP_OUT), tile_tokens, row, sub,

@@ -15,20 +15,16 @@ from coterie.kernels import tape as t
 from coterie.kernels.atomics import acquire, cycles, fence, pause, release
 from coterie.kernels.checksum import checksum_at
 from coterie.kernels.compiler import kernel
+from coterie.kernels.lane import write_event
 from coterie.kernels.pread import LEAVE, pread_start, pread_turn, queue
-from coterie.kernels.record import EVENT, RING_HEADER, Opcode
+from coterie.kernels.record import Opcode
 from coterie.kernels.sync import post, sleep_on, word
 from coterie.kernels.uring import uring_start, uring_turn
-from coterie.kernels.vector import i64_at, set_i32, set_i64
+from coterie.kernels.vector import i64_at, set_i64
 
 EIO, EINTR, EAGAIN, EBUSY = 5, 4, 11, 16
 PATIENCE = 100  # naps until a kernel that takes no requests counts as broken
 READ_OPCODE = int(Opcode.READ)
-EVENT_BYTES = EVENT.itemsize
-assert EVENT.fields is not None
-_START, _END, _WAITED, _EPOCH, _OPCODE, _PIECES = (
-    EVENT.fields[name][1] for name in ("start", "end", "waited", "epoch", "opcode", "pieces")
-)
 
 
 @register_jitable
@@ -225,17 +221,11 @@ def deliver(control):
 @register_jitable
 def record_read(control, request, slot):
     """Write one event into the trace ring; the oldest is overwritten when it is full."""
-    ring = word(control, t.TRACE)
-    count = i64_at(ring)
-    at = ring + RING_HEADER + count % i64_at(ring + 8) * EVENT_BYTES
     layer = word(entry_at(control, word(slot, t.POSITION)), t.LAYER) & 0xFFFF
-    set_i64(at + _START, word(slot, t.STARTED))
-    set_i64(at + _END, word(slot, t.FINISHED))
-    set_i32(at + _WAITED, np.int32(0))
-    set_i32(at + _EPOCH, np.int32(request % word(control, t.SLOT_COUNT)))
-    set_i32(at + _OPCODE, np.int32(READ_OPCODE | layer << 16))
-    set_i32(at + _PIECES, np.int32(word(slot, t.LENGTH)))
-    set_i64(ring, count + 1)
+    write_event(
+        word(control, t.TRACE), word(slot, t.STARTED), word(slot, t.FINISHED), 0,
+        request % word(control, t.SLOT_COUNT), READ_OPCODE | layer << 16, word(slot, t.LENGTH),
+    )  # fmt: skip
 
 
 @register_jitable

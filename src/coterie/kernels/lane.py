@@ -43,18 +43,24 @@ _START, _END, _WAITED, _EPOCH, _OPCODE, _PIECES = (
 
 
 @register_jitable
-def record_event(step, lane, instruction, waiting, start, pieces):
-    """Write one event into the lane's ring; the oldest is overwritten when it is full."""
-    ring = word(step, TRACE) + lane * word(step, TRACE_STRIDE)
+def write_event(ring, start, end, waited, epoch, opcode, pieces):
+    """Write one event into a trace ring; the oldest is overwritten when it is full. `opcode`: the layer too."""
     count = i64_at(ring)
     at = ring + RING_HEADER + count % i64_at(ring + 8) * EVENT_BYTES
     set_i64(at + _START, start)
-    set_i64(at + _END, cycles())
-    set_i32(at + _WAITED, np.int32(min(start - waiting, 0x7FFFFFFF)))
-    set_i32(at + _EPOCH, np.int32(word(step, EPOCH)))
-    set_i32(at + _OPCODE, np.int32(word(instruction, OPCODE)))  # opcode and layer
+    set_i64(at + _END, end)
+    set_i32(at + _WAITED, np.int32(min(waited, 0x7FFFFFFF)))
+    set_i32(at + _EPOCH, np.int32(epoch))
+    set_i32(at + _OPCODE, np.int32(opcode))
     set_i32(at + _PIECES, np.int32(pieces))
     set_i64(ring, count + 1)
+
+
+@register_jitable
+def record_event(step, lane, instruction, waiting, start, pieces):
+    """Write one event into the lane's ring."""
+    ring = word(step, TRACE) + lane * word(step, TRACE_STRIDE)
+    write_event(ring, start, cycles(), start - waiting, word(step, EPOCH), word(instruction, OPCODE), pieces)
 
 
 @register_jitable

@@ -32,7 +32,10 @@ from coterie.kernels.record import OPERANDS
     NORM_Y_ROW,
     NORM_TILE_SUBS,  # sub-blocks of a row of tiles: some readers want more columns than there are
     NORM_PLANES,  # int8 rows of tiles a row becomes: 2 adds what rounding left
-) = range(OPERANDS, OPERANDS + 18)
+    NORM_WOVEN,  # woven tiles, for rows of single neurons (0: none)
+    NORM_WOVEN_LANE,
+    NORM_WOVEN_FLOAT,  # 1: as floats
+) = range(OPERANDS, OPERANDS + 21)
 
 # `matmul`
 (
@@ -131,6 +134,52 @@ from coterie.kernels.record import OPERANDS
     DOWN_PANEL,  # clusters in a panel
     DOWN_KEEP,  # 1: y holds the sums of the clusters before these
 ) = range(OPERANDS, OPERANDS + 10)
+
+# `neuron_gate`, `neuron_all`
+(
+    N_TABLE,  # a row a cluster (shapes.NEURON_ROW)
+    N_FIRST,  # the clusters that run
+    N_COUNT,
+    N_SUPERS,  # superblocks of a Gate or Up row
+    N_GATE_ROW,  # bytes of a Gate row
+    N_BUNDLE,  # bytes from one neuron's Up row to the next's
+    N_X,  # woven tiles
+    N_X_LANE,
+    N_HIDDEN,  # float32[tile][neuron][token]
+    N_HIDDEN_TILE,  # bytes of a tile of them
+    N_SCRATCH,
+    N_SCRATCH_LANE,
+    N_LIVE,  # a list a cluster (shapes.LIVE_ROW)
+    N_ADDRESSES,  # int64[neuron]: address of a neuron's bundle, 0: not in memory
+    N_CACHE,  # the neuron cache's control block (0: everything is in memory)
+    N_READY,  # a flag a cluster: its list is complete; it carries the tick
+    N_LAYERS,  # how many layers there are: a tick is epoch * layers + layer
+    N_LAYER,
+    N_COUNTED,  # a line a lane: live neurons, of these missing
+) = range(OPERANDS, OPERANDS + 19)
+
+# `neuron_down`
+(
+    ND_TABLE,
+    ND_FIRST,
+    ND_COUNT,
+    ND_LIVE,  # 0: all neurons of the clusters
+    ND_ADDRESSES,
+    ND_BUNDLE,
+    ND_DOWN,  # bytes from a bundle's begin to its Down row
+    ND_SUPERS,  # superblocks of an output row
+    ND_CHUNK,  # superblocks in a piece
+    ND_HIDDEN,
+    ND_HIDDEN_TILE,
+    ND_SUMS,  # woven sums, float32[row][superblock][32][16]
+    ND_Y,
+    ND_Y_ROW,
+    ND_BLOCKS,  # blocks of 32 in a row of y
+    ND_KEEP,  # 1: the sums hold the clusters before these
+    ND_LAST,  # 1: these are the last, write y
+    ND_SCRATCH,
+    ND_SCRATCH_LANE,
+) = range(OPERANDS, OPERANDS + 19)
 
 # `probe`
 PROBE_BASE, PROBE_BYTES, PROBE_PIECE, PROBE_OUT = range(OPERANDS, OPERANDS + 4)

@@ -37,13 +37,17 @@ from coterie.kernels.operands import (
     NORM_TILE,
     NORM_TILE_SUBS,
     NORM_WEIGHT,
+    NORM_WOVEN,
+    NORM_WOVEN_FLOAT,
+    NORM_WOVEN_LANE,
     NORM_X,
     NORM_X_OUT,
     NORM_Y,
     NORM_Y_ROW,
 )
+from coterie.kernels.quantise import emit_block, weave_block
 from coterie.kernels.record import CLAIM, EMBEDDINGS, ERROR, IDS, NO_SUCH_TOKEN, OUTPUT_ROWS, OUTPUTS, TOKENS
-from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN, UNPACKED
+from coterie.kernels.shapes import INT8_TOKEN, SUPERBLOCK, UNPACKED
 from coterie.kernels.sync import claim, finish, word
 from coterie.kernels.vector import (
     ADDRESS,
@@ -54,9 +58,7 @@ from coterie.kernels.vector import (
     F32x16,
     I8x16,
     I32x16,
-    across,
     add,
-    call,
     const,
     f32_at,
     floats,
@@ -66,8 +68,6 @@ from coterie.kernels.vector import (
     i32_at,
     i64_at,
     load,
-    maximum,
-    minimum,
     mul,
     op,
     set_f32,
@@ -83,41 +83,6 @@ from coterie.kernels.vector import (
 def bits_to_float(b, bits):
     """A float32 operand."""
     return b.bitcast(b.trunc(bits, I32), F32)
-
-
-@op(types.void, FLOATS, FLOATS, ADDRESS, types.intp, types.intp)
-def quantise_block(b, low, high, x, tokens, t):
-    """Write 32 floats as token `t`'s int8 sub-block and its four words (see tile.py for the layout)."""
-    magnitude = maximum(b, *(call(b, "llvm.fabs.v16f32", F32x16, v) for v in (low, high)))
-    top = across(b, magnitude, maximum)
-    zero, limit = const(F32, 0.0), const(F32x16, 127.0)
-    inverse = b.select(b.fcmp_ordered(">", top, zero), b.fdiv(const(F32, 127.0), top), zero)
-    row = b.add(x, b.mul(t, const(I64, COLUMNS)))
-    sums = []
-    for half, v in enumerate((low, high)):
-        scaled = call(b, "llvm.rint.v16f32", F32x16, b.fmul(v, splat(b, inverse)))
-        bounded = maximum(b, minimum(b, scaled, limit), const(F32x16, -127.0))
-        ints = b.fptosi(bounded, I32x16)
-        store(b, row, b.trunc(ints, I8x16), 16 * half)
-        sums.append(across(b, ints, lambda b, p, q: b.add(p, q)))
-    scale, both = b.fdiv(top, const(F32, 127.0)), b.add(*sums)
-    words = [scale, b.fmul(scale, b.sitofp(both, F32)), b.neg(both), b.neg(sums[0])]
-    at = b.add(b.add(x, b.mul(tokens, const(I64, COLUMNS))), b.mul(t, const(I64, 4)))
-    for kind, value in enumerate(words):
-        store(b, b.add(at, b.mul(tokens, const(I64, 4 * kind))), value)
-
-
-@register_jitable
-def emit_block(low, high, x, tokens, row, sub, subs, as_float):
-    """Write 32 floats as sub-block `sub` of `row` in the tiles at `x`: quantised, or as they are."""
-    tile = row // tokens
-    t = row - tile * tokens
-    if as_float:
-        at = x + ((tile * subs + sub) * tokens + t) * FLOAT_TOKEN
-        set_floats(at, low)
-        set_floats(at + 64, high)
-    else:
-        quantise_block(low, high, x + (tile * subs + sub) * tokens * INT8_TOKEN, tokens, t)
 
 
 @op(FLOATS, FLOATS, ADDRESS, types.float32)
@@ -217,7 +182,7 @@ def norm() -> Callable[..., Any]:
     """Add a sub-layer's output to the residual stream, and prepare the next sub-layer's input.
 
         x_out[row] = x[row] + y[row], or x[row] + rms_norm(y[row]) * post     where y is given
-        out[row] = rms_norm(x_out[row]) * weight                              as int8 tiles, float tiles or both
+        out[row] = rms_norm(x_out[row]) * weight                              as int8 tiles, float tiles, woven
 
     With NORM_SELECT the rows are those that want logits, and row i of the output is the i-th of them. With two
     planes a row becomes two: its int8 rounding, and the int8 rounding of what that left (docs/numerics.md).
@@ -236,6 +201,9 @@ def norm() -> Callable[..., Any]:
         has_out = word(record, NORM_OUT) != 0
         float_out = word(record, NORM_FLOAT_OUT) + lane * word(record, NORM_FLOAT_LANE)
         has_float = word(record, NORM_FLOAT_OUT) != 0
+        woven, woven_float = word(record, NORM_WOVEN), word(record, NORM_WOVEN_FLOAT) != 0
+        has_woven, supers = woven != 0, (subs + SUPERBLOCK - 1) // SUPERBLOCK
+        woven += lane * word(record, NORM_WOVEN_LANE)
         width, tile_subs, planes = subs * COLUMNS, word(record, NORM_TILE_SUBS), word(record, NORM_PLANES)
         pieces = 0
         i = claim(record, step, lane, n) if shared else 0
@@ -265,6 +233,8 @@ def norm() -> Callable[..., Any]:
                     emit_block(rest_low, rest_high, out, tokens, i * planes + 1, sub, tile_subs, False)
                 if has_float:
                     emit_block(low, high, float_out, tokens, i, sub, tile_subs, True)
+                if has_woven:
+                    weave_block(low, high, woven, tokens, i, sub, supers, woven_float)
             pieces += 1
             i = claim(record, step, lane, n) if shared else i + 1
         return finish(record, step, pieces, n) if shared else pieces

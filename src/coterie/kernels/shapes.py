@@ -1,6 +1,6 @@
 """Sizes that kernels and those who lay out their buffers agree on."""
 
-from coterie.kernels.formats import COLUMNS, Format
+from coterie.kernels.formats import COLUMNS, QUADS, Format
 from coterie.kernels.formats import ROWS as GROUP_ROWS
 
 TILE_TOKENS = 4  # tokens of a matrix tile, where there are several
@@ -18,6 +18,18 @@ VECTOR = 64  # bytes of one row group's sums
 # A row of the cluster table (design section 6): where a neuron cluster's weights are, and its arrival flag.
 CLUSTER_ROW = 32
 CLUSTER_GATE_UP, CLUSTER_DOWN, CLUSTER_FLAG, CLUSTER_WANTED = 0, 8, 16, 24
+
+# Rows of single neurons (docs/packed-format.md, "Neurons").
+DOWN_FORMATS = ("Q4_0", "Q8_0", "F16", "BF16", "F32")
+SUPERBLOCK = 16  # blocks of 32 columns, one a lane
+WOVEN_WORDS = 64 * QUADS  # where the scales begin in a token's superblock of activations
+WOVEN_INT = WOVEN_WORDS + 3 * 64  # its bytes: quads, and three words a block
+WOVEN_FLOAT = 4 * COLUMNS * SUPERBLOCK
+CLUSTER = 64  # neurons that are computed together
+NEURON_ROW = 64  # bytes of a row of a layer's table: a cluster's Gate rows, its bundles, and when each has arrived
+NEURON_GATE, NEURON_BUNDLES, NEURON_FLAG, NEURON_GATE_WANTED, NEURON_WANTED = 0, 8, 16, 24, 32
+LIVE_ROW = 4 * 16 + 2 * 4 * CLUSTER  # bytes of a cluster's list: counts of live and of missing neurons, then both
+LIVE_COUNT, LIVE_MISSING, LIVE_IDS, LIVE_LATE = 0, 4, 64, 64 + 4 * CLUSTER
 
 
 def token_bytes(f: Format) -> int:

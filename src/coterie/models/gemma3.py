@@ -56,6 +56,7 @@ def read_spec(file: ModelHeader) -> ModelSpec:
         post_norms=True,
         tied="output.weight" not in file.tensors,
         layers=tuple(LayerSpec(near, window) if local else LayerSpec(distant) for local in is_local),
+        sparse=False,
         **sizes,
     )
     norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")

@@ -6,13 +6,14 @@ numpy in float32 over the whole sequence, without a cache, to measure everything
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.errors import ModelError
 from coterie.models.header import ModelHeader
-from coterie.models.spec import LayerSpec, ModelSpec, Rope
+from coterie.models.spec import Activation, LayerSpec, ModelSpec, Rope
 
 Floats = NDArray[np.float32]
 Weights = Callable[[str], Floats]
@@ -21,25 +22,30 @@ QUERY_BLOCK = 256  # rows of attention at a time: bounds the memory of scores
 
 
 def read_spec(file: ModelHeader) -> ModelSpec:
-    """The model in a GGUF file of architecture "llama"; ModelError if it makes no sense."""
-    sizes = read_sizes(file, "llama")
+    """The model in a GGUF file of architecture "llama" or "bamboo"; ModelError if it makes no sense.
+
+    PowerInfer's files have Down transposed, and mean ReLU by it. Others say it in `hidden_activation`.
+    """
+    name = file.text("general.architecture")
+    sizes = read_sizes(file, name)
     head_dim = sizes["head_dim"]
-    dims = file.integer("llama.rope.dimension_count", 2, head_dim, head_dim)
+    dims = file.integer(f"{name}.rope.dimension_count", 2, head_dim, head_dim)
     if dims % 2:
-        raise ModelError(f"{file.path.name}: llama.rope.dimension_count is {dims}, but must be even")
-    if file.integer("llama.expert_count", 0, 1 << 16, 0):
+        raise ModelError(f"{file.path.name}: {name}.rope.dimension_count is {dims}, but must be even")
+    if file.integer(f"{name}.expert_count", 0, 1 << 16, 0):
         raise ModelError(f"{file.path.name}: mixtures of experts are not supported yet; use a dense model")
     rope = Rope(
-        base=file.number("llama.rope.freq_base", 1.0, 1e12, 10_000.0),
+        base=file.number(f"{name}.rope.freq_base", 1.0, 1e12, 10_000.0),
         dims=dims,
-        scale=1 / linear_scaling(file, "llama"),
+        scale=1 / linear_scaling(file, name),
         factors=rope_factors(file, dims // 2),
     )
+    sparse = "blk.0.ffn_down_t.weight" in file.tensors
     spec = ModelSpec(
-        architecture="llama",
+        architecture=name,
         name=file.text("general.name", file.path.stem),
-        norm_eps=file.number("llama.attention.layer_norm_rms_epsilon", 1e-12, 1.0),
-        activation="silu",
+        norm_eps=file.number(f"{name}.attention.layer_norm_rms_epsilon", 1e-12, 1.0),
+        activation=_activation(file, name, sparse),
         interleaved_rope=True,
         attention_scale=head_dim**-0.5,
         embedding_scale=1.0,
@@ -47,10 +53,22 @@ def read_spec(file: ModelHeader) -> ModelSpec:
         post_norms=False,
         tied="output.weight" not in file.tensors,
         layers=tuple([LayerSpec(rope)] * sizes.pop("n_layers")),
+        sparse=sparse,
         **sizes,
     )
+    if sparse and spec.activation == "silu":
+        raise ModelError(f"{file.path.name}: neurons that are never idle gain nothing from a transposed Down")
     expect_tensors(file, spec, norms=("attn_norm", "ffn_norm"))
     return spec
+
+
+def _activation(file: ModelHeader, architecture: str, sparse: bool) -> Activation:
+    usual = "drelu" if architecture == "bamboo" else "relu" if sparse else "silu"
+    named = file.text(f"{architecture}.hidden_activation", usual)
+    for known in ("silu", "relu", "relu2", "drelu"):
+        if named == known:
+            return cast(Activation, known)
+    raise ModelError(f"{file.path.name}: activation {named[:40]!r} is not supported; silu, relu, relu2 and drelu are")
 
 
 def read_sizes(file: ModelHeader, architecture: str) -> dict[str, int]:
@@ -111,7 +129,7 @@ def expect_tensors(file: ModelHeader, spec: ModelSpec, norms: Sequence[str], hea
         "attn_output": (spec.dim, q_dim),
         "ffn_gate": (spec.ffn_dim, spec.dim),
         "ffn_up": (spec.ffn_dim, spec.dim),
-        "ffn_down": (spec.dim, spec.ffn_dim),
+        **({"ffn_down_t": (spec.ffn_dim, spec.dim)} if spec.sparse else {"ffn_down": (spec.dim, spec.ffn_dim)}),
         **dict.fromkeys(norms, (1, spec.dim)),
         **dict.fromkeys(head_norms, (1, spec.head_dim)),
     }
@@ -150,7 +168,8 @@ def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int]) -> Floats:
 
         h = rms_norm(x, weights(blk + "ffn_norm.weight"), spec.norm_eps)
         gate, up = h @ weights(blk + "ffn_gate.weight").T, h @ weights(blk + "ffn_up.weight").T
-        x = x + (silu(gate) * up) @ weights(blk + "ffn_down.weight").T
+        down = weights(blk + "ffn_down_t.weight") if spec.sparse else weights(blk + "ffn_down.weight").T
+        x = x + activated(spec.activation, gate, up) @ down
 
     x = rms_norm(x, weights("output_norm.weight"), spec.norm_eps)
     logits: Floats = x @ weights("token_embd.weight" if spec.tied else "output.weight").T
@@ -168,6 +187,18 @@ def silu(x: Floats) -> Floats:
     """x * sigmoid(x), without overflow for large negative x."""
     activated: Floats = x * (0.5 * (1 + np.tanh(0.5 * x)))
     return activated
+
+
+def activated(activation: Activation, gate: Floats, up: Floats) -> Floats:
+    """What Down gets of Gate's and Up's outputs."""
+    match activation:
+        case "relu":
+            return np.maximum(gate, 0) * up
+        case "relu2":
+            return np.square(np.maximum(gate, 0)) * up
+        case "drelu":
+            return np.maximum(gate, 0) * np.maximum(up, 0)
+    return silu(gate) * up
 
 
 def split_heads(x: Floats, head_dim: int) -> Floats:

@@ -11,7 +11,7 @@ from coterie.models.spec import ModelSpec
 from coterie.models.template import ChatTemplate
 from coterie.models.tokenizer import Tokenizer
 
-ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "gemma3": gemma3}
+ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "bamboo": llama, "gemma3": gemma3}
 
 
 @dataclass(frozen=True)

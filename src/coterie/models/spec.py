@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "relu"]
+Activation = Literal["silu", "gelu", "relu", "relu2", "drelu"]  # of Gate; drelu: of Gate and of Up
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,4 @@ class ModelSpec:
     post_norms: bool  # RMS norm of attention's and FFN's output before the residual addition
     tied: bool  # logits come from token_embd.weight
     layers: tuple[LayerSpec, ...]
+    sparse: bool = False  # Down lies by neurons (`ffn_down_t`), and only live neurons are computed in decode

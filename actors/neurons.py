@@ -1,0 +1,174 @@
+"""The neuron unit: one thread of compiled code that reads single neurons into a cache as lanes ask for them."""
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.actors.cpu import NAP, cycles_per_second
+from coterie.actors.flash import CODES, LAST_WAIT, READERS, ReadFailure, lane_threads, set_up_engine
+from coterie.errors import UnitError
+from coterie.kernels import cache as c
+from coterie.kernels import library
+from coterie.kernels import tape as t
+from coterie.kernels.shapes import CLUSTER
+from coterie.storage.arena import Arena
+from coterie.storage.flash_buffers import TRACE_EVENTS
+from coterie.storage.neuron_buffers import DEPTH, NeuronBuffers, bundle_runs
+from coterie.storage.runs import Run
+from coterie.storage.weights import SparseFFN, Weights
+
+
+class NeuronUnit:
+    """Reads bundles of the file `fd` (a duplicate of it) into the cache in `buffers`.
+
+    sums: uint64, checksums of all bundles, in the order of the file; sector: bytes that reads are multiples of; abort:
+    address of a word that is set to 1 when reading has failed; engine, reader: as of FlashUnit.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        buffers: NeuronBuffers,
+        runs: tuple[Run, ...],
+        weights: Weights,
+        sums: npt.NDArray[np.uint64],
+        fd: int,
+        *,
+        sector: int,
+        abort: int,
+        engine: str | None = None,
+        reader: int | None = None,
+    ) -> None:
+        self.arena, self.buffers = arena, buffers
+        self._cache: npt.NDArray[np.int64] = arena.numpy(buffers.control)
+        self._reader: npt.NDArray[np.int64] = arena.numpy(buffers.reader)
+        arena.numpy(buffers.sums)[:] = sums
+        uring = set_up_engine(engine, DEPTH, reader)
+        self.engine = "preadv" if uring is None else "io_uring"
+        readers = READERS if uring is None else 0
+        fd = os.dup(fd)
+        self._fill_reader(fd, abort, reader, readers)
+        if uring is not None:
+            for word, value in uring.words.items():
+                self._reader[word] = value
+        self._fill_cache(runs, weights, sector)
+        lane = library.function(f"neuron_lane:{self.engine}", 2)
+        arguments = self._address, arena.address(buffers.control)
+        self._threads = lane_threads("coterie-neurons", self._reader, lane, arguments, fd, uring, readers)
+        wake = library.function("neuron_wake", 1)
+        self._stop = weakref.finalize(self, _stop_lane, self._cache, wake, self._threads)
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def _address(self) -> int:
+        return self.arena.address(self.buffers.reader)
+
+    def _fill_reader(self, fd: int, abort: int, reader: int | None, readers: int) -> None:
+        arena, buffers, control = self.arena, self.buffers, self._reader
+        control[:] = 0
+        arena.numpy(buffers.requests)[:] = 0
+        words = {
+            t.SLOTS: arena.address(buffers.requests),
+            t.QUEUE: arena.address(buffers.queue),
+            t.SLOT_COUNT: DEPTH,
+            t.DEPTH: DEPTH,
+            t.FD: fd,
+            t.ABORT: abort,
+            t.NAP: self._address + 8 * t.SECONDS,
+            t.NANOSECONDS: NAP,
+            t.READERS: readers,
+            t.READER: (reader or library.address("flash_pread")) if readers else 0,
+        }
+        if buffers.trace is not None:
+            arena.numpy(buffers.trace)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS
+            words[t.TRACE] = arena.address(buffers.trace)
+        for word, value in words.items():
+            control[word] = value
+
+    def _fill_cache(self, runs: tuple[Run, ...], weights: Weights, sector: int) -> None:
+        arena, buffers, control = self.arena, self.buffers, self._cache
+        control[:] = 0
+        for ref in (buffers.demands, buffers.owners, buffers.stamps, buffers.counts):
+            arena.numpy(ref)[:] = 0
+        arena.numpy(buffers.free)[:] = np.arange(DEPTH)
+        bundles, at = bundle_runs(runs), 0
+        layers = arena.numpy(buffers.layers)
+        for i, run in enumerate(bundles):
+            ffn = weights.layers[i].ffn
+            assert isinstance(ffn, SparseFFN)
+            layers[i, c.ENTRIES] = arena.address(ffn.addresses)
+            layers[i, c.PLACE], layers[i, c.PER], layers[i, c.STRIDE] = run.offset, run.per * CLUSTER, run.stride
+            layers[i, c.SUMS] = arena.address(buffers.sums) + 8 * at
+            at += run.items * CLUSTER
+        words = {
+            c.QUEUE: arena.address(buffers.demands),
+            c.QUEUE_MASK: buffers.demands.shape[0] - 1,
+            c.LAYERS: arena.address(buffers.layers),
+            c.SLOT_BASE: arena.address(buffers.slots),
+            c.SLOT_COUNT: buffers.slots.shape[0],
+            c.SLOT_BYTES: buffers.slots.shape[1],
+            c.BUNDLE: bundles[0].item_bytes // CLUSTER,
+            c.ALIGN: sector,
+            c.FREE: arena.address(buffers.free),
+            c.FREE_COUNT: DEPTH,
+            c.OWNERS: arena.address(buffers.owners),
+            c.STAMPS: arena.address(buffers.stamps),
+            c.COUNTS: arena.address(buffers.counts),
+        }
+        for word, value in words.items():
+            control[word] = value
+
+    def describe(self) -> dict[str, Any]:
+        return {"unit": "neurons", "runtime": self.engine, "engine": self.engine, "depth": DEPTH, "real": True}
+
+    @property
+    def in_flight(self) -> int:
+        """Reads that the disk has not answered yet."""
+        return int(self._reader[t.IN_FLIGHT])
+
+    def served(self) -> int:
+        """Demands that were answered."""
+        return int(self._cache[c.SERVED // 8])
+
+    def failure(self) -> ReadFailure | None:
+        """Why a read failed, until `forgive`."""
+        code = int(self._reader[t.FAILED])
+        if code == 0:
+            return None
+        return ReadFailure(CODES[code], int(self._reader[t.FAILED_POSITION]), int(self._reader[t.FAILED_ERRNO]))
+
+    def forgive(self) -> None:
+        """Forget a failure: the next step tries again. Raises UnitError where the unit has stopped."""
+        if not self._threads[0].is_alive():
+            raise UnitError("the neuron unit has stopped; open the model again")
+        self._reader[t.FAILED] = 0
+
+    def counters(self) -> dict[str, float]:
+        """Since the unit was made: bytes and requests read, retries, seconds with a read in flight (busy) and checking
+        sums (checking), neurons dropped (evictions), and slots in use."""
+        seconds = {"busy": t.BUSY, "checking": t.CHECKING}
+        counts = {"bytes": t.BYTES, "requests": t.REQUESTS, "retries": t.RETRIES, "naps": t.NAPS}
+        found = {name: float(self._reader[word]) for name, word in counts.items()}
+        found |= {name: float(self._reader[word]) / cycles_per_second() for name, word in seconds.items()}
+        return found | {"evictions": float(self._cache[c.EVICTIONS]), "used": float(self._cache[c.USED])}
+
+    def close(self) -> None:
+        """Stop the lane; a second call does nothing. A disk that does not answer is not waited for longer than 2 s."""
+        self._stop()
+
+
+def _stop_lane(cache: npt.NDArray[np.int64], wake: Callable[..., int], threads: list[threading.Thread]) -> None:
+    """Tell the lane to leave, and wait a little."""
+    cache[c.STOP] = 1
+    wake(cache.ctypes.data)
+    end = time.monotonic() + LAST_WAIT
+    for thread in threads:
+        if thread.is_alive():
+            thread.join(max(0.0, end - time.monotonic()))

@@ -1,0 +1,141 @@
+"""Compile the feed-forward networks of sparse models: Gate first in decode, all neurons in prefill (docs/sparse.md)."""
+
+from dataclasses import dataclass
+
+from coterie.kernels import operands as o
+from coterie.kernels.formats import COLUMNS
+from coterie.kernels.library import kernel_name
+from coterie.kernels.neurons import weave_bytes
+from coterie.kernels.record import LINE, Opcode
+from coterie.kernels.shapes import CLUSTER, LIVE_ROW, WOVEN_FLOAT
+from coterie.kernels.sparse_down import down_scratch
+from coterie.models.spec import ModelSpec
+from coterie.scheduler.program import Draft, Operand, ProgramBuilder
+from coterie.storage.arena import BufferRef, Ledger, round_up
+from coterie.storage.weights import PINNED, NeuronSpan, SparseFFN, Weights
+
+DOWN_PIECES = 2  # a lane of Down, at least, if there are superblocks enough
+
+
+@dataclass(frozen=True)
+class Woven:
+    """Woven activations; `lane` bytes apart if each lane has its own (0: shared)."""
+
+    ref: BufferRef
+    lane: int
+    is_float: bool
+
+
+class SparseLowering:
+    """Buffers for up to `rows` rows in tiles of `tile` tokens, and the instructions that use them.
+
+    `cache`: the neuron cache's control block, None where all bundles stay in memory; `counted`: int64[lanes][8], live
+    neurons and missing ones.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        ledger: Ledger,
+        *,
+        lanes: int,
+        rows: int,
+        tile: int,
+        decode: bool,
+        cache: BufferRef | None,
+        counted: BufferRef,
+    ) -> None:
+        self.spec, self.lanes, self.rows, self.tile, self.decode = spec, lanes, rows, tile, decode
+        self.cache, self.counted = cache, counted
+        layouts = [layer.ffn.layout for layer in weights.layers if isinstance(layer.ffn, SparseFFN)]
+        self.supers, self.neurons = layouts[0].supers, layouts[0].neurons
+        kinds = {layout.gate.is_float for layout in layouts}
+        assert len(kinds) == 1  # a model mixes formats of one kind
+        token = max(weave_bytes(layout.gate) for layout in layouts)
+        size = rows * self.supers * token
+        copies = lanes if decode else 1
+        self.x = Woven(ledger.allocate("activations", (copies, size)), size if decode else 0, kinds.pop())
+        self.hidden_tile = self.neurons * tile * 4
+        self.hidden = ledger.allocate("activations", (rows // tile, self.hidden_tile))
+        self.sums = ledger.allocate("activations", rows * self.supers * WOVEN_FLOAT)
+        self.lane = round_up(max(down_scratch(tile), 4 * 4 * tile), LINE)
+        self.scratch = ledger.allocate("activations", (lanes, self.lane))
+        clusters = self.neurons // CLUSTER
+        self.live = ledger.allocate("activations", (clusters, LIVE_ROW)) if decode else None
+        self.ready = ledger.allocate("flags", (clusters, LINE)) if decode and cache else None
+
+    def add(self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft | None, y: BufferRef, width: int) -> None:
+        """Append layer `i`'s network: y float32[rows][width]."""
+        layout = ffn.layout
+        names = layout.gate.name, layout.up.name, self.spec.activation, self.tile
+        down = kernel_name("neuron_down", layout.down.name, self.tile)
+        for number, span in enumerate(ffn.spans):
+            streamed = span.position != PINNED
+            frees = span.end if streamed else 0
+            operands = self._neurons(i, ffn, span)
+            if self.decode:
+                b.add(
+                    kernel_name("neuron_gate", *names), Opcode.FFN_UP, operands, layer=i, prepare=ready,
+                    ordered=streamed or self.cache is not None, frees=frees,
+                )  # fmt: skip
+                continue
+            b.add(
+                kernel_name("neuron_all", *names), Opcode.FFN_UP, operands, layer=i, prepare=ready, ordered=streamed
+            )  # fmt: skip
+            last = number == len(ffn.spans) - 1
+            part = self._down(ffn, span.first, span.count, y, width, keep=number > 0, last=last)
+            b.add(down, Opcode.FFN_DOWN, part, layer=i, frees=frees)
+        if self.decode:
+            part = self._down(ffn, 0, layout.clusters, y, width, keep=False, last=True)
+            b.add(down, Opcode.FFN_DOWN, part, layer=i)
+
+    def _neurons(self, i: int, ffn: SparseFFN, span: NeuronSpan) -> dict[int, Operand]:
+        layout = ffn.layout
+        return {
+            o.N_TABLE: ffn.table,
+            o.N_FIRST: span.first,
+            o.N_COUNT: span.count,
+            o.N_SUPERS: layout.supers,
+            o.N_GATE_ROW: layout.gate_row,
+            o.N_BUNDLE: layout.bundle,
+            o.N_X: self.x.ref,
+            o.N_X_LANE: self.x.lane,
+            o.N_HIDDEN: self.hidden,
+            o.N_HIDDEN_TILE: self.hidden_tile,
+            o.N_SCRATCH: self.scratch,
+            o.N_SCRATCH_LANE: self.lane,
+            o.N_LIVE: self.live,
+            o.N_ADDRESSES: ffn.addresses,
+            o.N_CACHE: self.cache,
+            o.N_READY: self.ready,
+            o.N_LAYERS: len(self.spec.layers),
+            o.N_LAYER: i,
+            o.N_COUNTED: self.counted,
+        }
+
+    def _down(
+        self, ffn: SparseFFN, first: int, count: int, y: BufferRef, width: int, *, keep: bool, last: bool
+    ) -> dict[int, Operand]:
+        layout = ffn.layout
+        return {
+            o.ND_TABLE: ffn.table,
+            o.ND_FIRST: first,
+            o.ND_COUNT: count,
+            o.ND_LIVE: self.live,
+            o.ND_ADDRESSES: ffn.addresses,
+            o.ND_BUNDLE: layout.bundle,
+            o.ND_DOWN: layout.down_offset,
+            o.ND_SUPERS: layout.supers,
+            o.ND_CHUNK: max(1, layout.supers // (DOWN_PIECES * self.lanes)),
+            o.ND_HIDDEN: self.hidden,
+            o.ND_HIDDEN_TILE: self.hidden_tile,
+            o.ND_SUMS: self.sums,
+            o.ND_Y: y,
+            o.ND_Y_ROW: 4 * width,
+            o.ND_BLOCKS: width // COLUMNS,
+            o.ND_KEEP: int(keep),
+            o.ND_LAST: int(last),
+            o.ND_SCRATCH: self.scratch,
+            o.ND_SCRATCH_LANE: self.lane,
+        }

@@ -1,0 +1,230 @@
+"""The compiled lane that reads single neurons into the cache, as compute lanes ask for them (docs/sparse.md).
+
+It takes demands from the queue, keeps up to `depth` reads in flight, checks each bundle's checksum, and only then
+writes its address where lanes look for it. Reads complete in any order. Control block, request slots and engines are
+the flash lane's (tape.py); the cache's own words are in cache.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from numba.extending import register_jitable
+
+from coterie.kernels import cache as c
+from coterie.kernels import tape as t
+from coterie.kernels.atomics import FUTEX_CALL, FUTEX_WAKE, acquire, cycles, fetch_add, libc_syscall, release
+from coterie.kernels.checksum import checksum_at
+from coterie.kernels.compiler import kernel
+from coterie.kernels.flash import EAGAIN, EBUSY, EINTR, PATIENCE, count_busy, count_up, give_up, put, settle, try_again
+from coterie.kernels.lane import write_event
+from coterie.kernels.pread import LEAVE, pread_start, pread_turn, queue
+from coterie.kernels.record import Opcode
+from coterie.kernels.sync import SLEEPERS, sleep_on, word
+from coterie.kernels.uring import uring_start, uring_turn
+from coterie.kernels.vector import i64_at, set_i64
+
+READ_OPCODE = int(Opcode.READ)
+NEURON, SLOT = t.POSITION, t.COUNT  # what a request's words mean here: layer << 32 | neuron, and the cache's slot
+NOTHING = -1
+
+
+@register_jitable
+def request_at(control, number):
+    return word(control, t.SLOTS) + number * t.SLOT_BYTES
+
+
+@register_jitable
+def layer_at(cache, wanted):
+    return word(cache, c.LAYERS) + (wanted >> 32) * c.LAYER_WORDS * 8
+
+
+@register_jitable
+def entry_of(cache, wanted):
+    """Where lanes look for a neuron's address."""
+    return word(layer_at(cache, wanted), c.ENTRIES) + 8 * (wanted & 0xFFFFFFFF)
+
+
+@register_jitable
+def place_of(cache, wanted):
+    """Where in the file a neuron's bundle lies."""
+    layer, neuron = layer_at(cache, wanted), wanted & 0xFFFFFFFF
+    extent = neuron // word(layer, c.PER)
+    within = neuron - extent * word(layer, c.PER)
+    return word(layer, c.PLACE) + extent * word(layer, c.STRIDE) + within * word(cache, c.BUNDLE)
+
+
+@register_jitable
+def answer(cache, count):
+    """Say that demands were met, to lanes that sleep."""
+    if count > 0:
+        fetch_add(cache + c.SERVED, count)
+        if fetch_add(cache + c.SERVED + SLEEPERS, 0) != 0:
+            libc_syscall(FUTEX_CALL, cache + c.SERVED, FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)
+
+
+@register_jitable
+def fill_request(control, cache, number, wanted, slot):
+    """A read of whole sectors around a neuron's bundle."""
+    place, align = place_of(cache, wanted), word(cache, c.ALIGN)
+    first = place // align * align
+    request = request_at(control, number)
+    put(request, SLOT, slot)
+    put(request, NEURON, wanted)
+    put(request, t.FROM, first)
+    put(request, t.TO, c.slot_address(cache, slot))
+    put(request, t.LENGTH, (place + word(cache, c.BUNDLE) - first + align - 1) // align * align)
+    put(request, t.DONE, 0)
+    put(request, t.TRIES, 0)
+    put(request, t.STARTED, cycles())
+
+
+@register_jitable
+def free(cache, number):
+    """Put a request's number back."""
+    put(cache, c.FREE_COUNT, word(cache, c.FREE_COUNT) + 1)
+    set_i64(word(cache, c.FREE) + 8 * (word(cache, c.FREE_COUNT) - 1), number)
+
+
+@register_jitable
+def is_right(control, cache, request):
+    """Whether what was read has the checksum it should have."""
+    began = cycles()
+    wanted = word(request, NEURON)
+    address = word(request, t.TO) + place_of(cache, wanted) - word(request, t.FROM)
+    sums = word(layer_at(cache, wanted), c.SUMS)
+    right = checksum_at(address, word(cache, c.BUNDLE)) == i64_at(sums + 8 * (wanted & 0xFFFFFFFF))
+    count_up(control, t.CHECKING, cycles() - began)
+    return right
+
+
+@register_jitable
+def show(control, cache, request):
+    """Let lanes find the neuron."""
+    slot, wanted = word(request, SLOT), word(request, NEURON)
+    entry = entry_of(cache, wanted)
+    set_i64(word(cache, c.OWNERS) + 8 * slot, entry)
+    put(request, t.STATE, 0)
+    count_up(control, t.BYTES, word(request, t.LENGTH))
+    if word(control, t.TRACE) != 0:
+        write_event(
+            word(control, t.TRACE), word(request, t.STARTED), word(request, t.FINISHED), 0,
+            wanted & 0xFFFFFFFF, READ_OPCODE | (wanted >> 32) << 16, word(request, t.LENGTH),
+        )  # fmt: skip
+    release(entry, word(request, t.TO) + place_of(cache, wanted) - word(request, t.FROM))
+
+
+@kernel
+def neuron_lane(engine: str) -> Callable[..., Any]:
+    """Serve demands until told to stop; `engine` as of `flash_lane`. Returns 0, or the errno of a broken engine."""
+    start, turn = {"io_uring": (uring_start, uring_turn), "preadv": (pread_start, pread_turn)}[engine]
+
+    @register_jitable
+    def send(control, number):
+        count_busy(control)
+        count_up(control, t.IN_FLIGHT, 1)
+        put(request_at(control, number), t.STATE, t.READING)
+        start(control, number)
+
+    @register_jitable
+    def take(control, cache):
+        """Begin reads as long as some are wanted and there is room; how many demands were met without one."""
+        met = 0
+        while word(cache, c.FREE_COUNT) > 0:
+            wanted = c.next_demand(cache) - 1
+            if wanted == NOTHING:
+                break
+            entry, tick = entry_of(cache, wanted), acquire(cache + 8 * c.TICK)
+            if acquire(entry) != 0:  # it was about to be dropped when it was asked for, and stayed
+                met += 1
+                continue
+            slot = c.victim(cache, tick)
+            if slot == NOTHING:
+                give_up(control, t.ENGINE, wanted, EBUSY)
+                met += 1
+                continue
+            release(word(cache, c.STAMPS) + 8 * slot, tick)
+            set_i64(word(cache, c.COUNTS) + 8 * slot, 1)
+            set_i64(word(cache, c.OWNERS) + 8 * slot, c.LOADING)
+            put(cache, c.FREE_COUNT, word(cache, c.FREE_COUNT) - 1)
+            number = i64_at(word(cache, c.FREE) + 8 * word(cache, c.FREE_COUNT))
+            fill_request(control, cache, number, wanted, slot)
+            count_up(control, t.REQUESTS, 1)
+            send(control, number)
+        return met
+
+    @register_jitable
+    def judge(control, cache, number):
+        """Settle one read that came; 1 if its demand was met, or given up."""
+        request = request_at(control, number)
+        count_busy(control)
+        count_up(control, t.IN_FLIGHT, -1)
+        again = settle(control, request)
+        if word(request, t.STATE) == t.COMPLETE and not again and word(control, t.FAILED) == 0:
+            if is_right(control, cache, request):
+                show(control, cache, request)
+                free(cache, number)
+                return 1
+            again = try_again(control, request, t.CHECKSUMS, word(request, NEURON), 0)
+            put(request, t.DONE, 0)
+        if again and word(control, t.FAILED) == 0:
+            send(control, number)
+            return 0
+        put(request, t.STATE, 0)
+        set_i64(word(cache, c.OWNERS) + 8 * word(request, SLOT), 0)
+        free(cache, number)
+        return 1
+
+    @register_jitable
+    def collect(control, cache):
+        met = 0
+        for number in range(word(control, t.DEPTH)):
+            if acquire(request_at(control, number) + 8 * t.STATE) == t.CAME:
+                met += judge(control, cache, number)
+        return met
+
+    @register_jitable
+    def go_on(control, wait):
+        """A turn of the engine, again while the kernel is short of something. False when the engine fails."""
+        for _ in range(PATIENCE):
+            refused = turn(control, wait)
+            if refused == 0 or refused == EINTR:
+                return True
+            if refused != EAGAIN and refused != EBUSY:
+                break
+            sleep_on(control + t.LANDED, acquire(control + t.LANDED) + 1, word(control, t.NAP))
+        give_up(control, t.ENGINE, 0, refused)
+        return False
+
+    def run(control, cache):
+        while acquire(cache + 8 * c.STOP) == 0:
+            demanded = acquire(cache + c.DEMANDED)
+            met = take(control, cache)
+            if not go_on(control, word(control, t.IN_FLIGHT) > 0):
+                break
+            met += collect(control, cache)
+            answer(cache, met)
+            if word(control, t.IN_FLIGHT) == 0 and met == 0:
+                count_busy(control)
+                count_up(control, t.NAPS, 1)
+                sleep_on(cache + c.DEMANDED, demanded + 1, word(control, t.NAP))
+        while word(control, t.IN_FLIGHT) > 0 and go_on(control, True):  # nothing may land after this
+            for number in range(word(control, t.DEPTH)):
+                if acquire(request_at(control, number) + 8 * t.STATE) == t.CAME:
+                    put(request_at(control, number), t.STATE, 0)
+                    count_up(control, t.IN_FLIGHT, -1)
+        for _ in range(word(control, t.READERS)):
+            queue(control, LEAVE)
+        return word(control, t.FAILED_ERRNO)
+
+    return run
+
+
+@kernel
+def neuron_wake() -> Callable[..., Any]:
+    """Wake the lane, as a demand does."""
+
+    def run(cache):
+        c.call_reader(cache, 1)
+        return 0
+
+    return run

@@ -1,0 +1,277 @@
+"""Sparse feed-forward networks, neuron by neuron: Gate first, then only what is live (PowerInfer-2, section 4.3).
+
+Decode: `neuron_gate` computes the Gate rows of a cluster of neurons. Where a row's output is positive, for any token,
+the neuron is live: its Up row follows at once if it is in memory, else it is asked for, and taken up again once all
+Gates are done. The coldest clusters come first, so that reads have the others' time. `neuron_down` then adds live
+neurons in ascending order, each lane into its own columns. Prefill: `neuron_all` takes all neurons to be live.
+
+A neuron that is not live would add zero: skipping it changes no bit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba.extending import register_jitable
+
+from coterie.kernels import operands as o
+from coterie.kernels.atomics import acquire, cycles, pause, release
+from coterie.kernels.cache import SERVED, TICK, call_reader, demand, touch
+from coterie.kernels.compiler import kernel
+from coterie.kernels.formats import FORMATS
+from coterie.kernels.neurons import (
+    ROWS_TOGETHER,
+    product_op,
+    weave_bytes,
+)
+from coterie.kernels.record import ABORT, EPOCH, LINE, NAP, SPIN, STALLED, TAPE, TOKENS
+from coterie.kernels.shapes import (
+    CLUSTER,
+    LIVE_COUNT,
+    LIVE_IDS,
+    LIVE_LATE,
+    LIVE_MISSING,
+    LIVE_ROW,
+    NEURON_BUNDLES,
+    NEURON_FLAG,
+    NEURON_GATE,
+    NEURON_GATE_WANTED,
+    NEURON_ROW,
+    NEURON_WANTED,
+)
+from coterie.kernels.sync import await_weights, claim, finish, post, prepare, sleep_on, wait_flag, word
+from coterie.kernels.tile import AHEAD
+from coterie.kernels.vector import f32_at, i32_at, i64_at, set_f32, set_i32, set_i64
+
+LOOKS = 200  # times a lane looks for a neuron before it sleeps: some microseconds
+
+
+@register_jitable
+def here(entry, wanted, step, lane):
+    """Wait until a cluster's weights are there; False if the step is abandoned meanwhile."""
+    if i64_at(entry + wanted) == 0:
+        return True
+    return await_weights(i64_at(entry + NEURON_FLAG), word(step, TAPE) + i64_at(entry + wanted), step, lane)
+
+
+@register_jitable
+def await_neuron(cache, entry, step, lane):
+    """Wait until a neuron that was asked for is in memory; its address, or 0 if the step is abandoned meanwhile."""
+    at = acquire(entry)
+    looks, begun = 0, cycles()
+    while at == 0:
+        if i64_at(word(step, ABORT)) != 0:
+            return at
+        if looks < LOOKS:
+            looks += 1
+            pause()
+        else:
+            served = acquire(cache + SERVED)
+            at = acquire(entry)
+            if at == 0:
+                sleep_on(cache + SERVED, served + 1, word(step, NAP))
+        at = acquire(entry)
+    if looks > 0:
+        stalled = word(step, STALLED) + lane * LINE
+        set_i64(stalled, i64_at(stalled) + cycles() - begun)
+    return at
+
+
+@register_jitable
+def positive(x):
+    """relu; what is not a number counts as zero."""
+    return x if x > np.float32(0) else np.float32(0)
+
+
+@register_jitable
+def squared(x):
+    bounded = positive(x)
+    return bounded * bounded
+
+
+@register_jitable
+def unchanged(x):
+    return x
+
+
+SCALAR = {"relu": (positive, unchanged), "relu2": (squared, unchanged), "drelu": (positive, positive)}
+
+
+@kernel
+def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> Callable[..., Any]:
+    """hidden = activation(Gate x) * activation(Up x) of live neurons, and lists of them."""
+    tile_tokens = int(tokens)
+    gate_rows = product_op(gate_name, tile_tokens, ROWS_TOGETHER)
+    up_row = product_op(up_name, tile_tokens, 1)
+    x_super = weave_bytes(FORMATS[gate_name]) * tile_tokens
+    activate_gate, activate_up = SCALAR[activation]
+
+    @register_jitable
+    def hidden_at(record, tile, neuron):
+        return word(record, o.N_HIDDEN) + tile * word(record, o.N_HIDDEN_TILE) + neuron * tile_tokens * 4
+
+    @register_jitable
+    def gates(record, x, cluster, n):
+        """All Gate rows of a cluster; the numbers of those that are live go into its list."""
+        supers, row = word(record, o.N_SUPERS), word(record, o.N_GATE_ROW)
+        w = i64_at(word(record, o.N_TABLE) + cluster * NEURON_ROW + NEURON_GATE)
+        tiles = (n + tile_tokens - 1) // tile_tokens
+        for tile in range(tiles):
+            out, x_at = hidden_at(record, tile, cluster * CLUSTER), x + tile * supers * x_super
+            for i in range(0, CLUSTER, ROWS_TOGETHER):
+                gate_rows(w + i * row, row, x_at, out + i * tile_tokens * 4, supers, AHEAD)
+        ids = word(record, o.N_LIVE) + cluster * LIVE_ROW + LIVE_IDS
+        live = 0
+        for i in range(CLUSTER):
+            alive = False
+            for token in range(n):
+                tile = token // tile_tokens
+                at = hidden_at(record, tile, cluster * CLUSTER + i) + 4 * (token - tile * tile_tokens)
+                value = activate_gate(f32_at(at))
+                set_f32(at, value)
+                alive = alive or value > np.float32(0)
+            if alive:
+                set_i32(ids + 4 * live, np.int32(i))
+                live += 1
+        return live
+
+    @register_jitable
+    def up(record, x, scratch, neuron, address, following, n):
+        """Multiply a neuron's hidden activations by what Up makes of them."""
+        supers = word(record, o.N_SUPERS)
+        for tile in range((n + tile_tokens - 1) // tile_tokens):
+            up_row(address, 0, x + tile * supers * x_super, scratch, supers, following - address)
+            at = hidden_at(record, tile, neuron)
+            for t in range(tile_tokens):
+                set_f32(at + 4 * t, f32_at(at + 4 * t) * activate_up(f32_at(scratch + 4 * t)))
+
+    @register_jitable
+    def look_for(record, cluster, live, tick):
+        """List a cluster's live neurons that are missing, and ask for them. Returns how many they are."""
+        cache, row = word(record, o.N_CACHE), word(record, o.N_LIVE) + cluster * LIVE_ROW
+        missing = 0
+        for k in range(live):
+            i = i32_at(row + LIVE_IDS + 4 * k)
+            neuron = cluster * CLUSTER + i
+            if touch(cache, word(record, o.N_ADDRESSES) + 8 * neuron, tick) == 0:
+                set_i32(row + LIVE_LATE + 4 * missing, i)
+                missing += 1
+                demand(cache, word(record, o.N_LAYER), neuron)
+        if missing > 0:
+            call_reader(cache, missing)
+        return missing
+
+    @register_jitable
+    def early(record, x, scratch, cluster, live, missing, n):
+        """Up rows of the live neurons that are in memory."""
+        row, addresses = word(record, o.N_LIVE) + cluster * LIVE_ROW, word(record, o.N_ADDRESSES)
+        skipped = 0
+        for k in range(live):
+            i = i32_at(row + LIVE_IDS + 4 * k)
+            if skipped < missing and i32_at(row + LIVE_LATE + 4 * skipped) == i:
+                skipped += 1
+                continue
+            neuron = cluster * CLUSTER + i
+            address = i64_at(addresses + 8 * neuron)
+            after = cluster * CLUSTER + i32_at(row + LIVE_IDS + 4 * min(k + 1, live - 1))
+            following = i64_at(addresses + 8 * after)
+            up(record, x, scratch, neuron, address, following if following != 0 else address, n)
+
+    @register_jitable
+    def late(record, step, lane, x, scratch, cluster, n):
+        """Up rows of those that were missing; False if the step is abandoned."""
+        row, addresses = word(record, o.N_LIVE) + cluster * LIVE_ROW, word(record, o.N_ADDRESSES)
+        for k in range(i32_at(row + LIVE_MISSING)):
+            neuron = cluster * CLUSTER + i32_at(row + LIVE_LATE + 4 * k)
+            address = await_neuron(word(record, o.N_CACHE), addresses + 8 * neuron, step, lane)
+            if address == 0:
+                return False
+            up(record, x, scratch, neuron, address, address, n)
+        return True
+
+    def run(record, step, lane):
+        n, cache = word(step, TOKENS), word(record, o.N_CACHE)
+        x = word(record, o.N_X) + lane * word(record, o.N_X_LANE)
+        scratch = word(record, o.N_SCRATCH) + lane * word(record, o.N_SCRATCH_LANE)
+        first, count = word(record, o.N_FIRST), word(record, o.N_COUNT)
+        tick = word(step, EPOCH) * word(record, o.N_LAYERS) + word(record, o.N_LAYER)
+        counted = word(record, o.N_COUNTED) + lane * LINE
+        total = 2 * count if cache != 0 else count
+        pieces = 0
+        piece = claim(record, step, lane, total)
+        if piece >= 0:
+            prepare(record, step, lane)
+            if cache != 0:
+                release(cache + 8 * TICK, tick)
+        while piece >= 0:
+            cluster = first + count - 1 - (piece if piece < count else piece - count)
+            ready = word(record, o.N_READY) + cluster * LINE
+            row = word(record, o.N_LIVE) + cluster * LIVE_ROW
+            if piece < count:
+                if not here(word(record, o.N_TABLE) + cluster * NEURON_ROW, NEURON_GATE_WANTED, step, lane):
+                    return pieces
+                live = gates(record, x, cluster, n)
+                missing = look_for(record, cluster, live, tick) if cache != 0 else 0
+                set_i32(row + LIVE_COUNT, np.int32(live))
+                set_i32(row + LIVE_MISSING, np.int32(missing))
+                early(record, x, scratch, cluster, live, missing, n)
+                set_i64(counted, i64_at(counted) + live)
+                set_i64(counted + 8, i64_at(counted + 8) + missing)
+                if cache != 0:
+                    post(ready, tick)
+            else:
+                if not wait_flag(ready, tick, word(step, SPIN), word(step, ABORT), word(step, NAP)):
+                    return pieces
+                if not late(record, step, lane, x, scratch, cluster, n):
+                    return pieces
+            pieces += 1
+            piece = claim(record, step, lane, total)
+        return finish(record, step, pieces, total)
+
+    return run
+
+
+@kernel
+def neuron_all(gate_name: str, up_name: str, activation: str, tokens: str) -> Callable[..., Any]:
+    """The same for all neurons, in order."""
+    tile_tokens = int(tokens)
+    gate_rows = product_op(gate_name, tile_tokens, ROWS_TOGETHER)
+    up_rows = product_op(up_name, tile_tokens, ROWS_TOGETHER)
+    x_super = weave_bytes(FORMATS[gate_name]) * tile_tokens
+    activate_gate, activate_up = SCALAR[activation]
+
+    def run(record, step, lane):
+        n = word(step, TOKENS)
+        x = word(record, o.N_X) + lane * word(record, o.N_X_LANE)
+        scratch = word(record, o.N_SCRATCH) + lane * word(record, o.N_SCRATCH_LANE)
+        first, total = word(record, o.N_FIRST), word(record, o.N_COUNT)
+        supers, row, bundle = word(record, o.N_SUPERS), word(record, o.N_GATE_ROW), word(record, o.N_BUNDLE)
+        pieces = 0
+        piece = claim(record, step, lane, total)
+        if piece >= 0:
+            prepare(record, step, lane)
+        while piece >= 0:
+            cluster = first + piece
+            entry = word(record, o.N_TABLE) + cluster * NEURON_ROW
+            if not (here(entry, NEURON_GATE_WANTED, step, lane) and here(entry, NEURON_WANTED, step, lane)):
+                return pieces
+            w_gate, w_up = i64_at(entry + NEURON_GATE), i64_at(entry + NEURON_BUNDLES)
+            for tile in range((n + tile_tokens - 1) // tile_tokens):
+                out = (
+                    word(record, o.N_HIDDEN)
+                    + tile * word(record, o.N_HIDDEN_TILE)
+                    + cluster * CLUSTER * tile_tokens * 4
+                )
+                x_at = x + tile * supers * x_super
+                for i in range(0, CLUSTER, ROWS_TOGETHER):
+                    at = out + i * tile_tokens * 4
+                    gate_rows(w_gate + i * row, row, x_at, at, supers, AHEAD)
+                    up_rows(w_up + i * bundle, bundle, x_at, scratch, supers, ROWS_TOGETHER * bundle)
+                    for k in range(ROWS_TOGETHER * tile_tokens):
+                        gated = activate_gate(f32_at(at + 4 * k))
+                        set_f32(at + 4 * k, gated * activate_up(f32_at(scratch + 4 * k)))
+            pieces += 1
+            piece = claim(record, step, lane, total)
+        return finish(record, step, pieces, total)
+
+    return run
