@@ -2,9 +2,8 @@
 
     python benchmarks/make_packed.py llama-47b OUT.coterie --tokenizer SmolLM2.gguf [--format Q4_0] [--layers N]
 
-For measuring speed: the text it makes is noise. Weights are uniform quanta with scales such that a weight's deviation
-is about 1/sqrt(columns), and what a layer adds to the hidden state is small, so that activations stay finite. They are
-cut from a pool of random blocks at random places, as fast as a disk writes. The vocabulary is the tokenizer's, padded.
+For measuring speed: the text it makes is noise (weights.py says what is in them). The vocabulary is the tokenizer's,
+padded. The sparse shapes have a planted activation profile, and Q4_0 is the only format they come in.
 """
 
 import argparse
@@ -20,19 +19,17 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+from weights import PlantedWeights, RandomWeights
 
 from coterie.commands.terminal import Progress
 from coterie.errors import CoterieError
-from coterie.kernels.formats import FORMATS
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.header import BLOCKS, HeaderParser, ModelHeader
 from coterie.models.llama import read_spec
-from coterie.models.spec import ModelSpec
 from coterie.storage.flash_writer import create_flash_file
-from coterie.storage.runs import ClusterLayout, Run, cluster_layout, lay_out_runs, norm_places
+from coterie.storage.runs import lay_out_runs
 
 Bytes = NDArray[np.uint8]
-POOL = 32 << 20  # bytes of random blocks of one kind
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class Shape:
     vocab: int
     tied: bool
     rope_base: float
+    activation: str = "silu"  # others: sparse, with a planted activation profile (planted.py)
 
 
 SHAPES = {
@@ -53,6 +51,10 @@ SHAPES = {
     "llama-1b": Shape(2048, 16, 32, 8, 64, 8192, 128256, True, 5e5),
     "llama-8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, False, 5e5),
     "llama-47b": Shape(8192, 54, 64, 8, 128, 28672, 49152, False, 5e5),  # Llama 70B with two thirds of its layers
+    "tiny-sparse": Shape(512, 4, 8, 4, 64, 2048, 49152, False, 1e4, "relu"),
+    "bamboo-7b": Shape(4096, 32, 32, 8, 128, 14336, 49152, False, 1e4, "drelu"),
+    "mistral-7b": Shape(4096, 32, 32, 8, 128, 14336, 49152, False, 1e4, "relu"),
+    "sparse-47b": Shape(8192, 54, 64, 8, 128, 28672, 49152, False, 5e5, "relu"),
 }
 
 
@@ -81,7 +83,10 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"blk.{i}.ffn_norm.weight", (shape.dim,)
         yield f"blk.{i}.ffn_gate.weight", (shape.ffn, shape.dim)
         yield f"blk.{i}.ffn_up.weight", (shape.ffn, shape.dim)
-        yield f"blk.{i}.ffn_down.weight", (shape.dim, shape.ffn)
+        if shape.activation == "silu":
+            yield f"blk.{i}.ffn_down.weight", (shape.dim, shape.ffn)
+        else:
+            yield f"blk.{i}.ffn_down_t.weight", (shape.ffn, shape.dim)
     yield "output_norm.weight", (shape.dim,)
     if not shape.tied:
         yield "output.weight", (shape.vocab, shape.dim)
@@ -105,6 +110,8 @@ def header_bytes(name: str, shape: Shape, weight_format: str, tokenizer: ModelHe
         writer.add_rope_freq_base(shape.rope_base)
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_vocab_size(shape.vocab)
+        if shape.activation != "silu":
+            writer.add_string("llama.hidden_activation", shape.activation)
         add_tokenizer(writer, tokenizer.metadata, shape.vocab)
         for tensor, dims in tensors(shape):
             if len(dims) == 1:
@@ -135,70 +142,6 @@ def add_tokenizer(writer: Any, metadata: dict[str, Any], vocab: int) -> None:
     writer.add_add_bos_token(False)
 
 
-def random_blocks(rng: np.random.Generator, name: str, std: float) -> Bytes:
-    """Packed blocks uint8[n, block bytes] of weights of this deviation (docs/packed-format.md)."""
-    f = FORMATS[name]
-    count = POOL // f.block
-    blocks = rng.integers(0, 256, (count, f.block), dtype=np.uint8)
-    amplitude = std * rng.uniform(0.5, 1.5, (count, 16))
-    if name == "Q4_K":  # d * scale * q - dmin * low, with low = scale and dmin = 7.5 d: the quanta's middle is 0
-        d = amplitude / (4.6 * 48)
-        blocks[:, 0:32] = d.astype("<f2").view(np.uint8)
-        blocks[:, 32:64] = (7.5 * d).astype("<f2").view(np.uint8)
-        subs = blocks[:, 64:].reshape(count, f.subs, f.sub)
-        subs[..., :16] = subs[..., :16] % 32 + 32
-        subs[..., 16:32] = subs[..., :16]
-    else:
-        quanta = {"Q4_0": 4.6, "Q8_0": 73.9}[name]
-        blocks[:, 0:32] = (amplitude / quanta).astype("<f2").view(np.uint8)
-    return blocks
-
-
-class RandomWeights:
-    """Makes extents of any run of a model."""
-
-    def __init__(self, file: ModelHeader, spec: ModelSpec, seed: int) -> None:
-        self.file, self.spec = file, spec
-        self.rng = np.random.Generator(np.random.SFC64(seed))
-        self.mix = (2 * len(spec.layers)) ** -0.5  # what a layer adds, beside an embedding of deviation 1
-        self.pools: dict[tuple[str, float], Bytes] = {}
-
-    def fill(self, run: Run, extent: int, out: Bytes) -> None:
-        count = run.items_of(extent)
-        items = out[: count * run.item_bytes].reshape(count, run.item_bytes)
-        match run.kind:
-            case "norms":
-                for at, size in norm_places(self.spec).values():
-                    items[0].view("<f4")[at : at + size] = 1
-            case "ffn":
-                self._bundles(items, cluster_layout(self.file.tensors, self.spec, run.layer))
-            case "embedding":
-                self._blocks(items, run.format, 1.0)
-            case "attention":
-                self._blocks(items, run.format, self.mix * (self.spec.n_heads * self.spec.head_dim) ** -0.5)
-            case _:
-                self._blocks(items, run.format, self.spec.dim**-0.5)
-
-    def _bundles(self, items: Bytes, layout: ClusterLayout) -> None:
-        gate, up, down = layout.gate_bytes, layout.down_offset, layout.down_groups * layout.down.block
-        for item in items:
-            self._blocks(item[:gate], layout.gate.name, layout.dim**-0.5)
-            self._blocks(item[gate : gate + layout.gate_bytes], layout.up.name, layout.dim**-0.5)
-            self._blocks(item[up : up + down], layout.down.name, self.mix * layout.ffn_dim**-0.5)
-
-    def _blocks(self, out: Bytes, name: str, std: float) -> None:
-        """Fill `out`, contiguous, with blocks in a row from a random place of the pool."""
-        if (name, std) not in self.pools:
-            self.pools[name, std] = random_blocks(self.rng, name, std)
-        pool = self.pools[name, std]
-        flat, at = out.reshape(-1), 0
-        while at < flat.size:
-            first = int(self.rng.integers(len(pool)))
-            taken = pool[first:].reshape(-1)[: flat.size - at]
-            flat[at : at + taken.size] = taken
-            at += taken.size
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
@@ -224,7 +167,7 @@ def write(header: bytes, arguments: argparse.Namespace) -> None:
     spec = read_spec(file)
     runs = lay_out_runs(file.tensors, spec)
     source = hashlib.sha256(f"{arguments.seed} ".encode() + header).digest()
-    weights = RandomWeights(file, spec, arguments.seed)
+    weights = (PlantedWeights if spec.sparse else RandomWeights)(file, spec, arguments.seed)
     with Progress() as progress:
         create_flash_file(arguments.out, header, b"", runs, weights.fill, source, progress)
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e9:.2f} GB")
