@@ -42,8 +42,8 @@ from coterie.kernels.vector import (
     store,
 )
 
-ROWS_TOGETHER = 2  # of one product, which then reads activations once
 NEURONS_TOGETHER = 4  # added in one pass over the output
+LATER = 12  # neurons further on whose rows are prefetched meanwhile
 
 
 def weave_bytes(f: Format) -> int:
@@ -52,9 +52,9 @@ def weave_bytes(f: Format) -> int:
 
 
 @cache
-def product_op(name: str, tokens: int, rows: int) -> Any:
+def product_op(name: str, tokens: int, rows: int, *, prefetch: bool = True) -> Any:
     """product(w, stride, x, out, supers, ahead): out float32[rows][tokens] of rows `stride` bytes apart and a woven
-    tile. While it reads, it prefetches what lies `ahead` bytes further."""
+    tile. With `prefetch`, it asks for what lies `ahead` bytes further while it reads."""
     f = FORMATS[name]
     assert f.subs == 1
     size = weave_bytes(f)
@@ -70,7 +70,7 @@ def product_op(name: str, tokens: int, rows: int) -> Any:
             ats = [b.add(first, b.mul(stride, const(I64, r))) for r in range(rows)]
             xs = [b.add(x, b.mul(b.add(b.mul(loop.index, const(I64, tokens)), const(I64, t)), const(I64, size)))
                   for t in range(tokens)]  # fmt: skip
-            for at in ats:
+            for at in ats if prefetch else ():
                 for line in range(0, f.block, 64):
                     ask_for(b, b.add(at, b.add(ahead, const(I64, line))), near=True)
             totals = {pair: b.load(sums[pair]) for pair in pairs}
@@ -144,7 +144,7 @@ def accumulate_op(name: str, tokens: int) -> Any:
     @op(types.void, ADDRESS, ADDRESS, types.intp, types.intp, ADDRESS, types.intp)
     def accumulate(b, rows, h, offset, supers, y, y_token):
         bases = [b.add(load(b, rows, I64, 8 * n), offset) for n in range(together)]
-        later = [b.add(load(b, rows, I64, 8 * (n + together)), offset) for n in range(together)]
+        later = [b.add(load(b, rows, I64, 8 * (n + LATER)), offset) for n in range(together)]
         weights = [[splat(b, load(b, h, F32, 4 * (n * tokens + t))) for t in range(tokens)] for n in range(together)]
         with cgutils.for_range(b, supers, intp=I64) as loop:
             at = b.mul(loop.index, const(I64, f.block))

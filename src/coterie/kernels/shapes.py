@@ -28,8 +28,9 @@ WOVEN_FLOAT = 4 * COLUMNS * SUPERBLOCK
 CLUSTER = 64  # neurons that are computed together
 NEURON_ROW = 64  # bytes of a row of a layer's table: a cluster's Gate rows, its bundles, and when each has arrived
 NEURON_GATE, NEURON_BUNDLES, NEURON_FLAG, NEURON_GATE_WANTED, NEURON_WANTED = 0, 8, 16, 24, 32
-LIVE_ROW = 4 * 16 + 2 * 4 * CLUSTER  # bytes of a cluster's list: counts of live and of missing neurons, then both
-LIVE_COUNT, LIVE_MISSING, LIVE_IDS, LIVE_LATE = 0, 4, 64, 64 + 4 * CLUSTER
+LIVE_ROW = 64 + 4 * CLUSTER  # bytes of a cluster's list: how many neurons are live, of these missing, and their numbers
+LIVE_COUNT, LIVE_MISSING, LIVE_IDS = 0, 4, 64
+LIVE_LATE = 256  # added to the number of one that was missing
 
 
 def token_bytes(f: Format) -> int:

@@ -20,7 +20,6 @@ from coterie.kernels.cache import SERVED, TICK, call_reader, demand, touch
 from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import FORMATS
 from coterie.kernels.neurons import (
-    ROWS_TOGETHER,
     product_op,
     weave_bytes,
 )
@@ -40,8 +39,8 @@ from coterie.kernels.shapes import (
     NEURON_WANTED,
 )
 from coterie.kernels.sync import await_weights, claim, finish, post, prepare, sleep_on, wait_flag, word
-from coterie.kernels.tile import AHEAD
-from coterie.kernels.vector import f32_at, i32_at, i64_at, set_f32, set_i32, set_i64
+from coterie.kernels.tile import AHEAD, tile_groups
+from coterie.kernels.vector import f32_at, i32_at, i64_at, prefetch, set_f32, set_i32, set_i64
 
 LOOKS = 200  # times a lane looks for a neuron before it sleeps: some microseconds
 
@@ -101,9 +100,11 @@ SCALAR = {"relu": (positive, unchanged), "relu2": (squared, unchanged), "drelu":
 def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> Callable[..., Any]:
     """hidden = activation(Gate x) * activation(Up x) of live neurons, and lists of them."""
     tile_tokens = int(tokens)
-    gate_rows = product_op(gate_name, tile_tokens, ROWS_TOGETHER)
-    up_row = product_op(up_name, tile_tokens, 1)
+    together = tile_groups(tile_tokens)
+    gate_rows = product_op(gate_name, tile_tokens, together)
+    up_row = product_op(up_name, tile_tokens, 1, prefetch=False)
     x_super = weave_bytes(FORMATS[gate_name]) * tile_tokens
+    up_block = FORMATS[up_name].block
     activate_gate, activate_up = SCALAR[activation]
 
     @register_jitable
@@ -111,15 +112,25 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
         return word(record, o.N_HIDDEN) + tile * word(record, o.N_HIDDEN_TILE) + neuron * tile_tokens * 4
 
     @register_jitable
-    def gates(record, x, cluster, n):
-        """All Gate rows of a cluster; the numbers of those that are live go into its list."""
+    def gates(record, x, scratch, cluster, waiting, n):
+        """All Gate rows of a cluster, and in between the Up rows of the cluster `waiting` (-1: none): so memory is busy
+        while those are computed."""
         supers, row = word(record, o.N_SUPERS), word(record, o.N_GATE_ROW)
-        w = i64_at(word(record, o.N_TABLE) + cluster * NEURON_ROW + NEURON_GATE)
-        tiles = (n + tile_tokens - 1) // tile_tokens
-        for tile in range(tiles):
+        entry = word(record, o.N_TABLE) + cluster * NEURON_ROW
+        w = i64_at(entry + NEURON_GATE)
+        turn = i64_at(entry - NEURON_ROW * min(cluster, 1) + NEURON_GATE) - w - (CLUSTER - together) * row
+        done = 0
+        for tile in range((n + tile_tokens - 1) // tile_tokens):
             out, x_at = hidden_at(record, tile, cluster * CLUSTER), x + tile * supers * x_super
-            for i in range(0, CLUSTER, ROWS_TOGETHER):
-                gate_rows(w + i * row, row, x_at, out + i * tile_tokens * 4, supers, AHEAD)
+            for i in range(0, CLUSTER, together):
+                ahead = AHEAD if i < CLUSTER - together else turn  # the cluster before this one comes next
+                gate_rows(w + i * row, row, x_at, out + i * tile_tokens * 4, supers, ahead)
+                if waiting >= 0 and tile == 0:
+                    done = early(record, x, scratch, waiting, done, i + together, n)
+
+    @register_jitable
+    def find_live(record, cluster, n):
+        """Write the list of a cluster's live neurons; how many there are."""
         ids = word(record, o.N_LIVE) + cluster * LIVE_ROW + LIVE_IDS
         live = 0
         for i in range(CLUSTER):
@@ -136,25 +147,25 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
         return live
 
     @register_jitable
-    def up(record, x, scratch, neuron, address, following, n):
+    def up(record, x, scratch, neuron, address, n):
         """Multiply a neuron's hidden activations by what Up makes of them."""
         supers = word(record, o.N_SUPERS)
         for tile in range((n + tile_tokens - 1) // tile_tokens):
-            up_row(address, 0, x + tile * supers * x_super, scratch, supers, following - address)
+            up_row(address, 0, x + tile * supers * x_super, scratch, supers, 0)
             at = hidden_at(record, tile, neuron)
             for t in range(tile_tokens):
                 set_f32(at + 4 * t, f32_at(at + 4 * t) * activate_up(f32_at(scratch + 4 * t)))
 
     @register_jitable
     def look_for(record, cluster, live, tick):
-        """List a cluster's live neurons that are missing, and ask for them. Returns how many they are."""
-        cache, row = word(record, o.N_CACHE), word(record, o.N_LIVE) + cluster * LIVE_ROW
+        """Mark a cluster's live neurons that are missing, and ask for them. Returns how many they are."""
+        cache, ids = word(record, o.N_CACHE), word(record, o.N_LIVE) + cluster * LIVE_ROW + LIVE_IDS
         missing = 0
         for k in range(live):
-            i = i32_at(row + LIVE_IDS + 4 * k)
+            i = i32_at(ids + 4 * k)
             neuron = cluster * CLUSTER + i
             if touch(cache, word(record, o.N_ADDRESSES) + 8 * neuron, tick) == 0:
-                set_i32(row + LIVE_LATE + 4 * missing, i)
+                set_i32(ids + 4 * k, np.int32(i | LIVE_LATE))
                 missing += 1
                 demand(cache, word(record, o.N_LAYER), neuron)
         if missing > 0:
@@ -162,31 +173,45 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
         return missing
 
     @register_jitable
-    def early(record, x, scratch, cluster, live, missing, n):
-        """Up rows of the live neurons that are in memory."""
-        row, addresses = word(record, o.N_LIVE) + cluster * LIVE_ROW, word(record, o.N_ADDRESSES)
-        skipped = 0
+    def expect(record, cluster, live):
+        """Prefetch the Up rows of a cluster's live neurons: they are computed with the next cluster's Gates."""
+        ids, addresses = word(record, o.N_LIVE) + cluster * LIVE_ROW + LIVE_IDS, word(record, o.N_ADDRESSES)
+        size = word(record, o.N_SUPERS) * up_block
         for k in range(live):
-            i = i32_at(row + LIVE_IDS + 4 * k)
-            if skipped < missing and i32_at(row + LIVE_LATE + 4 * skipped) == i:
-                skipped += 1
-                continue
-            neuron = cluster * CLUSTER + i
-            address = i64_at(addresses + 8 * neuron)
-            after = cluster * CLUSTER + i32_at(row + LIVE_IDS + 4 * min(k + 1, live - 1))
-            following = i64_at(addresses + 8 * after)
-            up(record, x, scratch, neuron, address, following if following != 0 else address, n)
+            i = i32_at(ids + 4 * k)
+            if i < LIVE_LATE:
+                at = i64_at(addresses + 8 * (cluster * CLUSTER + i))
+                for line in range(0, size, 64):
+                    prefetch(at + line)
+
+    @register_jitable
+    def early(record, x, scratch, cluster, done, part, n):
+        """Up rows of live neurons that are in memory, from number `done` on, `part` CLUSTERths of the list. Returns
+        the number of the next."""
+        row, addresses = word(record, o.N_LIVE) + cluster * LIVE_ROW, word(record, o.N_ADDRESSES)
+        last = (i32_at(row + LIVE_COUNT) * part + CLUSTER - 1) // CLUSTER
+        while done < last:
+            i = i32_at(row + LIVE_IDS + 4 * done)
+            if i < LIVE_LATE:
+                neuron = cluster * CLUSTER + i
+                up(record, x, scratch, neuron, i64_at(addresses + 8 * neuron), n)
+            done += 1
+        return done
 
     @register_jitable
     def late(record, step, lane, x, scratch, cluster, n):
         """Up rows of those that were missing; False if the step is abandoned."""
         row, addresses = word(record, o.N_LIVE) + cluster * LIVE_ROW, word(record, o.N_ADDRESSES)
-        for k in range(i32_at(row + LIVE_MISSING)):
-            neuron = cluster * CLUSTER + i32_at(row + LIVE_LATE + 4 * k)
-            address = await_neuron(word(record, o.N_CACHE), addresses + 8 * neuron, step, lane)
-            if address == 0:
-                return False
-            up(record, x, scratch, neuron, address, address, n)
+        if i32_at(row + LIVE_MISSING) == 0:
+            return True
+        for k in range(i32_at(row + LIVE_COUNT)):
+            i = i32_at(row + LIVE_IDS + 4 * k)
+            if i >= LIVE_LATE:
+                neuron = cluster * CLUSTER + i - LIVE_LATE
+                address = await_neuron(word(record, o.N_CACHE), addresses + 8 * neuron, step, lane)
+                if address == 0:
+                    return False
+                up(record, x, scratch, neuron, address, n)
         return True
 
     def run(record, step, lane):
@@ -203,6 +228,7 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
             prepare(record, step, lane)
             if cache != 0:
                 release(cache + 8 * TICK, tick)
+        waiting = np.int64(-1)  # the cluster whose Up rows are on their way from memory
         while piece >= 0:
             cluster = first + count - 1 - (piece if piece < count else piece - count)
             ready = word(record, o.N_READY) + cluster * LINE
@@ -210,22 +236,29 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
             if piece < count:
                 if not here(word(record, o.N_TABLE) + cluster * NEURON_ROW, NEURON_GATE_WANTED, step, lane):
                     return pieces
-                live = gates(record, x, cluster, n)
+                gates(record, x, scratch, cluster, waiting, n)
+                live = find_live(record, cluster, n)
                 missing = look_for(record, cluster, live, tick) if cache != 0 else 0
                 set_i32(row + LIVE_COUNT, np.int32(live))
                 set_i32(row + LIVE_MISSING, np.int32(missing))
-                early(record, x, scratch, cluster, live, missing, n)
+                expect(record, cluster, live)
+                waiting = cluster
                 set_i64(counted, i64_at(counted) + live)
                 set_i64(counted + 8, i64_at(counted + 8) + missing)
                 if cache != 0:
                     post(ready, tick)
             else:
+                if waiting >= 0:
+                    early(record, x, scratch, waiting, 0, CLUSTER, n)
+                    waiting = np.int64(-1)
                 if not wait_flag(ready, tick, word(step, SPIN), word(step, ABORT), word(step, NAP)):
                     return pieces
                 if not late(record, step, lane, x, scratch, cluster, n):
                     return pieces
             pieces += 1
             piece = claim(record, step, lane, total)
+        if waiting >= 0:
+            early(record, x, scratch, waiting, 0, CLUSTER, n)
         return finish(record, step, pieces, total)
 
     return run
@@ -235,8 +268,9 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
 def neuron_all(gate_name: str, up_name: str, activation: str, tokens: str) -> Callable[..., Any]:
     """The same for all neurons, in order."""
     tile_tokens = int(tokens)
-    gate_rows = product_op(gate_name, tile_tokens, ROWS_TOGETHER)
-    up_rows = product_op(up_name, tile_tokens, ROWS_TOGETHER)
+    together = tile_groups(tile_tokens)
+    gate_rows = product_op(gate_name, tile_tokens, together)
+    up_rows = product_op(up_name, tile_tokens, together)
     x_super = weave_bytes(FORMATS[gate_name]) * tile_tokens
     activate_gate, activate_up = SCALAR[activation]
 
@@ -263,11 +297,11 @@ def neuron_all(gate_name: str, up_name: str, activation: str, tokens: str) -> Ca
                     + cluster * CLUSTER * tile_tokens * 4
                 )
                 x_at = x + tile * supers * x_super
-                for i in range(0, CLUSTER, ROWS_TOGETHER):
+                for i in range(0, CLUSTER, together):
                     at = out + i * tile_tokens * 4
                     gate_rows(w_gate + i * row, row, x_at, at, supers, AHEAD)
-                    up_rows(w_up + i * bundle, bundle, x_at, scratch, supers, ROWS_TOGETHER * bundle)
-                    for k in range(ROWS_TOGETHER * tile_tokens):
+                    up_rows(w_up + i * bundle, bundle, x_at, scratch, supers, together * bundle)
+                    for k in range(together * tile_tokens):
                         gated = activate_gate(f32_at(at + 4 * k))
                         set_f32(at + 4 * k, gated * activate_up(f32_at(scratch + 4 * k)))
             pieces += 1

@@ -13,14 +13,23 @@ from numba.extending import register_jitable
 from coterie.kernels import operands as o
 from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import FORMATS
-from coterie.kernels.neurons import NEURONS_TOGETHER, accumulate_op, unweave
+from coterie.kernels.neurons import LATER, NEURONS_TOGETHER, accumulate_op, unweave
 from coterie.kernels.record import TOKENS
-from coterie.kernels.shapes import CLUSTER, LIVE_COUNT, LIVE_IDS, LIVE_ROW, NEURON_BUNDLES, NEURON_ROW, WOVEN_FLOAT
+from coterie.kernels.shapes import (
+    CLUSTER,
+    LIVE_COUNT,
+    LIVE_IDS,
+    LIVE_LATE,
+    LIVE_ROW,
+    NEURON_BUNDLES,
+    NEURON_ROW,
+    WOVEN_FLOAT,
+)
 from coterie.kernels.sync import claim, finish, prepare, word
 from coterie.kernels.vector import f32_at, i32_at, i64_at, set_f32, set_i64
 
 PANEL = 256  # neurons whose rows stay in the second-level cache while tokens pass
-HELD = PANEL + CLUSTER + 2 * NEURONS_TOGETHER  # neurons in a lane's scratch
+HELD = PANEL + CLUSTER + NEURONS_TOGETHER + LATER  # neurons in a lane's scratch
 SCRATCH_ADDRESSES, SCRATCH_IDS, SCRATCH_HIDDEN = 0, 8 * HELD, 16 * HELD
 
 
@@ -60,7 +69,7 @@ def neuron_down(name: str, tokens: str) -> Callable[..., Any]:
         base = i64_at(word(record, o.ND_TABLE) + cluster * NEURON_ROW + NEURON_BUNDLES)
         row = live + cluster * LIVE_ROW
         for k in range(i32_at(row + LIVE_COUNT) if live != 0 else CLUSTER):
-            i = np.int64(i32_at(row + LIVE_IDS + 4 * k)) if live != 0 else np.int64(k)
+            i = np.int64(i32_at(row + LIVE_IDS + 4 * k)) % LIVE_LATE if live != 0 else np.int64(k)
             neuron = cluster * CLUSTER + i
             at = i64_at(word(record, o.ND_ADDRESSES) + 8 * neuron) if live != 0 else base + i * bundle
             set_i64(scratch + 8 * held, at)
