@@ -14,7 +14,7 @@ from coterie.models.spec import ModelSpec, Rope
 from coterie.scheduler.lower import Lowering, Mode, Neurons, Shared
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
-from coterie.storage.neuron_buffers import NeuronBuffers, bundle_runs, lay_out_neurons
+from coterie.storage.neuron_buffers import NeuronBuffers, bundle_runs, lay_out_neurons, layer_neurons
 from coterie.storage.runs import PAGE, Run
 from coterie.storage.weights import Residency, Weights, lay_out
 
@@ -87,14 +87,24 @@ def lay_out_model(
 
 
 def lay_out_shared(
-    ledger: Ledger, runs: tuple[Run, ...], residency: Residency, lanes: int, sector: int, *, tracing: bool
+    ledger: Ledger,
+    runs: tuple[Run, ...],
+    residency: Residency,
+    lanes: int,
+    sector: int,
+    *,
+    tracing: bool,
+    counting: bool,
 ) -> tuple[Neurons | None, NeuronBuffers | None]:
     """What programs of a sparse model share, and the buffers of its neuron cache if there is one."""
-    if not bundle_runs(runs):
+    bundles = bundle_runs(runs)
+    if not bundles:
         return None, None
+    shape = len(bundles), layer_neurons(bundles[0])
+    uses = ledger.allocate("cache", shape, np.int32) if counting else None
     cache = lay_out_neurons(ledger, runs, residency.slots, sector, tracing=tracing) if residency.slots else None
     counted = ledger.allocate("cache", (lanes, LINE // 8), np.int64)
-    return Neurons(counted, cache.control if cache else None), cache
+    return Neurons(counted, cache.control if cache else None, uses), cache
 
 
 def tape_room(runs: tuple[Run, ...]) -> int:

@@ -49,11 +49,13 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Neurons:
-    """What a sparse model's programs share: lines in which lanes count neurons, int64[lanes][8], and the control block
-    of the neuron cache (None: all bundles stay in memory)."""
+    """What a sparse model's programs share: lines in which lanes count neurons, int64[lanes][8]; the control block of
+    the neuron cache (None: all bundles stay in memory); and int32[layers][neurons], in how many steps each was live
+    (None: not counted)."""
 
     counted: BufferRef
     cache: BufferRef | None
+    uses: BufferRef | None
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Lowering:
             return None
         return SparseLowering(
             self.spec, self.weights, self.ledger, lanes=self.lanes, rows=self.rows, tile=self.tile,
-            decode=self.mode == "decode", cache=shared.cache, counted=shared.counted,
+            decode=self.mode == "decode", cache=shared.cache, counted=shared.counted, uses=shared.uses,
         )  # fmt: skip
 
     @property

@@ -30,7 +30,7 @@ class SparseLowering:
     """Buffers for up to `rows` rows in tiles of `tile` tokens, and the instructions that use them.
 
     `cache`: the neuron cache's control block, None where all bundles stay in memory; `counted`: int64[lanes][8], live
-    neurons and missing ones.
+    neurons and missing ones; `uses`: int32[layers][neurons], or None.
     """
 
     def __init__(
@@ -45,9 +45,10 @@ class SparseLowering:
         decode: bool,
         cache: BufferRef | None,
         counted: BufferRef,
+        uses: BufferRef | None,
     ) -> None:
         self.spec, self.lanes, self.rows, self.tile, self.decode = spec, lanes, rows, tile, decode
-        self.cache, self.counted = cache, counted
+        self.cache, self.counted, self.uses = cache, counted, uses
         layouts = [layer.ffn.layout for layer in weights.layers if isinstance(layer.ffn, SparseFFN)]
         self.supers, self.neurons = layouts[0].supers, layouts[0].neurons
         kinds = {layout.gate.is_float for layout in layouts}
@@ -112,6 +113,7 @@ class SparseLowering:
             o.N_LAYERS: len(self.spec.layers),
             o.N_LAYER: i,
             o.N_COUNTED: self.counted,
+            o.N_USES: self.uses.tail(4 * i * self.neurons) if self.uses else None,
         }
 
     def _down(

@@ -131,14 +131,16 @@ class Plan:
 @dataclass(frozen=True)
 class Wishes:
     """What the user wants of a plan; None is for us to choose. `memory` is a ceiling in bytes, a share of the weights,
-    or "auto". What follows `sources` comes from a plan file: extents pinned and bytes of the ring, how flash is read,
-    and of which packed model."""
+    or "auto". `tracing` records events, `counting` in how many steps a sparse model's neurons were live. What follows
+    `sources` comes from a plan file: extents pinned, bytes of the ring, neurons in the cache, how flash is read, and of
+    which packed model."""
 
     threads: int | None = None
     context: int | None = None
     chunk: int | None = None
     memory: Memory | None = None
     tracing: bool = False
+    counting: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
     pinned: int | None = None
     ring: int | None = None

@@ -204,7 +204,9 @@ class _Draft:
 
     def _regions(self, context: int, chunk: int, residency: Residency) -> tuple[dict[str, int], ModelLayout]:
         ledger, tracing = Ledger(), self.wishes.tracing
-        neurons, _ = lay_out_shared(ledger, self.runs, residency, self.lanes, self.sector, tracing=tracing)
+        neurons, _ = lay_out_shared(
+            ledger, self.runs, residency, self.lanes, self.sector, tracing=tracing, counting=self.wishes.counting
+        )
         layout = lay_out_model(
             ledger, self.file, self.spec, self.runs, residency,
             lanes=self.lanes, context=context, chunk=chunk, tile=TILE_TOKENS, neurons=neurons,

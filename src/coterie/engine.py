@@ -137,8 +137,9 @@ class Engine:
         plan = self.plan
         sector = plan.flash.sector if plan.flash else PAGE
         neurons, cache = lay_out_shared(
-            self.arena, self.runs, self._residency, plan.lanes, sector, tracing=self._wishes.tracing
-        )
+            self.arena, self.runs, self._residency, plan.lanes, sector,
+            tracing=self._wishes.tracing, counting=self._wishes.counting,
+        )  # fmt: skip
         self.layout = lay_out_model(
             self.arena, self.model.file, self.spec, self.runs, self._residency,
             lanes=plan.lanes, context=plan.context, chunk=plan.chunk, tile=plan.tile, ropes=self._ropes,

@@ -143,7 +143,7 @@ def neuron_lane(engine: str) -> Callable[..., Any]:
                 met += 1
                 continue
             release(word(cache, c.STAMPS) + 8 * slot, tick)
-            set_i64(word(cache, c.COUNTS) + 8 * slot, 1)
+            set_i64(word(cache, c.COUNTS) + 8 * slot, 0)  # credit comes with the second use
             set_i64(word(cache, c.OWNERS) + 8 * slot, c.LOADING)
             put(cache, c.FREE_COUNT, word(cache, c.FREE_COUNT) - 1)
             number = i64_at(word(cache, c.FREE) + 8 * word(cache, c.FREE_COUNT))

@@ -156,7 +156,8 @@ from coterie.kernels.record import OPERANDS
     N_LAYERS,  # how many layers there are: a tick is epoch * layers + layer
     N_LAYER,
     N_COUNTED,  # a line a lane: live neurons, of these missing
-) = range(OPERANDS, OPERANDS + 19)
+    N_USES,  # int32[neuron]: in how many steps it was live (0: not counted)
+) = range(OPERANDS, OPERANDS + 20)
 
 # `neuron_down`
 (

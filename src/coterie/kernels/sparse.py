@@ -131,6 +131,7 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
     @register_jitable
     def find_live(record, cluster, n):
         """Write the list of a cluster's live neurons; how many there are."""
+        uses = word(record, o.N_USES)
         ids = word(record, o.N_LIVE) + cluster * LIVE_ROW + LIVE_IDS
         live = 0
         for i in range(CLUSTER):
@@ -144,6 +145,9 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
             if alive:
                 set_i32(ids + 4 * live, np.int32(i))
                 live += 1
+                if uses != 0:
+                    at = uses + 4 * (cluster * CLUSTER + i)
+                    set_i32(at, np.int32(i32_at(at) + 1))
         return live
 
     @register_jitable
