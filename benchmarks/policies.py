@@ -2,11 +2,11 @@
 
     python benchmarks/policies.py MODEL.coterie [--tokens 200] [--json FILE]
 
-Decodes a topical stream of tokens (stream.py) with all weights in memory, writes down which neurons were live, and plays
-the trace to each policy with caches of several sizes: LRU; the windows of "LLM in a flash" (what the last k tokens used,
-k as large as the cache allows); second chance with a count of uses, which the engine has; what is hottest over the whole
-trace, pinned; and Belady's optimum, which knows the future. A row is the share of live neurons that were missing, over
-the second half of the trace.
+Decodes a topical stream of tokens (stream.py) with all weights in memory, writes down which neurons were live, and
+plays the trace to each policy with caches of several sizes: LRU; the windows of "LLM in a flash" (what the last k
+tokens used, k as large as the cache allows); second chance with a count of uses, which the engine has; what is hottest
+over the whole trace, pinned; and Belady's optimum, which knows the future. A row is the share of live neurons that were
+missing, over the second half of the trace.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from stream import record
 
 Ints = NDArray[np.int64]
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
+CHANCES = (1, 2, 3, 7, 15)  # uses that count at most
 NEVER = 1 << 40
 
 
@@ -137,6 +138,7 @@ def compare(bits: NDArray[np.uint8]) -> list[dict[str, Any]]:
     rows = []
     for share in SHARES:
         slots = int(share * neurons)
+        chance = {m: second_chance(uses, ticks, neurons, slots, m, first) / total for m in CHANCES}
         missing, k = windowed(bits.reshape(n, -1), slots)
         rows.append(
             {
@@ -144,7 +146,7 @@ def compare(bits: NDArray[np.uint8]) -> list[dict[str, Any]]:
                 "lru": by_rank(uses, now, neurons, slots, first) / total,
                 "window": missing,
                 "window tokens": k,
-                **{f"chance {m}": second_chance(uses, ticks, neurons, slots, m, first) / total for m in (1, 3, 7, 15, 63)},
+                **{f"chance {m}": value for m, value in chance.items()},
                 "pinned": 1 - np.isin(uses[first:], hottest[:slots]).mean(),
                 "belady": by_rank(uses, soon, neurons, slots, first) / total,
             }
@@ -162,7 +164,8 @@ def main() -> None:
     print("| " + " | ".join(rows[0]) + " |")
     print("|" + "---|" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()) + " |")
+        cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
+        print("| " + " | ".join(cells) + " |")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows))
 

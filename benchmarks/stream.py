@@ -28,7 +28,8 @@ def record(model: Path, n: int) -> NDArray[np.uint8]:
     engine = Engine(open_model(model), Wishes(context=n + 8, counting=True))
     try:
         neurons = engine.layout.shared.neurons
-        assert neurons is not None and neurons.uses is not None
+        assert neurons is not None
+        assert neurons.uses is not None
         uses, sequence = engine.arena.numpy(neurons.uses), engine.sequence()
         before, bits = uses.copy(), []
         for token in topical(n, engine.spec.vocab):

@@ -109,6 +109,7 @@ class Lowering:
         readers = [m.format for layer in layers for m in layer.projections]
         dense = [layer.ffn.layout for layer in layers if isinstance(layer.ffn, FFN)]
         readers += [g for layout in dense for g in (layout.gate, layout.up)]
+        readers += [layer.predictor.format for layer in layers if layer.predictor]
         self.normed = self._tiles(spec.dim, rows, readers)
         self.attended = self._tiles(spec.n_heads * spec.head_dim, rows, [layer.output.format for layer in layers])
         private = self._private
@@ -186,6 +187,10 @@ class Lowering:
             if isinstance(layer.ffn, FFN):
                 self._ffn(b, i, layer.ffn, ready)
             elif self.sparse:
+                if layer.predictor and self.sparse.units:
+                    width = self.sparse.units.shape[1]
+                    self._matmul(b, i, layer.predictor, self.normed, self.sparse.units, 0, width, prepare=ready)
+                    ready = self.sparse.weave(b, i, layer.ffn, ready)
                 self.sparse.add(b, i, layer.ffn, ready, self.z, self.width)
         return b
 
@@ -228,10 +233,10 @@ class Lowering:
         select: bool = False,
         woven: Woven | None = None,
     ) -> Draft | None:
-        """Residual addition of `add` (if there is one) and norm, into `out` or `woven`: in decode a preparation for the
-        instructions that read it, which writes the new residual into the other of two buffers; in prefill an
+        """Residual addition of `add` (if there is one) and norm, into `out`, `woven` or both: in decode a preparation
+        for the instructions that read it, which writes the new residual into the other of two buffers; in prefill an
         instruction."""
-        source = self.x[self._at]
+        source, alone = self.x[self._at], woven is not None and not self.spec.predictor
         if self.mode == "decode" and add is not None:
             self._at = 1 - self._at
         operands: dict[int, Operand] = {
@@ -244,9 +249,9 @@ class Lowering:
             o.NORM_DIM: self.spec.dim,
             o.NORM_SUBS: self.width // COLUMNS,
             o.NORM_EPS: float(self.spec.norm_eps),
-            o.NORM_OUT: None if woven else out.ints,
+            o.NORM_OUT: None if alone else out.ints,
             o.NORM_OUT_LANE: out.int_lane,
-            o.NORM_FLOAT_OUT: None if woven else out.floats,
+            o.NORM_FLOAT_OUT: None if alone else out.floats,
             o.NORM_FLOAT_LANE: out.float_lane,
             o.NORM_TILE: self.final_tile if select else self.tile,
             o.NORM_SELECT: int(select),

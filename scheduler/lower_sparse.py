@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from coterie.kernels import operands as o
 from coterie.kernels.formats import COLUMNS
 from coterie.kernels.library import kernel_name
@@ -54,9 +56,13 @@ class SparseLowering:
         kinds = {layout.gate.is_float for layout in layouts}
         assert len(kinds) == 1  # a model mixes formats of one kind
         token = max(weave_bytes(layout.gate) for layout in layouts)
-        size = rows * self.supers * token
+        self.score_at = rows * self.supers * token  # where a predictor's tiles begin
+        scores = [layout.scores for layout in layouts if layout.scores]
+        size = self.score_at + rows * layouts[0].score_supers * max(map(weave_bytes, scores), default=0)
         copies = lanes if decode else 1
         self.x = Woven(ledger.allocate("activations", (copies, size)), size if decode else 0, kinds.pop())
+        width = round_up(spec.predictor, COLUMNS)
+        self.units = ledger.allocate("activations", (rows, width), np.float32) if spec.predictor and decode else None
         self.hidden_tile = self.neurons * tile * 4
         self.hidden = ledger.allocate("activations", (rows // tile, self.hidden_tile))
         self.sums = ledger.allocate("activations", rows * self.supers * WOVEN_FLOAT)
@@ -76,8 +82,9 @@ class SparseLowering:
             frees = span.end if streamed else 0
             operands = self._neurons(i, ffn, span)
             if self.decode:
+                scores = [layout.scores.name] if layout.scores else []
                 b.add(
-                    kernel_name("neuron_gate", *names), Opcode.FFN_UP, operands, layer=i, prepare=ready,
+                    kernel_name("neuron_gate", *names, *scores), Opcode.FFN_UP, operands, layer=i, prepare=ready,
                     ordered=streamed or self.cache is not None, frees=frees,
                 )  # fmt: skip
                 continue
@@ -93,28 +100,49 @@ class SparseLowering:
 
     def _neurons(self, i: int, ffn: SparseFFN, span: NeuronSpan) -> dict[int, Operand]:
         layout = ffn.layout
-        return {
+        inside = layout.scores is not None
+        operands: dict[int, Operand] = {
             o.N_TABLE: ffn.table,
             o.N_FIRST: span.first,
             o.N_COUNT: span.count,
             o.N_SUPERS: layout.supers,
-            o.N_GATE_ROW: layout.gate_row,
-            o.N_BUNDLE: layout.bundle,
+            o.N_ROW: layout.score_row,
+            o.N_UP: layout.up_offset,
             o.N_X: self.x.ref,
             o.N_X_LANE: self.x.lane,
             o.N_HIDDEN: self.hidden,
             o.N_HIDDEN_TILE: self.hidden_tile,
             o.N_SCRATCH: self.scratch,
             o.N_SCRATCH_LANE: self.lane,
+        }
+        if not self.decode:
+            return operands | {o.N_ROW: layout.bundle if inside else layout.gate_row, o.N_BUNDLE: layout.bundle}
+        return operands | {
             o.N_LIVE: self.live,
             o.N_ADDRESSES: ffn.addresses,
             o.N_CACHE: self.cache,
             o.N_READY: self.ready,
             o.N_LAYERS: len(self.spec.layers),
-            o.N_LAYER: i,
             o.N_COUNTED: self.counted,
             o.N_USES: self.uses.tail(4 * i * self.neurons) if self.uses else None,
+            o.N_SCORE_X: self.score_at if inside else 0,
+            o.N_SCORE_SUPERS: layout.score_supers,
         }
+
+    def weave(self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft | None) -> Draft:
+        """A preparation of a predictor's second matrix, from its hidden units."""
+        assert self.units is not None
+        assert ffn.layout.scores is not None
+        operands: dict[int, Operand] = {
+            o.WEAVE_X: self.units,
+            o.WEAVE_X_ROW: 4 * self.units.shape[1],
+            o.WEAVE_SUBS: self.units.shape[1] // COLUMNS,
+            o.WEAVE_OUT: self.x.ref.tail(self.score_at),
+            o.WEAVE_OUT_LANE: self.x.lane,
+            o.WEAVE_TILE: self.tile,
+            o.WEAVE_FLOAT: int(ffn.layout.scores.is_float),
+        }
+        return b.preparation(kernel_name("weave"), Opcode.NORM, operands, layer=i, prepare=ready)
 
     def _down(
         self, ffn: SparseFFN, first: int, count: int, y: BufferRef, width: int, *, keep: bool, last: bool

@@ -101,16 +101,27 @@ class ProgramBuilder:
         return len(self.drafts) - 1
 
     def preparation(
-        self, kernel: str, opcode: r.Opcode, operands: dict[int, Operand], *, layer: int = NO_LAYER
+        self,
+        kernel: str,
+        opcode: r.Opcode,
+        operands: dict[int, Operand],
+        *,
+        layer: int = NO_LAYER,
+        prepare: Draft | None = None,
     ) -> Draft:
-        """An instruction that a lane runs for itself, given to `add` as `prepare` of one or more others."""
-        draft = Draft(kernel, opcode, layer, operands, [], shared=False)
+        """An instruction that a lane runs for itself, given to `add` as `prepare` of one or more others; it may have
+        one itself."""
+        draft = Draft(kernel, opcode, layer, operands, [], shared=False, prepare=prepare)
         draft.done = self.arena.allocate("flags", r.LINE * self.lanes).offset
         return draft
 
     def build(self) -> Program:
         """The finished program."""
-        prepared = {id(d.prepare): d.prepare for d in self.drafts if d.prepare is not None}
+        prepared: dict[int, Draft] = {}
+        for draft in self.drafts:
+            while draft.prepare is not None:  # which may have a preparation of its own
+                draft = draft.prepare
+                prepared[id(draft)] = draft
         everything = [*self.drafts, *prepared.values()]
         number = {id(draft): i for i, draft in enumerate(everything)}
         words = np.zeros((len(everything), r.WORDS), np.int64)

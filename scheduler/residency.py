@@ -39,7 +39,8 @@ def pin_order(runs: Sequence[Run]) -> npt.NDArray[np.int64]:
     first = Extents.of(runs).first
     tied = all(run.kind != "output" for run in runs)
     place = {layer: i for i, layer in enumerate(spread(1 + max(run.layer for run in runs)))}
-    ranks = {"norms": 0, "qkv": 1, "attention": 1, "output": 2, "ffn": 3, "gate": 3, "neurons": 4}
+    ranks = {"norms": 0, "qkv": 1, "attention": 1, "output": 2, "predictor": 2, "scores": 2}
+    ranks |= {"ffn": 3, "gate": 3, "neurons": 4}
     ranks["embedding"] = 2 if tied else 5
     keys = []
     for i, run in enumerate(runs):

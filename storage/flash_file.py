@@ -271,7 +271,7 @@ def manifest_table(runs: Sequence[Run], extents: Extents, checksums: UInt64s) ->
         "offset": extents.offset,
         "length": extents.nbytes,
         "format": words([run.format for run in runs]),
-        "layout": words(["sparse" if run.kind in ("gate", "neurons") else "dense" for run in runs]),
+        "layout": words(["sparse" if run.kind in ("gate", "scores", "neurons") else "dense" for run in runs]),
         "checksum": checksums,
         "hotness": pa.nulls(checksums.size, pa.float32()),
     }
@@ -282,7 +282,7 @@ def _rows_of_item(run: Run) -> int:
     """Matrix rows of a group, neurons of a cluster."""
     if run.kind == "norms":
         return 0
-    if run.kind in ("gate", "neurons"):
+    if run.kind in ("gate", "scores", "neurons"):
         return CLUSTER
     return FORMATS[run.format.rpartition("/")[2]].columns if run.kind == "ffn" else ROWS
 

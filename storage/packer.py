@@ -56,8 +56,8 @@ class RunPacker:
                 self._norms(items[0].view(np.float32))
             case "ffn":
                 self._clusters(first, items)
-            case "gate":
-                self._gates(first, items)
+            case "gate" | "scores":
+                self._deciding(first, items)
             case "neurons":
                 self._bundles(first, items)
             case _:
@@ -76,6 +76,8 @@ class RunPacker:
                 return ("output.weight",)
             case "attention":
                 return (f"blk.{self.run.layer}.attn_output.weight",)
+            case "predictor":
+                return (f"blk.{self.run.layer}.fc1.weight",)
             case _:
                 return projection_names(self.file.tensors, self.run.layer)[self.run.part]
 
@@ -119,23 +121,26 @@ class RunPacker:
         area = bundles.reshape(len(out), layout.down_groups, layout.down.block)
         pack(layout.down.name, np.ascontiguousarray(column), area.transpose(1, 0, 2))
 
-    def _gates(self, first: int, out: Bytes) -> None:
-        """Gate rows of the clusters of neurons from number `first` on."""
-        layout = neuron_layout(self.file.tensors, self.spec, self.run.layer)
-        self._neuron_rows("gate", layout.gate, first, out.reshape(len(out) * CLUSTER, -1))
+    def _deciding(self, first: int, out: Bytes) -> None:
+        """Gate rows, or a predictor's, of the clusters of neurons from number `first` on."""
+        part = "ffn_gate" if self.run.kind == "gate" else "fc2"
+        self._neuron_rows(part, FORMATS[self.run.format], first, out.reshape(len(out) * CLUSTER, -1))
 
     def _bundles(self, first: int, out: Bytes) -> None:
         """The same clusters' bundles."""
         layout = neuron_layout(self.file.tensors, self.spec, self.run.layer)
         bundles = out.reshape(len(out) * CLUSTER, layout.bundle)
-        end = layout.down_offset + layout.supers * layout.down.block
-        self._neuron_rows("up", layout.up, first, bundles[:, : layout.down_offset])
-        self._neuron_rows("down_t", layout.down, first, bundles[:, layout.down_offset : end])
+        up, down = layout.up_offset, layout.down_offset
+        end = down + layout.supers * layout.down.block
+        if up:
+            self._neuron_rows("ffn_gate", layout.gate, first, bundles[:, :up])
+        self._neuron_rows("ffn_up", layout.up, first, bundles[:, up:down])
+        self._neuron_rows("ffn_down_t", layout.down, first, bundles[:, down:end])
 
     def _neuron_rows(self, part: str, f: Format, first: int, out: Bytes) -> None:
         """Rows of single neurons: 16 blocks of a row are packed as a block of 16 rows is."""
         low, high = first * CLUSTER, min(self.spec.ffn_dim, first * CLUSTER + len(out))
-        raw = self._read(f"blk.{self.run.layer}.ffn_{part}.weight", low, high)
+        raw = self._read(f"blk.{self.run.layer}.{part}.weight", low, high)
         pack_rows(f.name, raw, out[: high - low])
 
     def _projection(self, name: str, f: Format, rows: tuple[int, int], out: Bytes) -> None:

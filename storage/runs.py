@@ -32,8 +32,9 @@ class Run:
     """Items (groups of 16 rows, neuron clusters, or the one block of all norms) packed `per` an extent.
 
     `kind`: "norms", "embedding", "qkv" (`part` counts a layer's runs of neighbouring formats), "attention" (the output
-    projection), "ffn" (of a sparse model "gate" and "neurons": Gate rows, bundles), "output"; `layer` is -1 where there
-    is none; `offset`: bytes from the file's start.
+    projection), "ffn", "output"; of a sparse model, instead of "ffn", "gate" and "neurons" (Gate rows, bundles), with
+    predictors "predictor", "scores" and "neurons"; `layer` is -1 where there is none; `offset`: bytes from the file's
+    start.
     """
 
     kind: str
@@ -130,6 +131,8 @@ class NeuronLayout:
     down: Format
     dim: int
     ffn_dim: int
+    scores: Format | None = None  # of the predictor's rows; then a Gate row comes first in its bundle
+    hidden: int = 0  # columns of those
 
     @property
     def supers(self) -> int:
@@ -151,9 +154,24 @@ class NeuronLayout:
         return self.supers * self.gate.block
 
     @property
+    def score_supers(self) -> int:
+        """Superblocks in a row that says whether its neuron is live: a predictor's, or Gate's own."""
+        return -(-self.hidden // (SUPERBLOCK * COLUMNS)) if self.scores else self.supers
+
+    @property
+    def score_row(self) -> int:
+        """Bytes of such a row."""
+        return self.score_supers * (self.scores or self.gate).block
+
+    @property
+    def up_offset(self) -> int:
+        """Where in a bundle the Up row begins."""
+        return self.gate_row if self.scores else 0
+
+    @property
     def down_offset(self) -> int:
         """Where in a bundle the Down row begins, behind the Up row."""
-        return self.supers * self.up.block
+        return self.up_offset + self.supers * self.up.block
 
     @property
     def bundle(self) -> int:
@@ -162,7 +180,8 @@ class NeuronLayout:
 
     @property
     def name(self) -> str:
-        return f"{self.up.name}/{self.down.name}"
+        inside = f"{self.gate.name}/" if self.scores else ""
+        return f"{inside}{self.up.name}/{self.down.name}"
 
 
 def norm_sizes(spec: ModelSpec) -> dict[str, int]:
@@ -212,7 +231,10 @@ def neuron_layout(tensors: Mapping[str, TensorInfo], spec: ModelSpec, layer: int
     unfit = [f.name for f in (gate, up) if f.subs > 1] + [down.name] * (down.name not in DOWN_FORMATS)
     if unfit or gate.is_float != up.is_float:
         raise PlanError(f"layer {layer} has neurons in {'/'.join(names)}, which do not work together; Q4_0 and Q8_0 do")
-    return NeuronLayout(gate, up, down, spec.dim, spec.ffn_dim)
+    scores = FORMATS[tensors[f"blk.{layer}.fc2.weight"].format] if spec.predictor else None
+    if scores and scores.subs > 1:
+        raise PlanError(f"layer {layer} has a predictor in {scores.name}, which is not supported; Q4_0 and Q8_0 are")
+    return NeuronLayout(gate, up, down, spec.dim, spec.ffn_dim, scores, spec.predictor)
 
 
 def lay_out_runs(tensors: Mapping[str, TensorInfo], spec: ModelSpec) -> tuple[Run, ...]:
@@ -244,6 +266,8 @@ def _runs(tensors: Mapping[str, TensorInfo], spec: ModelSpec, size: int) -> Iter
         for part, names in enumerate(projection_names(tensors, i)):
             yield matrix("qkv", names, i, part)
         yield matrix("attention", (f"blk.{i}.attn_output.weight",), i)
+        if spec.predictor:
+            yield matrix("predictor", (f"blk.{i}.fc1.weight",), i)
         yield from _ffn(tensors, spec, i, size)
     if not spec.tied:
         yield matrix("output", ("output.weight",))
@@ -258,7 +282,8 @@ def _ffn(tensors: Mapping[str, TensorInfo], spec: ModelSpec, i: int, size: int) 
     layout = neuron_layout(tensors, spec, i)
     clusters, bundles = layout.clusters, CLUSTER * layout.bundle
     per = min(clusters, max(1, size // bundles))
-    yield Run("gate", i, 0, layout.gate.name, clusters, CLUSTER * layout.gate_row, min(clusters, 2 * per), PAGE)
+    kind, rows = ("scores", layout.scores) if layout.scores else ("gate", layout.gate)
+    yield Run(kind, i, 0, rows.name, clusters, CLUSTER * layout.score_row, min(clusters, 2 * per), PAGE)
     yield Run("neurons", i, 0, layout.name, clusters, bundles, per, PAGE)
 
 

@@ -25,6 +25,7 @@ from coterie.kernels.shapes import (
     NEURON_GATE,
     NEURON_GATE_WANTED,
     NEURON_ROW,
+    NEURON_SCORES,
     NEURON_WANTED,
 )
 from coterie.models.header import TensorInfo
@@ -123,10 +124,11 @@ class NeuronSpan:
 
 @dataclass(frozen=True)
 class SparseFFN:
-    """A layer's neurons, cut into spans in ascending order. `gate`, `bundles`: numbers of the runs; `table`:
+    """A layer's neurons, cut into spans in ascending order. `deciding`, `bundles`: numbers of the runs, the first of
+    Gate rows or a predictor's; `table`:
     int64[clusters][8], shapes.NEURON_ROW; `addresses`: int64[neurons], of bundles (0: not in memory)."""
 
-    gate: int
+    deciding: int
     bundles: int
     layout: NeuronLayout
     table: BufferRef
@@ -141,6 +143,7 @@ class Layer:
     projections: tuple[Matrix, ...]
     output: Matrix
     ffn: FFN | SparseFFN
+    predictor: Matrix | None = None  # its first matrix
     norms: dict[str, BufferRef] = field(default_factory=dict)
 
 
@@ -184,7 +187,7 @@ class Weights:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads from memory."""
-        used = {"qkv", "attention", "ffn", "gate", "neurons", self.output.run.kind}
+        used = {"qkv", "attention", "ffn", "gate", "predictor", "scores", "neurons", self.output.run.kind}
         return sum(run.nbytes for run in self.runs if run.kind in used)
 
     @property
@@ -326,9 +329,8 @@ def lay_out(
 
     def matrix(kind: str, layer: int = -1, part: int = 0, *, streamed: bool = True) -> Matrix:
         i = index[kind, layer, part]
-        name = {"embedding": "token_embd.weight", "output": "output.weight"}.get(
-            kind, f"blk.{layer}.attn_output.weight"
-        )
+        of_layer = "fc1" if kind == "predictor" else "attn_output"
+        name = {"embedding": "token_embd.weight", "output": "output.weight"}.get(kind, f"blk.{layer}.{of_layer}.weight")
         rows, columns = runs[i].items * ROWS, spec.dim
         if kind != "qkv":
             rows, columns = tensors[name].rows, tensors[name].cols
@@ -339,7 +341,8 @@ def lay_out(
         projections = tuple(matrix("qkv", i, part) for part in parts)
         output = matrix("attention", i)
         norms = {name: vector(f"blk.{i}.{name}.weight") for name in norm_sizes(spec)}
-        return Layer(projections, output, sparse(i) if spec.sparse else dense(i), norms)
+        predictor = matrix("predictor", i) if spec.predictor else None
+        return Layer(projections, output, sparse(i) if spec.sparse else dense(i), predictor, norms)
 
     def dense(i: int) -> FFN:
         layout, run = cluster_layout(tensors, spec, i), index["ffn", i, 0]
@@ -347,7 +350,8 @@ def lay_out(
         return FFN(runs[run], run, layout, table, tuple(placing.spans(run, ledger)))
 
     def sparse(i: int) -> SparseFFN:
-        layout, gate, bundles = neuron_layout(tensors, spec, i), index["gate", i, 0], index["neurons", i, 0]
+        layout, bundles = neuron_layout(tensors, spec, i), index["neurons", i, 0]
+        gate = index["scores" if spec.predictor else "gate", i, 0]
         table = ledger.allocate("tables", (layout.clusters, NEURON_ROW // 8), np.int64)
         shared = beside.layers[i].ffn if beside else None
         known = shared.addresses if isinstance(shared, SparseFFN) else None
@@ -408,8 +412,9 @@ def _fill_clusters(arena: Arena, weights: Weights, ffn: FFN, wanted: Int64s, arr
 def _fill_neurons(arena: Arena, weights: Weights, ffn: SparseFFN, wanted: Int64s, arrived: int) -> None:
     """The addresses are those of pinned bundles: others come and go."""
     table, layout = arena.numpy(ffn.table), ffn.layout
-    gates, table[:, NEURON_GATE // 8] = _places(arena, weights, ffn.gate)
+    gates, table[:, NEURON_SCORES // 8] = _places(arena, weights, ffn.deciding)
     bundles, table[:, NEURON_BUNDLES // 8] = _places(arena, weights, ffn.bundles)
+    table[:, NEURON_GATE // 8] = table[:, (NEURON_BUNDLES if layout.scores else NEURON_SCORES) // 8]
     table[:, NEURON_FLAG // 8] = arrived
     table[:, NEURON_GATE_WANTED // 8], table[:, NEURON_WANTED // 8] = wanted[gates], wanted[bundles]
     pinned = weights.is_pinned(bundles)[:, None]

@@ -6,7 +6,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
 TEXT = (
@@ -37,6 +37,7 @@ def write_tiny(
     rope_factors: bool = False,
     activation: str | None = None,
     sparse: bool = False,
+    oracle: bool = False,
     window: int = 16,
     context: int = 512,
     seed: int = 0,
@@ -46,8 +47,8 @@ def write_tiny(
     `architecture` is "llama" or "bamboo" (byte-level BPE tokenizer, chat template) or "gemma3" (SentencePiece).
     `formats` is one weight format, or a format per role: "token_embd", "output", "attn_q", "attn_k",
     "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"; roles left out are F32. K-quants need columns
-    divisible by 256, the other quantised formats by 32. `activation`, `sparse` (Down transposed) and `rope_factors`
-    serve llama only, `window` gemma3 only. `vocab` must be at least 264.
+    divisible by 256, the other quantised formats by 32. `activation`, `sparse` (Down transposed), `oracle`
+    (predictors that are never wrong) and `rope_factors` serve llama only, `window` gemma3 only. `vocab` must be at least 264.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -76,11 +77,14 @@ def write_tiny(
     def norm(name: str, size: int) -> None:
         writer.add_tensor(name, (1 + 0.1 * rng.standard_normal(size)).astype(np.float32))
 
-    def matrix(name: str, rows: int, cols: int, gain: float = 1.0) -> None:
+    def matrix(name: str, rows: int, cols: int, gain: float = 1.0) -> NDArray[np.float32]:
         role = name.removesuffix(".weight").split(".")[-1]
         weight_format = formats if isinstance(formats, str) else formats.get(role, "F32")
         raw = random_weights(rng, rows, cols, weight_format, gain)
-        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[weight_format])
+        kind = gguf.GGMLQuantizationType[weight_format]
+        writer.add_tensor(name, raw, raw_dtype=kind)
+        values: NDArray[np.float32] = dequantize(raw, kind) if kind != gguf.GGMLQuantizationType.F32 else raw
+        return values
 
     # An embedding of deviation 1 in all, whatever the model scales it by, and layers that add a little to it.
     matrix("token_embd.weight", vocab, dim, gain=1.0 if architecture == "gemma3" else dim**0.5)
@@ -92,7 +96,11 @@ def write_tiny(
         matrix(prefix + "attn_v.weight", kv_heads * head_dim, dim)
         matrix(prefix + "attn_output.weight", dim, heads * head_dim)
         norm(prefix + "ffn_norm.weight", dim)
-        matrix(prefix + "ffn_gate.weight", ffn, dim)
+        gate = matrix(prefix + "ffn_gate.weight", ffn, dim)
+        if oracle:  # relu(x) - relu(-x) is x, so that the scores are Gate's outputs
+            both = np.concatenate([np.eye(dim), -np.eye(dim)]).astype(np.float32)
+            writer.add_tensor(prefix + "fc1.weight", both)
+            writer.add_tensor(prefix + "fc2.weight", np.concatenate([gate, -gate], axis=1))
         matrix(prefix + "ffn_up.weight", ffn, dim)
         if sparse:
             matrix(prefix + "ffn_down_t.weight", ffn, dim, gain=(dim / ffn) ** 0.5)

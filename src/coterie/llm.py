@@ -63,7 +63,7 @@ class LLM:
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} is {value!r}: give a whole number above 0, or None to have it chosen")
         start = time.perf_counter()
-        wanted = Wishes(threads, context, None, _ceiling(memory), trace is not None, dict(sources or {}))
+        wanted = Wishes(threads, context, None, _ceiling(memory), trace is not None, sources=dict(sources or {}))
         if plan is not None:
             wanted = read_plan(Path(plan), wanted)
         opened = open_to_run(resolve(model, progress), wanted, progress or (lambda label, done=0, total=0: None))

@@ -141,8 +141,8 @@ from coterie.kernels.record import OPERANDS
     N_FIRST,  # the clusters that run
     N_COUNT,
     N_SUPERS,  # superblocks of a Gate or Up row
-    N_GATE_ROW,  # bytes of a Gate row
-    N_BUNDLE,  # bytes from one neuron's Up row to the next's
+    N_ROW,  # bytes of a row that decides whether its neuron is live; in `neuron_all` of a Gate row's distance
+    N_UP,  # bytes from a bundle's begin to its Up row
     N_X,  # woven tiles
     N_X_LANE,
     N_HIDDEN,  # float32[tile][neuron][token]
@@ -154,10 +154,23 @@ from coterie.kernels.record import OPERANDS
     N_CACHE,  # the neuron cache's control block (0: everything is in memory)
     N_READY,  # a flag a cluster: its list is complete; it carries the tick
     N_LAYERS,  # how many layers there are: a tick is epoch * layers + layer
-    N_LAYER,
     N_COUNTED,  # a line a lane: live neurons, of these missing
     N_USES,  # int32[neuron]: in how many steps it was live (0: not counted)
-) = range(OPERANDS, OPERANDS + 20)
+    N_SCORE_X,  # bytes from N_X to the predictor's woven tiles
+    N_SCORE_SUPERS,
+) = range(OPERANDS, OPERANDS + 21)
+N_BUNDLE = N_LIVE  # `neuron_all`: bytes from one bundle to the next
+
+# `weave`
+(
+    WEAVE_X,  # float32[row][columns]
+    WEAVE_X_ROW,
+    WEAVE_SUBS,  # blocks of 32 columns
+    WEAVE_OUT,
+    WEAVE_OUT_LANE,
+    WEAVE_TILE,
+    WEAVE_FLOAT,
+) = range(OPERANDS, OPERANDS + 7)
 
 # `neuron_down`
 (

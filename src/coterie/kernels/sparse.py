@@ -19,11 +19,13 @@ from coterie.kernels.atomics import acquire, cycles, pause, release
 from coterie.kernels.cache import SERVED, TICK, call_reader, demand, touch
 from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import FORMATS
+from coterie.kernels.mathematics import relu
 from coterie.kernels.neurons import (
     product_op,
     weave_bytes,
 )
-from coterie.kernels.record import ABORT, EPOCH, LINE, NAP, SPIN, STALLED, TAPE, TOKENS
+from coterie.kernels.quantise import weave_block
+from coterie.kernels.record import ABORT, EPOCH, LINE, NAP, OPCODE, SPIN, STALLED, TAPE, TOKENS
 from coterie.kernels.shapes import (
     CLUSTER,
     LIVE_COUNT,
@@ -36,11 +38,13 @@ from coterie.kernels.shapes import (
     NEURON_GATE,
     NEURON_GATE_WANTED,
     NEURON_ROW,
+    NEURON_SCORES,
     NEURON_WANTED,
+    SUPERBLOCK,
 )
 from coterie.kernels.sync import await_weights, claim, finish, post, prepare, sleep_on, wait_flag, word
 from coterie.kernels.tile import AHEAD, tile_groups
-from coterie.kernels.vector import f32_at, i32_at, i64_at, prefetch, set_f32, set_i32, set_i64
+from coterie.kernels.vector import f32_at, floats_at, i32_at, i64_at, prefetch, set_f32, set_i32, set_i64
 
 LOOKS = 200  # times a lane looks for a neuron before it sleeps: some microseconds
 
@@ -77,6 +81,11 @@ def await_neuron(cache, entry, step, lane):
 
 
 @register_jitable
+def layer_of(record):
+    return word(record, OPCODE) >> 16
+
+
+@register_jitable
 def positive(x):
     """relu; what is not a number counts as zero."""
     return x if x > np.float32(0) else np.float32(0)
@@ -97,14 +106,17 @@ SCALAR = {"relu": (positive, unchanged), "relu2": (squared, unchanged), "drelu":
 
 
 @kernel
-def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> Callable[..., Any]:
-    """hidden = activation(Gate x) * activation(Up x) of live neurons, and lists of them."""
+def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, score_name: str = "") -> Callable[..., Any]:
+    """hidden = activation(Gate x) * activation(Up x) of live neurons, and lists of them: of those whose Gate is
+    positive, or with `score_name`, the format of a predictor's rows, whose score is."""
     tile_tokens = int(tokens)
-    together = tile_groups(tile_tokens)
-    gate_rows = product_op(gate_name, tile_tokens, together)
+    together, predicted = tile_groups(tile_tokens), score_name != ""
+    score_rows = product_op(score_name or gate_name, tile_tokens, together)
+    gate_row = product_op(gate_name, tile_tokens, 1, prefetch=False)
     up_row = product_op(up_name, tile_tokens, 1, prefetch=False)
     x_super = weave_bytes(FORMATS[gate_name]) * tile_tokens
-    up_block = FORMATS[up_name].block
+    score_super = weave_bytes(FORMATS[score_name or gate_name]) * tile_tokens
+    first_block = FORMATS[up_name].block + (FORMATS[gate_name].block if predicted else 0)
     activate_gate, activate_up = SCALAR[activation]
 
     @register_jitable
@@ -113,20 +125,21 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
 
     @register_jitable
     def gates(record, x, scratch, cluster, waiting, n):
-        """All Gate rows of a cluster, and in between the Up rows of the cluster `waiting` (-1: none): so memory is busy
-        while those are computed."""
-        supers, row = word(record, o.N_SUPERS), word(record, o.N_GATE_ROW)
+        """All rows of a cluster that decide, Gate's or the predictor's, and in between rows of the live neurons of the
+        cluster `waiting` (-1: none): so memory is busy while those are computed."""
+        supers, row = word(record, o.N_SCORE_SUPERS), word(record, o.N_ROW)
         entry = word(record, o.N_TABLE) + cluster * NEURON_ROW
-        w = i64_at(entry + NEURON_GATE)
-        turn = i64_at(entry - NEURON_ROW * min(cluster, 1) + NEURON_GATE) - w - (CLUSTER - together) * row
-        done = 0
+        w = i64_at(entry + NEURON_SCORES)
+        turn = i64_at(entry - NEURON_ROW * min(cluster, 1) + NEURON_SCORES) - w - (CLUSTER - together) * row
+        x_at, done = x + word(record, o.N_SCORE_X), 0
         for tile in range((n + tile_tokens - 1) // tile_tokens):
-            out, x_at = hidden_at(record, tile, cluster * CLUSTER), x + tile * supers * x_super
+            out = hidden_at(record, tile, cluster * CLUSTER)
             for i in range(0, CLUSTER, together):
                 ahead = AHEAD if i < CLUSTER - together else turn  # the cluster before this one comes next
-                gate_rows(w + i * row, row, x_at, out + i * tile_tokens * 4, supers, ahead)
+                score_rows(w + i * row, row, x_at, out + i * tile_tokens * 4, supers, ahead)
                 if waiting >= 0 and tile == 0:
                     done = early(record, x, scratch, waiting, done, i + together, n)
+            x_at += supers * score_super
 
     @register_jitable
     def find_live(record, cluster, n):
@@ -139,7 +152,7 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
             for token in range(n):
                 tile = token // tile_tokens
                 at = hidden_at(record, tile, cluster * CLUSTER + i) + 4 * (token - tile * tile_tokens)
-                value = activate_gate(f32_at(at))
+                value = f32_at(at) if predicted else activate_gate(f32_at(at))
                 set_f32(at, value)
                 alive = alive or value > np.float32(0)
             if alive:
@@ -152,13 +165,23 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
 
     @register_jitable
     def up(record, x, scratch, neuron, address, n):
-        """Multiply a neuron's hidden activations by what Up makes of them."""
+        """A neuron's hidden activations: its Gate's, which are there unless a predictor decides, times what Up makes of
+        them. What the predictor took for live and is not needs no Up."""
         supers = word(record, o.N_SUPERS)
         for tile in range((n + tile_tokens - 1) // tile_tokens):
-            up_row(address, 0, x + tile * supers * x_super, scratch, supers, 0)
-            at = hidden_at(record, tile, neuron)
-            for t in range(tile_tokens):
-                set_f32(at + 4 * t, f32_at(at + 4 * t) * activate_up(f32_at(scratch + 4 * t)))
+            x_at, at = x + tile * supers * x_super, hidden_at(record, tile, neuron)
+            live = not predicted
+            if predicted:
+                gate_row(address, 0, x_at, scratch, supers, 0)
+                for t in range(tile_tokens):  # a token has what the predictor took for live for it, not for others
+                    chosen = f32_at(at + 4 * t) > np.float32(0)
+                    value = activate_gate(f32_at(scratch + 4 * t)) if chosen else np.float32(0)
+                    set_f32(at + 4 * t, value)
+                    live = live or value > np.float32(0)
+            if live:
+                up_row(address + word(record, o.N_UP), 0, x_at, scratch, supers, 0)
+                for t in range(tile_tokens):
+                    set_f32(at + 4 * t, f32_at(at + 4 * t) * activate_up(f32_at(scratch + 4 * t)))
 
     @register_jitable
     def look_for(record, cluster, live, tick):
@@ -171,16 +194,16 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
             if touch(cache, word(record, o.N_ADDRESSES) + 8 * neuron, tick) == 0:
                 set_i32(ids + 4 * k, np.int32(i | LIVE_LATE))
                 missing += 1
-                demand(cache, word(record, o.N_LAYER), neuron)
+                demand(cache, layer_of(record), neuron)
         if missing > 0:
             call_reader(cache, missing)
         return missing
 
     @register_jitable
     def expect(record, cluster, live):
-        """Prefetch the Up rows of a cluster's live neurons: they are computed with the next cluster's Gates."""
+        """Prefetch what comes first of a cluster's live neurons: they are computed with the next cluster's Gates."""
         ids, addresses = word(record, o.N_LIVE) + cluster * LIVE_ROW + LIVE_IDS, word(record, o.N_ADDRESSES)
-        size = word(record, o.N_SUPERS) * up_block
+        size = word(record, o.N_SUPERS) * first_block
         for k in range(live):
             i = i32_at(ids + 4 * k)
             if i < LIVE_LATE:
@@ -223,7 +246,7 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str) -> C
         x = word(record, o.N_X) + lane * word(record, o.N_X_LANE)
         scratch = word(record, o.N_SCRATCH) + lane * word(record, o.N_SCRATCH_LANE)
         first, count = word(record, o.N_FIRST), word(record, o.N_COUNT)
-        tick = word(step, EPOCH) * word(record, o.N_LAYERS) + word(record, o.N_LAYER)
+        tick = word(step, EPOCH) * word(record, o.N_LAYERS) + layer_of(record)
         counted = word(record, o.N_COUNTED) + lane * LINE
         total = 2 * count if cache != 0 else count
         pieces = 0
@@ -283,7 +306,7 @@ def neuron_all(gate_name: str, up_name: str, activation: str, tokens: str) -> Ca
         x = word(record, o.N_X) + lane * word(record, o.N_X_LANE)
         scratch = word(record, o.N_SCRATCH) + lane * word(record, o.N_SCRATCH_LANE)
         first, total = word(record, o.N_FIRST), word(record, o.N_COUNT)
-        supers, row, bundle = word(record, o.N_SUPERS), word(record, o.N_GATE_ROW), word(record, o.N_BUNDLE)
+        supers, row, bundle = word(record, o.N_SUPERS), word(record, o.N_ROW), word(record, o.N_BUNDLE)
         pieces = 0
         piece = claim(record, step, lane, total)
         if piece >= 0:
@@ -293,7 +316,7 @@ def neuron_all(gate_name: str, up_name: str, activation: str, tokens: str) -> Ca
             entry = word(record, o.N_TABLE) + cluster * NEURON_ROW
             if not (here(entry, NEURON_GATE_WANTED, step, lane) and here(entry, NEURON_WANTED, step, lane)):
                 return pieces
-            w_gate, w_up = i64_at(entry + NEURON_GATE), i64_at(entry + NEURON_BUNDLES)
+            w_gate, w_up = i64_at(entry + NEURON_GATE), i64_at(entry + NEURON_BUNDLES) + word(record, o.N_UP)
             for tile in range((n + tile_tokens - 1) // tile_tokens):
                 out = (
                     word(record, o.N_HIDDEN)
@@ -311,5 +334,24 @@ def neuron_all(gate_name: str, up_name: str, activation: str, tokens: str) -> Ca
             pieces += 1
             piece = claim(record, step, lane, total)
         return finish(record, step, pieces, total)
+
+    return run
+
+
+@kernel
+def weave() -> Callable[..., Any]:
+    """relu(x), woven: what a predictor's second matrix reads. Only as a preparation, which may have one itself."""
+
+    def run(record, step, lane):
+        prepare(record, step, lane)
+        subs, tile, out = word(record, o.WEAVE_SUBS), word(record, o.WEAVE_TILE), word(record, o.WEAVE_OUT)
+        out += lane * word(record, o.WEAVE_OUT_LANE)
+        supers, as_float = (subs + SUPERBLOCK - 1) // SUPERBLOCK, word(record, o.WEAVE_FLOAT) != 0
+        for row in range(word(step, TOKENS)):
+            x = word(record, o.WEAVE_X) + row * word(record, o.WEAVE_X_ROW)
+            for sub in range(subs):
+                low, high = relu(floats_at(x + 128 * sub)), relu(floats_at(x + 128 * sub + 64))
+                weave_block(low, high, out, tile, row, sub, supers, as_float)
+        return 0
 
     return run

@@ -54,6 +54,7 @@ def read_spec(file: ModelHeader) -> ModelSpec:
         tied="output.weight" not in file.tensors,
         layers=tuple([LayerSpec(rope)] * sizes.pop("n_layers")),
         sparse=sparse,
+        predictor=file.tensor("blk.0.fc1.weight").rows if sparse and "blk.0.fc1.weight" in file.tensors else 0,
         **sizes,
     )
     if sparse and spec.activation == "silu":
@@ -130,6 +131,7 @@ def expect_tensors(file: ModelHeader, spec: ModelSpec, norms: Sequence[str], hea
         "ffn_gate": (spec.ffn_dim, spec.dim),
         "ffn_up": (spec.ffn_dim, spec.dim),
         **({"ffn_down_t": (spec.ffn_dim, spec.dim)} if spec.sparse else {"ffn_down": (spec.dim, spec.ffn_dim)}),
+        **({"fc1": (spec.predictor, spec.dim), "fc2": (spec.ffn_dim, spec.predictor)} if spec.predictor else {}),
         **dict.fromkeys(norms, (1, spec.dim)),
         **dict.fromkeys(head_norms, (1, spec.head_dim)),
     }

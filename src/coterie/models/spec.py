@@ -54,3 +54,4 @@ class ModelSpec:
     tied: bool  # logits come from token_embd.weight
     layers: tuple[LayerSpec, ...]
     sparse: bool = False  # Down lies by neurons (`ffn_down_t`), and only live neurons are computed in decode
+    predictor: int = 0  # hidden units of the predictors (`fc1`, `fc2`) that say which are live; 0: Gate itself says it
