@@ -19,7 +19,7 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from weights import PlantedWeights, RandomWeights
+from weights import PlantedWeights, PredictedWeights, RandomWeights
 
 from coterie.commands.terminal import Progress
 from coterie.errors import CoterieError
@@ -43,7 +43,8 @@ class Shape:
     vocab: int
     tied: bool
     rope_base: float
-    activation: str = "silu"  # others: sparse, with a planted activation profile (planted.py)
+    activation: str = "silu"  # others: sparse, with a planted activation profile (weights.py)
+    predictor: int = 0  # hidden units of predictors, which Gates of low rank make possible
 
 
 SHAPES = {
@@ -53,6 +54,8 @@ SHAPES = {
     "llama-47b": Shape(8192, 54, 64, 8, 128, 28672, 49152, False, 5e5),  # Llama 70B with two thirds of its layers
     "tiny-sparse": Shape(512, 4, 8, 4, 64, 2048, 49152, False, 1e4, "relu"),
     "bamboo-7b": Shape(4096, 32, 32, 8, 128, 14336, 49152, False, 1e4, "drelu"),
+    "tiny-predicted": Shape(512, 4, 8, 4, 64, 2048, 49152, False, 1e4, "relu", 128),
+    "bamboo-7b-predicted": Shape(4096, 32, 32, 8, 128, 14336, 49152, False, 1e4, "drelu", 512),
     "mistral-7b": Shape(4096, 32, 32, 8, 128, 14336, 49152, False, 1e4, "relu"),
     "sparse-47b": Shape(8192, 54, 64, 8, 128, 28672, 49152, False, 5e5, "relu"),
 }
@@ -83,6 +86,9 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"blk.{i}.ffn_norm.weight", (shape.dim,)
         yield f"blk.{i}.ffn_gate.weight", (shape.ffn, shape.dim)
         yield f"blk.{i}.ffn_up.weight", (shape.ffn, shape.dim)
+        if shape.predictor:
+            yield f"blk.{i}.fc1.weight", (shape.predictor, shape.dim)
+            yield f"blk.{i}.fc2.weight", (shape.ffn, shape.predictor)
         if shape.activation == "silu":
             yield f"blk.{i}.ffn_down.weight", (shape.dim, shape.ffn)
         else:
@@ -167,7 +173,8 @@ def write(header: bytes, arguments: argparse.Namespace) -> None:
     spec = read_spec(file)
     runs = lay_out_runs(file.tensors, spec)
     source = hashlib.sha256(f"{arguments.seed} ".encode() + header).digest()
-    weights = (PlantedWeights if spec.sparse else RandomWeights)(file, spec, arguments.seed)
+    kind = PredictedWeights if spec.predictor else PlantedWeights if spec.sparse else RandomWeights
+    weights = kind(file, spec, arguments.seed)
     with Progress() as progress:
         create_flash_file(arguments.out, header, b"", runs, weights.fill, source, progress)
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e9:.2f} GB")

@@ -8,7 +8,9 @@ The profile. Coordinate 0 of the hidden state is a constant, CONSTANT, whatever 
 block to itself): the embedding has it, and no layer adds to it. Through it every Gate row gets a threshold of its own,
 so that its neuron is live for a chosen share of tokens: a power law over neurons, hot ones first. Tokens of one topic
 (64 neighbours in the vocabulary) share a part of their embedding, so that a text that dwells on a topic uses the same
-neurons again. It proves speed and exactness; it proves nothing about quality.
+neurons again. With predictors, Gates have a low rank, so that predictors can be right: theirs are Gate's own factors,
+with each factor and its negative for the sake of the ReLU between. It proves speed and exactness; it proves nothing
+about quality.
 """
 
 from statistics import NormalDist
@@ -18,11 +20,12 @@ import numpy as np
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
-from coterie.kernels.formats import FORMATS
+from coterie.kernels.formats import COLUMNS, FORMATS
 from coterie.kernels.shapes import CLUSTER
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.storage.pack import pack
+from coterie.storage.packer import pack_rows
 from coterie.storage.runs import ClusterLayout, Run, cluster_layout, neuron_layout, norm_places
 
 Bytes = NDArray[np.uint8]
@@ -33,6 +36,8 @@ SKEW = 0.8344  # of the power law: a quarter of the neurons does four fifths of 
 MOST = 0.95  # of tokens that a neuron is live for
 TOPIC = 64  # tokens
 SHARED = 0.5  # part of an embedding's variance that a topic's tokens share
+CAUTION = 0.15  # deviations of a Gate's output by which predictors ask for more than is live: recall for speed
+UNIT = 16.0  # of predictors' constant hidden unit
 QUIET = 0.25  # of what layers add to the hidden state, so that its deviation stays what thresholds reckon with
 
 
@@ -163,9 +168,58 @@ class PlantedWeights(RandomWeights):
 
     def _neurons(self, items: Bytes, layer: int) -> None:
         layout = neuron_layout(self.file.tensors, self.spec, layer)
-        bundles = items.reshape(-1, layout.bundle)
-        rows = np.empty((2, len(bundles), layout.down_offset), np.uint8)
+        bundles, size = items.reshape(-1, layout.bundle), layout.down_offset - layout.up_offset
+        rows = np.empty((2, len(bundles), size), np.uint8)
         self._blocks(rows[0], "Q4_0", layout.dim**-0.5)
         self._blocks(rows[1], "Q4_0", self.mix * (LIVE * layout.ffn_dim) ** -0.5)
         rows[1, :, 0:2] = 0  # the scale of coordinates 0 to 31
-        bundles[:, : layout.down_offset], bundles[:, layout.down_offset : 2 * layout.down_offset] = rows
+        bundles[:, layout.up_offset :][:, : 2 * size] = np.concatenate(list(rows), axis=1)
+
+
+class PredictedWeights(PlantedWeights):
+    """Gates of low rank, and predictors that know it."""
+
+    def __init__(self, file: ModelHeader, spec: ModelSpec, seed: int) -> None:
+        super().__init__(file, spec, seed)
+        self.layer = -1
+
+    def fill(self, run: Run, extent: int, out: Bytes) -> None:
+        if run.kind in ("predictor", "scores", "neurons") and run.layer != self.layer:
+            self.layer = run.layer
+            self._draw()
+        count = run.items_of(extent)
+        items = out[: count * run.item_bytes].reshape(count, run.item_bytes)
+        first = extent * run.per
+        match run.kind:
+            case "predictor":
+                rows = quantize(self.first[16 * first : 16 * (first + count)], gguf.GGMLQuantizationType.Q4_0)
+                pack("Q4_0", rows, items.reshape(count, -1, FORMATS["Q4_0"].block))
+            case "scores":
+                self._rows(self.second, first, items.reshape(count * CLUSTER, -1))
+            case "neurons":
+                self._neurons(items, run.layer)
+                layout = neuron_layout(self.file.tensors, self.spec, run.layer)
+                self._rows(self.gate, first, items.reshape(-1, layout.bundle)[:, : layout.up_offset])
+            case _:
+                super().fill(run, extent, out)
+
+    def _draw(self) -> None:
+        """A layer's Gate and predictor: gate = factors @ basis, with the thresholds in coordinate 0. The predictor's
+        constant unit has a block to itself."""
+        spec, rng = self.spec, self.rng
+        rank = (spec.predictor - COLUMNS) // 2
+        basis = rng.standard_normal((rank, spec.dim), np.float32) * np.float32(spec.dim**-0.5)
+        basis[:, :COLUMNS] = 0
+        factors = rng.standard_normal((spec.ffn_dim, rank), np.float32) * np.float32(rank**-0.5)
+        self.gate = factors @ basis
+        self.gate[:, 0] = -self.thresholds
+        constant, weights = np.zeros((COLUMNS, spec.dim), np.float32), np.zeros((spec.ffn_dim, COLUMNS), np.float32)
+        constant[0, 0] = -UNIT / CONSTANT
+        weights[:, 0] = (self.thresholds * CONSTANT + CAUTION) / UNIT
+        self.first = np.concatenate([basis, -basis, constant])
+        self.second = np.concatenate([factors, -factors, weights], axis=1)
+
+    def _rows(self, rows: NDArray[np.float32], first: int, out: Bytes) -> None:
+        """Rows of the neurons from cluster `first` on, uint8[neurons][row bytes]."""
+        here = rows[first * CLUSTER : first * CLUSTER + len(out)]
+        pack_rows("Q4_0", quantize(here, gguf.GGMLQuantizationType.Q4_0), out[: len(here)])

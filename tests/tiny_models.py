@@ -48,7 +48,8 @@ def write_tiny(
     `formats` is one weight format, or a format per role: "token_embd", "output", "attn_q", "attn_k",
     "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"; roles left out are F32. K-quants need columns
     divisible by 256, the other quantised formats by 32. `activation`, `sparse` (Down transposed), `oracle`
-    (predictors that are never wrong) and `rope_factors` serve llama only, `window` gemma3 only. `vocab` must be at least 264.
+    (predictors that are never wrong) and `rope_factors` serve llama only, `window` gemma3 only. `vocab` must be at
+    least 264.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), architecture)
