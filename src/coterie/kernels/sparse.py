@@ -46,6 +46,7 @@ from coterie.kernels.sync import await_weights, claim, finish, post, prepare, sl
 from coterie.kernels.tile import AHEAD, tile_groups
 from coterie.kernels.vector import f32_at, floats_at, i32_at, i64_at, prefetch, set_f32, set_i32, set_i64
 
+BEGINNING = 512  # bytes of a row that are prefetched: the hardware goes on, and more would only hold lanes up
 LOOKS = 200  # times a lane looks for a neuron before it sleeps: some microseconds
 
 
@@ -116,7 +117,6 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
     up_row = product_op(up_name, tile_tokens, 1, prefetch=False)
     x_super = weave_bytes(FORMATS[gate_name]) * tile_tokens
     score_super = weave_bytes(FORMATS[score_name or gate_name]) * tile_tokens
-    first_block = FORMATS[up_name].block + (FORMATS[gate_name].block if predicted else 0)
     activate_gate, activate_up = SCALAR[activation]
 
     @register_jitable
@@ -137,7 +137,7 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
             for i in range(0, CLUSTER, together):
                 ahead = AHEAD if i < CLUSTER - together else turn  # the cluster before this one comes next
                 score_rows(w + i * row, row, x_at, out + i * tile_tokens * 4, supers, ahead)
-                if waiting >= 0 and tile == 0:
+                if waiting >= 0 and tile == 0 and not predicted:
                     done = early(record, x, scratch, waiting, done, i + together, n)
             x_at += supers * score_super
 
@@ -200,16 +200,21 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
         return missing
 
     @register_jitable
-    def expect(record, cluster, live):
-        """Prefetch what comes first of a cluster's live neurons: they are computed with the next cluster's Gates."""
+    def expect(record, x, scratch, cluster, live, waiting, n):
+        """Prefetch what comes first of a cluster's live neurons: they are computed with the next cluster's Gates, or
+        with a predictor, whose rows are short, while the next cluster's are prefetched."""
         ids, addresses = word(record, o.N_LIVE) + cluster * LIVE_ROW + LIVE_IDS, word(record, o.N_ADDRESSES)
-        size = word(record, o.N_SUPERS) * first_block
+        done = 0
         for k in range(live):
             i = i32_at(ids + 4 * k)
             if i < LIVE_LATE:
                 at = i64_at(addresses + 8 * (cluster * CLUSTER + i))
-                for line in range(0, size, 64):
+                for line in range(0, BEGINNING, 64):
                     prefetch(at + line)
+            if predicted and waiting >= 0:
+                done = early(record, x, scratch, waiting, done, (k + 1) * CLUSTER // live, n)
+        if predicted and waiting >= 0:
+            early(record, x, scratch, waiting, done, CLUSTER, n)
 
     @register_jitable
     def early(record, x, scratch, cluster, done, part, n):
@@ -268,7 +273,7 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
                 missing = look_for(record, cluster, live, tick) if cache != 0 else 0
                 set_i32(row + LIVE_COUNT, np.int32(live))
                 set_i32(row + LIVE_MISSING, np.int32(missing))
-                expect(record, cluster, live)
+                expect(record, x, scratch, cluster, live, waiting, n)
                 waiting = cluster
                 set_i64(counted, i64_at(counted) + live)
                 set_i64(counted + 8, i64_at(counted + 8) + missing)
