@@ -36,7 +36,7 @@ SKEW = 0.8344  # of the power law: a quarter of the neurons does four fifths of 
 MOST = 0.95  # of tokens that a neuron is live for
 TOPIC = 64  # tokens
 SHARED = 0.5  # part of an embedding's variance that a topic's tokens share
-CAUTION = 0.15  # deviations of a Gate's output by which predictors ask for more than is live: recall for speed
+CAUTION = 0.07  # deviations of a Gate's output by which predictors ask for more than is live: recall for speed
 UNIT = 16.0  # of predictors' constant hidden unit
 QUIET = 0.25  # of what layers add to the hidden state, so that its deviation stays what thresholds reckon with
 
