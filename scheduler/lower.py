@@ -21,7 +21,7 @@ from coterie.scheduler.lower_sparse import SparseLowering, Woven
 from coterie.scheduler.program import NO_LAYER, Draft, Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.kv import KVLayout
-from coterie.storage.weights import FFN, PINNED, Layer, Matrix, Span, Weights
+from coterie.storage.weights import FFN, PINNED, Layer, Matrix, Span, SparseFFN, Weights
 
 Mode = Literal["decode", "prefill"]
 PIECES = 4  # pieces a lane of an operator, at least
@@ -187,11 +187,7 @@ class Lowering:
             if isinstance(layer.ffn, FFN):
                 self._ffn(b, i, layer.ffn, ready)
             elif self.sparse:
-                if layer.predictor and self.sparse.units:
-                    width = self.sparse.units.shape[1]
-                    self._matmul(b, i, layer.predictor, self.normed, self.sparse.units, 0, width, prepare=ready)
-                    ready = self.sparse.weave(b, i, layer.ffn, ready)
-                self.sparse.add(b, i, layer.ffn, ready, self.z, self.width)
+                self._sparse_ffn(b, i, layer.ffn, ready, self.sparse)
         return b
 
     def _head(self, b: ProgramBuilder) -> ProgramBuilder:
@@ -403,6 +399,28 @@ class Lowering:
             ordered, frees = streaming["ordered"], streaming["frees"]
             b.add(kernel_name("ffn_up", *names), Opcode.FFN_UP, up, layer=i, prepare=ready, ordered=ordered)
             b.add(kernel_name("ffn_down", layout.down.name, self.tile), Opcode.FFN_DOWN, down, layer=i, frees=frees)
+
+    def _sparse_ffn(
+        self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft | None, sparse: SparseLowering
+    ) -> None:
+        layers, ahead = self.weights.layers, None
+        if sparse.units is not None:
+            given = ready
+            ready = self._predict(b, i, i, given, sparse)
+            following = layers[i + 1].ffn if i + 1 < len(layers) else None
+            if sparse.cache and isinstance(following, SparseFFN) and self.weights.stays(following.deciding):
+                ahead = following, self._predict(b, i, i + 1, given, sparse)
+        sparse.add(b, i, ffn, ready, self.z, self.width, ahead)
+
+    def _predict(self, b: ProgramBuilder, i: int, of: int, ready: Draft | None, sparse: SparseLowering) -> Draft:
+        """The hidden units of layer `of`'s predictor on layer `i`'s input; the preparation of what reads them."""
+        layer = self.weights.layers[of]
+        assert layer.predictor is not None
+        assert sparse.units is not None
+        assert isinstance(layer.ffn, SparseFFN)
+        units = sparse.units[of - i]
+        self._matmul(b, of, layer.predictor, self.normed, units, 0, units.shape[1], prepare=ready)
+        return sparse.weave(b, of, layer.ffn, ready, of - i)
 
     def _up(self, ffn: FFN, span: Span) -> dict[int, Operand]:
         layout = ffn.layout

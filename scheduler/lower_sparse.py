@@ -58,22 +58,35 @@ class SparseLowering:
         token = max(weave_bytes(layout.gate) for layout in layouts)
         self.score_at = rows * self.supers * token  # where a predictor's tiles begin
         scores = [layout.scores for layout in layouts if layout.scores]
-        size = self.score_at + rows * layouts[0].score_supers * max(map(weave_bytes, scores), default=0)
+        self.score_bytes = rows * layouts[0].score_supers * max(map(weave_bytes, scores), default=0)
+        size = self.score_at + 2 * self.score_bytes  # of this layer's predictor and of the next one's
         copies = lanes if decode else 1
         self.x = Woven(ledger.allocate("activations", (copies, size)), size if decode else 0, kinds.pop())
         width = round_up(spec.predictor, COLUMNS)
-        self.units = ledger.allocate("activations", (rows, width), np.float32) if spec.predictor and decode else None
+        self.units = None
+        if spec.predictor and decode:
+            self.units = [ledger.allocate("activations", (rows, width), np.float32) for _ in range(2)]
         self.hidden_tile = self.neurons * tile * 4
         self.hidden = ledger.allocate("activations", (rows // tile, self.hidden_tile))
         self.sums = ledger.allocate("activations", rows * self.supers * WOVEN_FLOAT)
-        self.lane = round_up(max(down_scratch(tile), 4 * 4 * tile), LINE)
+        self.lane = round_up(max(down_scratch(tile), 4 * CLUSTER * tile), LINE)
         self.scratch = ledger.allocate("activations", (lanes, self.lane))
         clusters = self.neurons // CLUSTER
         self.live = ledger.allocate("activations", (clusters, LIVE_ROW)) if decode else None
         self.ready = ledger.allocate("flags", (clusters, LINE)) if decode and cache else None
 
-    def add(self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft | None, y: BufferRef, width: int) -> None:
-        """Append layer `i`'s network: y float32[rows][width]."""
+    def add(
+        self,
+        b: ProgramBuilder,
+        i: int,
+        ffn: SparseFFN,
+        ready: Draft | None,
+        y: BufferRef,
+        width: int,
+        ahead: tuple[SparseFFN, Draft] | None,
+    ) -> None:
+        """Append layer `i`'s network: y float32[rows][width]. `ahead`: the next layer's, and the preparation of what its
+        predictor reads of this layer's input."""
         layout = ffn.layout
         names = layout.gate.name, layout.up.name, self.spec.activation, self.tile
         down = kernel_name("neuron_down", layout.down.name, self.tile)
@@ -95,6 +108,8 @@ class SparseLowering:
             part = self._down(ffn, span.first, span.count, y, width, keep=number > 0, last=last)
             b.add(down, Opcode.FFN_DOWN, part, layer=i, frees=frees)
         if self.decode:
+            if ahead:
+                self.ask(b, i + 1, *ahead)
             part = self._down(ffn, 0, layout.clusters, y, width, keep=False, last=True)
             b.add(down, Opcode.FFN_DOWN, part, layer=i)
 
@@ -129,20 +144,31 @@ class SparseLowering:
             o.N_SCORE_SUPERS: layout.score_supers,
         }
 
-    def weave(self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft | None) -> Draft:
-        """A preparation of a predictor's second matrix, from its hidden units."""
+    def weave(self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft | None, ahead: int) -> Draft:
+        """A preparation of the second matrix of layer `i`'s predictor, from its hidden units; `ahead`: 1 for the
+        predictor of the layer that comes next."""
         assert self.units is not None
         assert ffn.layout.scores is not None
+        units = self.units[ahead]
         operands: dict[int, Operand] = {
-            o.WEAVE_X: self.units,
-            o.WEAVE_X_ROW: 4 * self.units.shape[1],
-            o.WEAVE_SUBS: self.units.shape[1] // COLUMNS,
-            o.WEAVE_OUT: self.x.ref.tail(self.score_at),
+            o.WEAVE_X: units,
+            o.WEAVE_X_ROW: 4 * units.shape[1],
+            o.WEAVE_SUBS: units.shape[1] // COLUMNS,
+            o.WEAVE_OUT: self.x.ref.tail(self.score_at + ahead * self.score_bytes),
             o.WEAVE_OUT_LANE: self.x.lane,
             o.WEAVE_TILE: self.tile,
             o.WEAVE_FLOAT: int(ffn.layout.scores.is_float),
         }
         return b.preparation(kernel_name("weave"), Opcode.NORM, operands, layer=i, prepare=ready)
+
+    def ask(self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft) -> None:
+        """Append what asks for neurons of the next layer, number `i`."""
+        layout = ffn.layout
+        assert layout.scores is not None
+        operands = self._neurons(i, ffn, NeuronSpan(0, layout.clusters, PINNED, 0))
+        operands[o.N_SCORE_X] = self.score_at + self.score_bytes
+        name = kernel_name("neuron_ask", layout.scores.name, self.tile)
+        b.add(name, Opcode.FFN_ASK, operands, layer=i, prepare=ready)
 
     def _down(
         self, ffn: SparseFFN, first: int, count: int, y: BufferRef, width: int, *, keep: bool, last: bool

@@ -174,6 +174,10 @@ class Weights:
         within = groups % run.per * run.item_bytes
         return numbers, within, self.where[numbers] + within
 
+    def stays(self, index: int) -> bool:
+        """Whether all of a run is pinned."""
+        return bool(self.is_pinned(np.arange(self.extents.first[index], self.extents.first[index + 1])).all())
+
     @property
     def positions(self) -> tuple[int, int, int]:
         """Where on the tape its body begins, its head, and what is behind both."""

@@ -42,15 +42,17 @@ CACHE_WORDS = 64
 
 ENTRIES, PLACE, PER, STRIDE, SUMS = range(5)  # words of a layer: its addresses, where in the file its bundles begin,
 LAYER_WORDS = 8  # how many an extent has, the extents' distance, their checksums
+PENDING = 1  # in place of an address: the neuron was asked for
 MOST = 2  # uses that count (benchmarks/policies.py compares)
 
 
 @register_jitable
 def touch(cache, entry, tick):
-    """Say that the neuron whose address stands at `entry` is used; its address, or 0 where it is not in memory."""
+    """Say that the neuron whose address stands at `entry` is used; its address, or 0 where it is not in memory, or
+    PENDING."""
     at = acquire(entry)
     slot = (at - word(cache, SLOT_BASE)) // word(cache, SLOT_BYTES)
-    if at == 0 or at < word(cache, SLOT_BASE) or slot >= word(cache, SLOT_COUNT):
+    if at <= PENDING or at < word(cache, SLOT_BASE) or slot >= word(cache, SLOT_COUNT):
         return at  # not there, or there for good
     release(word(cache, STAMPS) + 8 * slot, tick)
     uses = word(cache, COUNTS) + 8 * slot
@@ -60,8 +62,9 @@ def touch(cache, entry, tick):
 
 
 @register_jitable
-def demand(cache, layer, neuron):
-    """Put a neuron on the reader's queue."""
+def demand(cache, entry, layer, neuron):
+    """Put a neuron, whose address would stand at `entry`, on the reader's queue."""
+    release(entry, PENDING)
     place = word(cache, QUEUE) + 8 * (fetch_add(cache + 8 * TAIL, 1) & word(cache, QUEUE_MASK))
     release(place, 1 + neuron + (layer << 32))
 

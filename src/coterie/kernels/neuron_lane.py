@@ -134,12 +134,13 @@ def neuron_lane(engine: str) -> Callable[..., Any]:
             if wanted == NOTHING:
                 break
             entry, tick = entry_of(cache, wanted), acquire(cache + 8 * c.TICK)
-            if acquire(entry) != 0:  # it was about to be dropped when it was asked for, and stayed
+            if acquire(entry) > c.PENDING:  # it was about to be dropped when it was asked for, and stayed
                 met += 1
                 continue
             slot = c.victim(cache, tick)
             if slot == NOTHING:
                 give_up(control, t.ENGINE, wanted, EBUSY)
+                release(entry, 0)
                 met += 1
                 continue
             release(word(cache, c.STAMPS) + 8 * slot, tick)
@@ -171,6 +172,7 @@ def neuron_lane(engine: str) -> Callable[..., Any]:
             return 0
         put(request, t.STATE, 0)
         set_i64(word(cache, c.OWNERS) + 8 * word(request, SLOT), 0)
+        release(entry_of(cache, word(request, NEURON)), 0)
         free(cache, number)
         return 1
 

@@ -43,6 +43,7 @@ class Opcode(IntEnum):
     FFN_DOWN = 8
     PROBE = 9
     READ = 10
+    FFN_ASK = 11
 
 
 # Words of the step header. Each lane works on its own copy, taken when the go flag rose, so that a lane which

@@ -16,7 +16,7 @@ from numba.extending import register_jitable
 
 from coterie.kernels import operands as o
 from coterie.kernels.atomics import acquire, cycles, pause, release
-from coterie.kernels.cache import SERVED, TICK, call_reader, demand, touch
+from coterie.kernels.cache import PENDING, SERVED, TICK, call_reader, demand, touch
 from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import FORMATS
 from coterie.kernels.mathematics import relu
@@ -63,16 +63,16 @@ def await_neuron(cache, entry, step, lane):
     """Wait until a neuron that was asked for is in memory; its address, or 0 if the step is abandoned meanwhile."""
     at = acquire(entry)
     looks, begun = 0, cycles()
-    while at == 0:
+    while at <= PENDING:
         if i64_at(word(step, ABORT)) != 0:
-            return at
+            return np.int64(0)
         if looks < LOOKS:
             looks += 1
             pause()
         else:
             served = acquire(cache + SERVED)
             at = acquire(entry)
-            if at == 0:
+            if at <= PENDING:
                 sleep_on(cache + SERVED, served + 1, word(step, NAP))
         at = acquire(entry)
     if looks > 0:
@@ -185,19 +185,24 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
 
     @register_jitable
     def look_for(record, cluster, live, tick):
-        """Mark a cluster's live neurons that are missing, and ask for them. Returns how many they are."""
+        """Mark a cluster's live neurons that are missing, and ask for them where nobody did. Returns how many they are,
+        and for how many was asked."""
         cache, ids = word(record, o.N_CACHE), word(record, o.N_LIVE) + cluster * LIVE_ROW + LIVE_IDS
-        missing = 0
+        missing, asked = 0, 0
         for k in range(live):
             i = i32_at(ids + 4 * k)
             neuron = cluster * CLUSTER + i
-            if touch(cache, word(record, o.N_ADDRESSES) + 8 * neuron, tick) == 0:
+            entry = word(record, o.N_ADDRESSES) + 8 * neuron
+            at = touch(cache, entry, tick)
+            if at <= PENDING:
                 set_i32(ids + 4 * k, np.int32(i | LIVE_LATE))
                 missing += 1
-                demand(cache, layer_of(record), neuron)
-        if missing > 0:
-            call_reader(cache, missing)
-        return missing
+                if at == 0:
+                    demand(cache, entry, layer_of(record), neuron)
+                    asked += 1
+        if asked > 0:
+            call_reader(cache, asked)
+        return missing, asked
 
     @register_jitable
     def expect(record, x, scratch, cluster, live, waiting, n):
@@ -270,13 +275,13 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
                     return pieces
                 gates(record, x, scratch, cluster, waiting, n)
                 live = find_live(record, cluster, n)
-                missing = look_for(record, cluster, live, tick) if cache != 0 else 0
+                missing, asked = look_for(record, cluster, live, tick) if cache != 0 else (0, 0)
                 set_i32(row + LIVE_COUNT, np.int32(live))
                 set_i32(row + LIVE_MISSING, np.int32(missing))
                 expect(record, x, scratch, cluster, live, waiting, n)
                 waiting = cluster
                 set_i64(counted, i64_at(counted) + live)
-                set_i64(counted + 8, i64_at(counted + 8) + missing)
+                set_i64(counted + 8, i64_at(counted + 8) + asked)
                 if cache != 0:
                     post(ready, tick)
             else:
@@ -291,6 +296,57 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
             piece = claim(record, step, lane, total)
         if waiting >= 0:
             early(record, x, scratch, waiting, 0, CLUSTER, n)
+        return finish(record, step, pieces, total)
+
+    return run
+
+
+@kernel
+def neuron_ask(score_name: str, tokens: str) -> Callable[..., Any]:
+    """Ask for neurons of the next layer that its predictor takes for live on this layer's input, which changes little
+    from layer to layer (Deja Vu, section 4.3): flash reads while this layer's Down and the next one's attention are
+    computed. What is asked for in vain costs a read, nothing else."""
+    tile_tokens = int(tokens)
+    together = tile_groups(tile_tokens)
+    score_rows = product_op(score_name, tile_tokens, together)
+    score_super = weave_bytes(FORMATS[score_name]) * tile_tokens
+
+    @register_jitable
+    def wanted(scratch, i, n):
+        """Whether neuron `i` of a cluster has a positive score for a token of the tile."""
+        top = np.float32(0)
+        for t in range(min(n, tile_tokens)):
+            top = max(top, f32_at(scratch + (i * tile_tokens + t) * 4))
+        return top > np.float32(0)
+
+    def run(record, step, lane):
+        n, cache = word(step, TOKENS), word(record, o.N_CACHE)
+        x = word(record, o.N_X) + lane * word(record, o.N_X_LANE) + word(record, o.N_SCORE_X)
+        scratch = word(record, o.N_SCRATCH) + lane * word(record, o.N_SCRATCH_LANE)
+        supers, row = word(record, o.N_SCORE_SUPERS), word(record, o.N_ROW)
+        counted = word(record, o.N_COUNTED) + lane * LINE + 8
+        total = word(record, o.N_COUNT)
+        pieces = 0
+        piece = claim(record, step, lane, total)
+        if piece >= 0:
+            prepare(record, step, lane)
+        while piece >= 0:
+            w = i64_at(word(record, o.N_TABLE) + piece * NEURON_ROW + NEURON_SCORES)
+            asked = 0
+            for tile in range((n + tile_tokens - 1) // tile_tokens):
+                for i in range(0, CLUSTER, together):
+                    at = scratch + i * tile_tokens * 4
+                    score_rows(w + i * row, row, x + tile * supers * score_super, at, supers, AHEAD)
+                for i in range(CLUSTER):
+                    entry = word(record, o.N_ADDRESSES) + 8 * (piece * CLUSTER + i)
+                    if wanted(scratch, i, n - tile * tile_tokens) and acquire(entry) == 0:
+                        demand(cache, entry, layer_of(record), piece * CLUSTER + i)
+                        asked += 1
+            if asked > 0:
+                call_reader(cache, asked)
+                set_i64(counted, i64_at(counted) + asked)
+            pieces += 1
+            piece = claim(record, step, lane, total)
         return finish(record, step, pieces, total)
 
     return run
