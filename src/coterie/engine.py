@@ -417,5 +417,7 @@ class Engine:
         rings = [("cpu", self.unit.buffers.rings)]
         if self.stream is not None:
             rings.append(("flash", self.stream.unit.buffers.trace))
+            if self.stream.neurons is not None:
+                rings.append(("neurons", self.stream.neurons.buffers.trace))
         arrays = [(name, self.arena.numpy(ref)) for name, ref in rings if ref is not None]
         write_chrome_trace(path, arrays, self.unit.cycles_per_second())

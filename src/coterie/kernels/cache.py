@@ -38,6 +38,7 @@ BUNDLE, ALIGN = 45, 46  # bytes of a bundle; what reads are multiples of
 FREE = 47  # int64[requests]: a stack of request slots
 FREE_COUNT = 48
 HITS, READS, EVICTIONS, BYTES = 49, 50, 51, 52  # counters
+WOKEN = 53  # SERVED when lanes were woken last
 CACHE_WORDS = 64
 
 ENTRIES, PLACE, PER, STRIDE, SUMS = range(5)  # words of a layer: its addresses, where in the file its bundles begin,

@@ -26,6 +26,7 @@ from coterie.kernels.vector import i64_at, set_i64
 READ_OPCODE = int(Opcode.READ)
 NEURON, SLOT = t.POSITION, t.COUNT  # what a request's words mean here: layer << 32 | neuron, and the cache's slot
 NOTHING = -1
+TOGETHER = 16  # demands that are met between two wake-ups
 
 
 @register_jitable
@@ -54,11 +55,14 @@ def place_of(cache, wanted):
 
 
 @register_jitable
-def answer(cache, count):
-    """Say that demands were met, to lanes that sleep."""
+def answer(control, cache, count):
+    """Say that demands were met. Lanes that sleep are woken for some at a time, which spares them looking in vain, and
+    for each of the last."""
     if count > 0:
-        fetch_add(cache + c.SERVED, count)
-        if fetch_add(cache + c.SERVED + SLEEPERS, 0) != 0:
+        served = fetch_add(cache + c.SERVED, count) + count
+        due = served - word(cache, c.WOKEN) >= TOGETHER or word(control, t.IN_FLIGHT) < TOGETHER // 2
+        if due and fetch_add(cache + c.SERVED + SLEEPERS, 0) != 0:
+            put(cache, c.WOKEN, served)
             libc_syscall(FUTEX_CALL, cache + c.SERVED, FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)
 
 
@@ -204,7 +208,7 @@ def neuron_lane(engine: str) -> Callable[..., Any]:
             if not go_on(control, word(control, t.IN_FLIGHT) > 0):
                 break
             met += collect(control, cache)
-            answer(cache, met)
+            answer(control, cache, met)
             if word(control, t.IN_FLIGHT) == 0 and met == 0:
                 count_busy(control)
                 count_up(control, t.NAPS, 1)
