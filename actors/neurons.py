@@ -24,6 +24,11 @@ from coterie.storage.runs import Run
 from coterie.storage.weights import SparseFFN, Weights
 
 
+def neuron_kernels(engine: str) -> list[str]:
+    """What the unit has compiled."""
+    return [f"neuron_lane:{engine}", "neuron_wake"]
+
+
 class NeuronUnit:
     """Reads bundles of the file `fd` (a duplicate of it) into the cache in `buffers`.
 

@@ -85,8 +85,8 @@ class SparseLowering:
         width: int,
         ahead: tuple[SparseFFN, Draft] | None,
     ) -> None:
-        """Append layer `i`'s network: y float32[rows][width]. `ahead`: the next layer's, and the preparation of what its
-        predictor reads of this layer's input."""
+        """Append layer `i`'s network: y float32[rows][width]. `ahead`: the next layer's, and the preparation of what
+        its predictor reads of this layer's input."""
         layout = ffn.layout
         names = layout.gate.name, layout.up.name, self.spec.activation, self.tile
         down = kernel_name("neuron_down", layout.down.name, self.tile)

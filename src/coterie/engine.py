@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
+from coterie.actors.neurons import neuron_kernels
 from coterie.errors import UsageError
 from coterie.kernels import library
 from coterie.kernels.operands import PROBE_BYTES
@@ -216,6 +217,8 @@ class Engine:
     def _compile(self) -> None:
         """Have the machine code of whatever may run, before weights take the memory that the compiler needs."""
         wanted = [kernel for program in self.layout.programs.values() for kernel in program.kernels]
+        if self.stream is not None and self._residency.slots:
+            wanted += neuron_kernels(self.stream.unit.engine)
         library.compile_missing(wanted, self._progress)
 
     def ready(self, *names: str) -> None:
