@@ -142,6 +142,7 @@ def clusters(engine: Engine, ffn: FFN) -> tuple[Floats, Floats, Floats]:
 def test_clusters_are_where_their_table_says(engine: Engine) -> None:
     n = engine.spec.ffn_dim
     for i, layer in enumerate(engine.layout.weights.layers):
+        assert isinstance(layer.ffn, FFN)
         gate, up, down = clusters(engine, layer.ffn)
         assert len(gate) == layer.ffn.layout.clusters * layer.ffn.layout.neurons >= n
         for got, name in ((gate, "gate"), (up, "up"), (down.T, "down")):

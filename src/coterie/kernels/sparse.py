@@ -170,7 +170,7 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
         supers = word(record, o.N_SUPERS)
         for tile in range((n + tile_tokens - 1) // tile_tokens):
             x_at, at = x + tile * supers * x_super, hidden_at(record, tile, neuron)
-            live = not predicted
+            live: Any = not predicted
             if predicted:
                 gate_row(address, 0, x_at, scratch, supers, 0)
                 for t in range(tile_tokens):  # a token has what the predictor took for live for it, not for others
