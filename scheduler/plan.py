@@ -46,6 +46,8 @@ class Plan:
     pinned: int
     ring: int
     slots: int  # neurons in the cache of a sparse model
+    neurons: int  # that it has, in all layers ...
+    pinned_neurons: int  # ... and of these those that stay in memory
     regions: dict[str, int]
     sources: dict[str, str]
     memory: int | None = None
@@ -120,6 +122,13 @@ class Plan:
 
     def _residency(self) -> str:
         weights = self.regions["weights"] / (1 << 20)
+        if self.slots:
+            cache, rest = self.regions["neurons"] / (1 << 20), self.neurons - self.pinned_neurons
+            dense = f"{100 * self.resident:.0f} % of what every token uses in memory ({weights:.0f} MiB)"
+            return (
+                f"{dense}; of {self.neurons:,} neurons {self.pinned_neurons:,} stay, up to {self.slots:,} of the other "
+                f"{rest:,} are in the cache ({cache:.0f} MiB), the others are read when they are live"
+            )
         if not self.streamed_per_token:
             return f"all weights in memory ({weights:.0f} MiB), {self.bytes_per_token / 1e6:.0f} MB used a token"
         return (

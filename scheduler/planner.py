@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coterie.errors import PlanError, UsageError
 from coterie.kernels import target
-from coterie.kernels.shapes import TILE_TOKENS
+from coterie.kernels.shapes import CLUSTER, TILE_TOKENS
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.layout import BATCH, ModelLayout, block_table_bytes, lay_out_model, lay_out_shared, tape_room
@@ -20,6 +20,7 @@ from coterie.storage.available import available_memory
 from coterie.storage.direct import sector_bytes
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.kv import KVLayout
+from coterie.storage.neuron_buffers import bundle_runs, layer_neurons
 from coterie.storage.runs import PAGE, Extents, lay_out_runs
 from coterie.storage.unit import lay_out_unit
 from coterie.storage.weights import Residency
@@ -221,11 +222,20 @@ class _Draft:
         regions["programs"] = sum(p.nbytes for p in layout.programs.values())
         return regions, layout
 
+    def _pinned_neurons(self, residency: Residency) -> int:
+        """How many neurons' bundles stay in memory."""
+        extents, count = Extents.of(self.runs), 0
+        for number in residency.pinned.tolist():
+            run = self.runs[extents.run[number]]
+            if run.kind == "neurons":
+                count += run.items_of(int(extents.number[number])) * CLUSTER
+        return count
+
     def _plan(self, context: int, chunk: int, residency: Residency, ceiling: int | None) -> Plan:
         wishes, (regions, layout) = self.wishes, self._regions(context, chunk, residency)
         weights = layout.weights
         given = {name: getattr(wishes, name) for name in ("threads", "context", "memory", "chunk")}
-        flash = self.flash
+        flash, bundles = self.flash, bundle_runs(self.runs)
         if flash is not None and residency.ring and wishes.block is None:
             flash = replace(flash, block=_block(flash.block, residency.ring))
         return Plan(
@@ -243,11 +253,15 @@ class _Draft:
             pinned=residency.pinned.size,
             ring=residency.ring,
             slots=residency.slots,
+            neurons=sum(map(layer_neurons, bundles)),
+            pinned_neurons=self._pinned_neurons(residency),
             regions=regions,
             sources={name: _source(name, value, wishes.sources) for name, value in given.items()},
             memory=ceiling,
             flash=flash,
-            units={"cpu": "everything"} | ({"flash": "reads"} if weights.streamed and flash else {}),
+            numerics="lossy: predictors decide which neurons are computed" if self.spec.predictor else "exact",
+            units={"cpu": "everything"}
+            | ({"flash": "reads"} if (weights.streamed or residency.slots) and flash else {}),
         )
 
 

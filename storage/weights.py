@@ -190,8 +190,9 @@ class Weights:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that one decoded token reads from memory."""
-        used = {"qkv", "attention", "ffn", "gate", "predictor", "scores", "neurons", self.output.run.kind}
+        """Bytes of weights that one decoded token reads from memory; of a sparse model without its bundles, since which
+        of them are used is known only then."""
+        used = {"qkv", "attention", "ffn", "gate", "predictor", "scores", self.output.run.kind}
         return sum(run.nbytes for run in self.runs if run.kind in used)
 
     @property

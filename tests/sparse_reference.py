@@ -1,6 +1,9 @@
 """The arithmetic of single neurons once more in numpy (docs/numerics.md, "Neurons")."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 from reference import COLUMNS, INTEGER_FORMATS, Bytes, Floats, floats_of, fma, integer_blocks, quantise
 
 LANES = 16
@@ -15,7 +18,7 @@ def across(sums: Floats) -> Floats:
     return sums[..., 0]
 
 
-def padded(array: np.ndarray, blocks: int) -> np.ndarray:
+def padded(array: NDArray[Any], blocks: int) -> NDArray[Any]:
     """Blocks [..., n, ...] along axis 1 filled up to whole superblocks."""
     width = [(0, 0)] * array.ndim
     width[1] = (0, -blocks % LANES)
@@ -69,8 +72,8 @@ def down(name: str, raw: Bytes, hidden: Floats) -> Floats:
     return flat
 
 
-def network(names: tuple[str, str, str], raw: tuple[Bytes, Bytes, Bytes], activation: str, x: Floats) -> Floats:
-    """A sparse feed-forward network, every neuron computed."""
+def network(names: tuple[str, ...], raw: tuple[Bytes, ...], activation: str, x: Floats) -> Floats:
+    """A sparse feed-forward network, every neuron computed. `raw`: rows of Gate, Up and Down."""
     gate, up = neuron_product(names[0], raw[0], x), neuron_product(names[1], raw[1], x)
     zero = np.float32(0)
     gated = np.where(gate > 0, gate, zero)

@@ -16,7 +16,6 @@ from damage import GIANTS, damaged_bytes, little_memory_and_no_hang, survives
 from tiny_models import write_tiny
 
 from coterie.errors import ModelError
-from coterie.models.load import ARCHITECTURES
 from coterie.opening import open_model
 from coterie.storage import runs as runs_module
 from coterie.storage.flash_file import SECTIONS, FlashFile, FrontPage, damaged_extents, encode_manifest, manifest_table
@@ -76,12 +75,15 @@ def open_and_check(path: Path) -> None:
         model.close()
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=["llama", "gemma3", "sparse"])
 def good(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[bytes]:
     """The bytes of a sound packed model of several extents a run."""
     monkeypatch.setattr(runs_module, "SMALL", 2 * PAGE)
-    factors = request.param == "llama"
-    path = write_tiny(tmp_path / "m.gguf", request.param, layers=1, vocab=280, rope_factors=factors)
+    path, factors, sparse = tmp_path / "m.gguf", request.param == "llama", request.param == "sparse"
+    if sparse:
+        write_tiny(path, "bamboo", layers=1, vocab=280, sparse=True, oracle=True)
+    else:
+        write_tiny(path, request.param, layers=1, vocab=280, rope_factors=factors)
     model = open_model(path)
     pack_model(model, tmp_path / "m.coterie", lambda *_: None)
     model.close()
@@ -99,7 +101,7 @@ def test_damaged_first_pages(good: bytes, tmp_path: Path) -> None:
 
 
 def test_first_pages_that_lie(good: bytes, tmp_path: Path) -> None:
-    chance, path, used = random.Random("lies"), tmp_path / "bad.coterie", 232
+    chance, path, used = random.Random("lies"), tmp_path / "bad.coterie", 280
     alive = 0
     for _ in range(ROUNDS):
         page = bytearray(good[:PAGE])
@@ -118,7 +120,7 @@ def test_damaged_sections(good: bytes, section: str, tmp_path: Path) -> None:
     chance, path, parts = random.Random(section), tmp_path / "bad.coterie", Parts.of(good)
     sound = parts.sections[section]
     if not sound:
-        pytest.skip("this model has no rotary factors")
+        pytest.skip(f"this model has no {section}")
     assert parts.assemble() == good
     alive = 0
     for _ in range(ROUNDS):

@@ -663,5 +663,5 @@ def test_every_small_change_shows() -> None:
 
 @pytest.mark.parametrize("data", [np.zeros(100, np.uint8), np.zeros(1024, np.uint32), np.zeros(8192, np.uint8)[::2]])
 def test_a_checksum_of_something_else_is_refused(data: npt.NDArray[Any]) -> None:
-    with pytest.raises(ValueError, match="contiguous bytes, a multiple of 4096"):
+    with pytest.raises(ValueError, match="contiguous bytes, a multiple of 512"):
         checksum(data)

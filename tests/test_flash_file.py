@@ -28,7 +28,7 @@ from coterie.opening import open_model
 from coterie.storage import flash_writer
 from coterie.storage import runs as runs_module
 from coterie.storage.checksum import checksum
-from coterie.storage.flash_file import MAGIC, FlashFile, FrontPage, damaged_extents, is_flash_file
+from coterie.storage.flash_file import MAGIC, SECTIONS, FlashFile, FrontPage, damaged_extents, is_flash_file
 from coterie.storage.flash_writer import pack_model, packed_copy, packed_path
 from coterie.storage.pack import unpack
 from coterie.storage.packer import half_split_rows
@@ -221,8 +221,8 @@ def test_other_versions_are_named(model: Model, tmp_path: Path) -> None:
     pack_model(model, out, silent)
     with open(out, "r+b") as file:
         file.seek(len(MAGIC))
-        file.write(b"\2")
-    with pytest.raises(ModelError, match=r"packed format 2 is not this Coterie's 1; pack the model again"):
+        file.write(b"\3")
+    with pytest.raises(ModelError, match=r"packed format 3 is not this Coterie's 2; pack the model again"):
         FlashFile(out)
     pack_model(model, out, silent)  # takes its place
     assert sound(out)
@@ -620,8 +620,6 @@ def test_pack_verify_and_inspect(model: Model, tmp_path: Path, cache: Path, monk
 
 
 def test_first_pages_say_what_they_were_told() -> None:
-    sections = {
-        name: (PAGE * (i + 2), PAGE, bytes([i]) * 32) for i, name in enumerate(("header", "factors", "manifest"))
-    }
-    page = FrontPage(5 * PAGE, 7, 2 * PAGE, 4 * PAGE + 8, sections, b"s" * 32)
-    assert FrontPage.decode(page.encode(), "x", 5 * PAGE) == page
+    sections = {name: (PAGE * (i + 2), PAGE, bytes([i]) * 32) for i, name in enumerate(SECTIONS)}
+    page = FrontPage(6 * PAGE, 7, 2 * PAGE, 5 * PAGE + 8, sections, b"s" * 32)
+    assert FrontPage.decode(page.encode(), "x", 6 * PAGE) == page

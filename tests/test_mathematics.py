@@ -16,7 +16,8 @@ from coterie.models.spec import Rope
 @pytest.fixture(scope="module")
 def functions() -> dict[str, Callable[[Floats], Floats]]:
     return {
-        name: lanewise(operation) for name, operation in (mathematics.ACTIVATIONS | {"exp": mathematics.exp}).items()
+        **{name: lanewise(gate) for name, (gate, _) in mathematics.ACTIVATIONS.items()},
+        "exp": lanewise(mathematics.exp),
     }
 
 
@@ -56,7 +57,9 @@ def test_activations_are_near_the_exact_functions(functions: dict[str, Callable[
     middle = np.abs(x) <= 4  # beyond, the error of z in exp(-2z) counts z-fold
     assert ulps(functions["gelu"](GRID[middle]), gelu(x)[middle]) <= 64
     np.testing.assert_allclose(functions["gelu"](GRID), gelu(x), rtol=2e-6, atol=1e-7)
-    np.testing.assert_array_equal(functions["relu"](GRID), np.maximum(GRID, 0))
+    for name in ("relu", "drelu"):
+        np.testing.assert_array_equal(functions[name](GRID), np.maximum(GRID, 0))
+    np.testing.assert_array_equal(functions["relu2"](GRID), np.square(np.maximum(GRID, 0)))
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu"])

@@ -99,12 +99,12 @@ class Engine:
         self._urgent = True
         self._ropes: dict[Rope, BufferRef] | None = None
         self._loaded: set[str] = set()
-        self._closed = False
+        self._closed = self._laid_out = False
         self._follower: Follower | None = None
         try:
             if self._packed is not None:
                 self.stream = self._open_stream(self._packed)
-                self.meter = Meter(self.stream.unit, self.unit.stalled_seconds)
+                self.meter = Meter(self.stream.unit, self.unit.stalled_seconds, self._neurons)
             self._lay_out()
             if isinstance(model.file, GGUFFile):
                 self._pack(model.file)
@@ -147,7 +147,7 @@ class Engine:
             neurons=neurons,
         )  # fmt: skip
         self._compile()
-        self._ropes = self.layout.shared.ropes
+        self._ropes, self._laid_out = self.layout.shared.ropes, True
         self._logits: Floats = self.arena.numpy(self.layout.shared.logits)[:, : self.spec.vocab]
         stream = self.stream
         if stream is not None:
@@ -389,6 +389,14 @@ class Engine:
     def flash_report(self) -> dict[str, Any] | None:
         """What streaming costs, since the model was opened or `count_anew` was called; None without a packed file."""
         return None if self.meter is None else self.meter.report(self.plan)
+
+    def _neurons(self) -> tuple[int, int]:
+        """How many neurons were live in decode, and how many of them were read, since the last layout."""
+        neurons = self.layout.shared.neurons if self._laid_out else None
+        if neurons is None:
+            return 0, 0
+        live, missed = self.arena.numpy(neurons.counted)[:, :2].sum(axis=0).tolist()
+        return live, missed
 
     def count_anew(self) -> None:
         if self.meter is not None:

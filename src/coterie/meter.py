@@ -9,15 +9,18 @@ from coterie.scheduler.plan import Plan
 
 
 class Meter:
-    """Adds up steps. `stalled` gives the seconds that lanes have waited for weights."""
+    """Adds up steps. `stalled` gives the seconds that lanes have waited for weights, `neurons` how many neurons of a
+    sparse model were live, and how many of them were read."""
 
-    def __init__(self, flash: FlashUnit, stalled: Callable[[], float]) -> None:
-        self._flash, self._stalled = flash, stalled
+    def __init__(
+        self, flash: FlashUnit, stalled: Callable[[], float], neurons: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    ) -> None:
+        self._flash, self._stalled, self._neurons = flash, stalled, neurons
         self.reset()
 
     def reset(self) -> None:
         self._tokens, self._decode_bytes, self._seconds, self._waited = 0, 0, 0.0, 0.0
-        self._begun = self._flash.counters()
+        self._begun, self._neurons_begun = self._flash.counters(), self._neurons()
         self._last: int | None = None  # bytes read when the last decoded token was done
 
     def start(self) -> None:
@@ -42,7 +45,13 @@ class Meter:
         read, busy = now["bytes"] - self._begun["bytes"], now["busy"] - self._begun["busy"]
         per_token = self._decode_bytes / self._tokens if self._tokens else 0.0
         assert plan.flash is not None
-        return {
+        live, missed = (now - before for now, before in zip(self._neurons(), self._neurons_begun, strict=True))
+        neurons = {
+            "live_neurons_per_token": live / self._tokens if self._tokens else 0.0,
+            "read_neurons_per_token": missed / self._tokens if self._tokens else 0.0,
+            "neuron_hit_rate": 1 - missed / live if live else 1.0,
+        }
+        return (neurons if plan.neurons else {}) | {
             "streamed_bytes_per_token": plan.streamed_per_token,
             "read_bytes_per_token": per_token,
             "bandwidth": read / busy if busy else 0.0,

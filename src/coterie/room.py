@@ -29,16 +29,21 @@ def room_for(runs: tuple[Run, ...], plan: Plan) -> dict[str, int]:
     """Room, not memory, for regions that may grow when the ceiling is raised."""
     every = int(Extents.of(runs).nbytes.sum())
     lookups = lookup_room(runs, plan.chunk)
-    bundles = bundle_runs(runs)
-    neurons = sum(map(layer_neurons, bundles))
-    sector = plan.flash.sector if plan.flash else PAGE
-    cache = {
-        "neurons": neurons * slot_cost(runs, sector) + HUGE,
-        "cache": plan.regions["cache"] + neurons * SLOT_METADATA + CACHE_ROOM,
-    }
-    return (cache if bundles else {}) | {
+    return _cache_room(runs, plan) | {
         "weights": every + HUGE,
         "staging": ring_room(runs),
         "activations": plan.regions["activations"] + lookups,
         **{name: size + plan.regions[name] for name, size in SCRATCH_ROOM.items()},
+    }
+
+
+def _cache_room(runs: tuple[Run, ...], plan: Plan) -> dict[str, int]:
+    """Of a sparse model's neuron cache."""
+    neurons = sum(map(layer_neurons, bundle_runs(runs)))
+    if not neurons:
+        return {}
+    sector = plan.flash.sector if plan.flash else PAGE
+    return {
+        "neurons": neurons * slot_cost(runs, sector) + HUGE,
+        "cache": plan.regions["cache"] + neurons * SLOT_METADATA + CACHE_ROOM,
     }

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
-VERSION = 2
+VERSION = 3
 WORDS = 32
 RECORD_BYTES = 8 * WORDS
 LINE = 64  # bytes of a flag, a claim counter, a done counter
