@@ -75,8 +75,24 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+SPARSE: dict[str, dict[str, Any]] = {  # single neurons, Gate first
+    "sparse Q4_0": {"architecture": "llama", "formats": "Q4_0", "activation": "relu", "sparse": True},
+    "sparse Q8_0": {
+        "architecture": "bamboo",
+        "formats": "Q8_0",
+        "sparse": True,
+        "dim": 576,
+        "heads": 9,
+        "head_dim": 64,
+        "kv_heads": 3,
+    },
+    "sparse F16": {"architecture": "llama", "formats": "F16", "activation": "relu2", "sparse": True, "ffn": 130},
+}
+ALL = CASES | SPARSE
+
+
 def write_model(folder: Path, name: str) -> Path:
-    return write_tiny(folder / f"{name}.gguf", context=CONTEXT, seed=len(name), **CASES[name])
+    return write_tiny(folder / f"{name}.gguf", context=CONTEXT, seed=len(name), **ALL[name])
 
 
 def some_tokens(n: int, seed: int = 0) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact_models import CASES, Floats, decoded, opened, prefilled, some_tokens, write_model
+from exact_models import ALL, Floats, decoded, opened, prefilled, some_tokens, write_model
 from reference import nmse, same_bits
 from tiny_models import write_tiny
 
@@ -29,7 +29,7 @@ HASWELL = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("models")
-    for name in CASES:
+    for name in ALL:
         write_model(made, name)
     return made
 
@@ -64,7 +64,7 @@ class Case:
     logits: Floats  # of one-shot prefill, which all else is compared with
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=ALL)
 def case(request: pytest.FixtureRequest, folder: Path) -> Iterator[Case]:
     path, tokens = folder / f"{request.param}.gguf", some_tokens(N)
     with opened(path) as engine:
@@ -220,8 +220,8 @@ def test_interrupted_while_the_go_flag_is_raised(moment: str, tmp_path: Path, mo
 @pytest.mark.skipif(target.path() != "vnni", reason="this process takes the AVX2 path itself")
 def test_avx2_gives_the_same_bits(avx2: Callable[[], Any], folder: Path) -> None:
     results = avx2()
-    assert sorted(results) == sorted(CASES)
-    for name in CASES:
+    assert sorted(results) == sorted(ALL)
+    for name in ALL:
         with opened(folder / f"{name}.gguf") as engine:
             logits = prefilled(engine, some_tokens(N))
         assert same_bits(results[name][0], logits), name
@@ -229,7 +229,7 @@ def test_avx2_gives_the_same_bits(avx2: Callable[[], Any], folder: Path) -> None
 
 
 def test_models_of_these_cases_have_their_formats(folder: Path) -> None:
-    for name, options in CASES.items():
+    for name, options in ALL.items():
         model = open_model(folder / f"{name}.gguf")
         found = {tensor.format for tensor in model.file.tensors.values()}
         wanted = options["formats"]
