@@ -77,7 +77,7 @@ class CpuUnit:
         self._spin = int(SPIN * cycles_per_second()) if self._spinning else 0
         header[r.LANES_COUNT], header[r.ABORT], header[r.NEVER] = self.lanes, self._abort, self._never
         header[r.SPIN], header[r.NAP] = self._spin, self._nap
-        header[r.STALLED] = arena.address(buffers.stalled)
+        header[r.COUNTS] = arena.address(buffers.counts)
         for word, ref in buffers.rows.items():
             header[word] = arena.address(ref)
         if buffers.rings is not None:
@@ -118,8 +118,14 @@ class CpuUnit:
 
     def stalled_seconds(self) -> float:
         """How long lanes have waited for weights, on average."""
-        cycles = int(self.arena.numpy(self.buffers.stalled)[:, 0].sum())
-        return cycles / self.lanes / cycles_per_second()
+        return self._count(r.LINE_STALLED) / self.lanes / cycles_per_second()
+
+    def neuron_counts(self) -> tuple[int, int]:
+        """How many neurons of a sparse model were live in decode so far, and how many were asked for."""
+        return self._count(r.LINE_LIVE), self._count(r.LINE_ASKED)
+
+    def _count(self, what: int) -> int:
+        return int(self.arena.numpy(self.buffers.counts)[:, what].sum())
 
     def load(self, program: Program) -> None:
         """Link, or first compile, what the program needs, and put its records into the arena."""

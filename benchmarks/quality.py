@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.engine import Engine
-from coterie.models.dequant import dequantise
 from coterie.models.load import ARCHITECTURES, Model
 from coterie.opening import open_model
 from coterie.scheduler.plan import Wishes
@@ -42,8 +41,7 @@ def oracle_weights(model: Model) -> Callable[[str], Floats]:
 
     def weights(name: str) -> Floats:
         if name not in kept:
-            floats = dequantise(model.gguf.read(name), model.file.tensors[name].format)
-            kept[name] = floats[0] if len(floats) == 1 else floats
+            kept[name] = model.source.floats(name)
         return kept[name]
 
     return weights

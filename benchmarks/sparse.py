@@ -40,11 +40,9 @@ def run(model: Path, memory: int | None, tokens: int, skip: int, seed: int) -> F
     ceiling = None if memory is None else memory << 20
     engine = Engine(open_model(model), Wishes(threads=2, context=tokens + 8, memory=ceiling))
     try:
-        neurons, sequence = engine.layout.shared.neurons, engine.sequence()
-        assert neurons is not None
-        counted = engine.arena.numpy(neurons.counted)
+        sequence = engine.sequence()
         seconds, live, missed = [], [], []
-        before, reader = counted[:, :2].sum(axis=0).copy(), engine.stream.neurons if engine.stream else None
+        before, reader = engine.unit.neuron_counts(), engine.stream.neurons if engine.stream else None
         busy = stalled = 0.0
         for i, token in enumerate(topical(tokens, engine.spec.vocab, seed)):
             if i == skip:
@@ -53,9 +51,9 @@ def run(model: Path, memory: int | None, tokens: int, skip: int, seed: int) -> F
             begun = time.perf_counter()
             engine.decode([sequence], [token])
             seconds.append(time.perf_counter() - begun)
-            now = counted[:, :2].sum(axis=0).copy()
-            live.append(int(now[0] - before[0]))
-            missed.append(int(now[1] - before[1]))
+            now = engine.unit.neuron_counts()
+            live.append(now[0] - before[0])
+            missed.append(now[1] - before[1])
             before = now
         ms = 1e3 * np.array(seconds[skip:])
         every = len(engine.spec.layers) * engine.spec.ffn_dim

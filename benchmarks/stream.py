@@ -27,10 +27,8 @@ def record(model: Path, n: int) -> NDArray[np.uint8]:
     """Which neurons were live: uint8[n][layers][neurons / 8], bits."""
     engine = Engine(open_model(model), Wishes(context=n + 8, counting=True))
     try:
-        neurons = engine.layout.shared.neurons
-        assert neurons is not None
-        assert neurons.uses is not None
-        uses, sequence = engine.arena.numpy(neurons.uses), engine.sequence()
+        assert engine.layout.shared.uses is not None
+        uses, sequence = engine.arena.numpy(engine.layout.shared.uses), engine.sequence()
         before, bits = uses.copy(), []
         for token in topical(n, engine.spec.vocab):
             engine.decode([sequence], [token])

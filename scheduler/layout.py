@@ -11,7 +11,7 @@ from coterie.kernels.record import LINE, Opcode
 from coterie.kernels.shapes import SPAN
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec, Rope
-from coterie.scheduler.lower import Lowering, Mode, Neurons, Shared
+from coterie.scheduler.lower import Lowering, Mode, Shared
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.neuron_buffers import NeuronBuffers, bundle_runs, lay_out_neurons, layer_neurons
@@ -30,7 +30,8 @@ class ModelLayout:
     sequences), `prefill` (a chunk of one sequence, no logits), `head` (logits of chosen rows of a prefill), `probe`
     (reads the pinned weights: the machine's bandwidth, with the same lanes on the same memory). `whole`: the weights as
     prompts use them, which differ from `weights` where decode has a neuron cache. `lookups`:
-    uint8[rows][group bytes], room for embeddings that are not pinned; `bounce`: uint8[LOOKUPS][extent bytes]."""
+    uint8[rows][group bytes], room for embeddings that are not pinned; `bounce`: uint8[LOOKUPS][extent bytes];
+    `neurons`: buffers of the neuron cache, where there is one."""
 
     weights: Weights
     whole: Weights
@@ -38,6 +39,7 @@ class ModelLayout:
     programs: dict[str, Program]
     lookups: BufferRef | None
     bounce: BufferRef | None
+    neurons: NeuronBuffers | None
 
 
 def lay_out_model(
@@ -52,9 +54,12 @@ def lay_out_model(
     chunk: int,
     tile: int,
     ropes: dict[Rope, BufferRef] | None = None,
-    neurons: Neurons | None = None,
+    sector: int = PAGE,
+    tracing: bool = False,
+    counting: bool = False,
 ) -> ModelLayout:
-    """Cut everything but KV blocks and trace rings, in a fixed order. `ropes`, `neurons`: what is there already."""
+    """Cut everything but KV blocks and trace rings, in a fixed order. `ropes`: those that are there already;
+    `sector`: of the disk, bytes; `tracing`, `counting`: as of Wishes."""
     weights = lay_out(file.tensors, spec, runs, residency, ledger, whole=not residency.slots)
     whole = weights
     if residency.slots:  # a prompt's chunk uses all neurons, and has a tape of its own
@@ -64,7 +69,13 @@ def lay_out_model(
         for rope in dict.fromkeys(layer.rope for layer in spec.layers)
     }
     logits = ledger.allocate("activations", (2 * OUTPUT_ROWS, round_up(spec.vocab, COLUMNS)), np.float32)
-    shared = Shared(lanes, context, ledger.allocate("flags", LINE), ropes, logits, neurons)
+    uses = neurons = None
+    if spec.sparse and counting:
+        uses = ledger.allocate("cache", (len(spec.layers), layer_neurons(bundle_runs(runs)[0])), np.int32)
+    if residency.slots:
+        neurons = lay_out_neurons(ledger, runs, residency.slots, sector, tracing=tracing)
+    cache = neurons.control if neurons else None
+    shared = Shared(lanes, context, ledger.allocate("flags", LINE), ropes, logits, cache, uses)
 
     def lowering(mode: Mode, rows: int, tile: int) -> Lowering:
         used = whole if mode == "prefill" else weights
@@ -83,28 +94,7 @@ def lay_out_model(
     if sum(part.count for part in weights.embedding.slices) < run.extents:
         lookups = ledger.allocate("activations", (max(chunk, BATCH), run.item_bytes))
         bounce = ledger.allocate("activations", (LOOKUPS, run.stride), align=PAGE)
-    return ModelLayout(weights, whole, shared, {p.name: p for p in programs}, lookups, bounce)
-
-
-def lay_out_shared(
-    ledger: Ledger,
-    runs: tuple[Run, ...],
-    residency: Residency,
-    lanes: int,
-    sector: int,
-    *,
-    tracing: bool,
-    counting: bool,
-) -> tuple[Neurons | None, NeuronBuffers | None]:
-    """What programs of a sparse model share, and the buffers of its neuron cache if there is one."""
-    bundles = bundle_runs(runs)
-    if not bundles:
-        return None, None
-    shape = len(bundles), layer_neurons(bundles[0])
-    uses = ledger.allocate("cache", shape, np.int32) if counting else None
-    cache = lay_out_neurons(ledger, runs, residency.slots, sector, tracing=tracing) if residency.slots else None
-    counted = ledger.allocate("cache", (lanes, LINE // 8), np.int64)
-    return Neurons(counted, cache.control if cache else None, uses), cache
+    return ModelLayout(weights, whole, shared, {p.name: p for p in programs}, lookups, bounce, neurons)
 
 
 def tape_room(runs: tuple[Run, ...]) -> int:

@@ -48,27 +48,19 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Neurons:
-    """What a sparse model's programs share: lines in which lanes count neurons, int64[lanes][8]; the control block of
-    the neuron cache (None: all bundles stay in memory); and int32[layers][neurons], in how many steps each was live
-    (None: not counted)."""
-
-    counted: BufferRef
-    cache: BufferRef | None
-    uses: BufferRef | None
-
-
-@dataclass(frozen=True)
 class Shared:
     """What all programs of a model share. `ropes`: float32[context][2][dims/2]; `logits`:
-    float32[rows][vocabulary, padded]; `error`: the word kernels complain into; `neurons`: of a sparse model."""
+    float32[rows][vocabulary, padded]; `error`: the word kernels complain into. Of a sparse model, `cache`: the neuron
+    cache's control block (None: all bundles stay in memory), `uses`: int32[layers][neurons], in how many steps each was
+    live (None: not counted)."""
 
     lanes: int
     context: int
     error: BufferRef
     ropes: dict[Rope, BufferRef]
     logits: BufferRef
-    neurons: "Neurons | None" = None
+    cache: BufferRef | None = None
+    uses: BufferRef | None = None
 
 
 class Lowering:
@@ -133,12 +125,11 @@ class Lowering:
         self.states = self.ledger.allocate("activations", states)
 
     def _sparse(self) -> SparseLowering | None:
-        shared = self.shared.neurons
-        if shared is None:
+        if not self.spec.sparse:
             return None
         return SparseLowering(
             self.spec, self.weights, self.ledger, lanes=self.lanes, rows=self.rows, tile=self.tile,
-            decode=self.mode == "decode", cache=shared.cache, counted=shared.counted, uses=shared.uses,
+            decode=self.mode == "decode", cache=self.shared.cache, uses=self.shared.uses,
         )  # fmt: skip
 
     @property

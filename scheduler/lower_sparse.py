@@ -31,8 +31,7 @@ class Woven:
 class SparseLowering:
     """Buffers for up to `rows` rows in tiles of `tile` tokens, and the instructions that use them.
 
-    `cache`: the neuron cache's control block, None where all bundles stay in memory; `counted`: int64[lanes][8], live
-    neurons and missing ones; `uses`: int32[layers][neurons], or None.
+    `cache`, `uses`: as of Shared.
     """
 
     def __init__(
@@ -46,11 +45,10 @@ class SparseLowering:
         tile: int,
         decode: bool,
         cache: BufferRef | None,
-        counted: BufferRef,
         uses: BufferRef | None,
     ) -> None:
         self.spec, self.lanes, self.rows, self.tile, self.decode = spec, lanes, rows, tile, decode
-        self.cache, self.counted, self.uses = cache, counted, uses
+        self.cache, self.uses = cache, uses
         layouts = [layer.ffn.layout for layer in weights.layers if isinstance(layer.ffn, SparseFFN)]
         self.supers, self.neurons = layouts[0].supers, layouts[0].neurons
         kinds = {layout.gate.is_float for layout in layouts}
@@ -138,7 +136,6 @@ class SparseLowering:
             o.N_CACHE: self.cache,
             o.N_READY: self.ready,
             o.N_LAYERS: len(self.spec.layers),
-            o.N_COUNTED: self.counted,
             o.N_USES: self.uses.tail(4 * i * self.neurons) if self.uses else None,
             o.N_SCORE_X: self.score_at if inside else 0,
             o.N_SCORE_SUPERS: layout.score_supers,

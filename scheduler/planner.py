@@ -10,7 +10,7 @@ from coterie.kernels import target
 from coterie.kernels.shapes import CLUSTER, TILE_TOKENS
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
-from coterie.scheduler.layout import BATCH, ModelLayout, block_table_bytes, lay_out_model, lay_out_shared, tape_room
+from coterie.scheduler.layout import BATCH, ModelLayout, block_table_bytes, lay_out_model, tape_room
 from coterie.scheduler.plan import MAX_LANES, OVERHEAD, Flash, Plan, Wishes
 from coterie.scheduler.profile import flash_choice, load_profile
 from coterie.scheduler.residency import choose, least_budget, region_bytes, resume, ring_room
@@ -205,12 +205,10 @@ class _Draft:
 
     def _regions(self, context: int, chunk: int, residency: Residency) -> tuple[dict[str, int], ModelLayout]:
         ledger, tracing = Ledger(), self.wishes.tracing
-        neurons, _ = lay_out_shared(
-            ledger, self.runs, residency, self.lanes, self.sector, tracing=tracing, counting=self.wishes.counting
-        )
         layout = lay_out_model(
             ledger, self.file, self.spec, self.runs, residency,
-            lanes=self.lanes, context=context, chunk=chunk, tile=TILE_TOKENS, neurons=neurons,
+            lanes=self.lanes, context=context, chunk=chunk, tile=TILE_TOKENS, sector=self.sector,
+            tracing=tracing, counting=self.wishes.counting,
         )  # fmt: skip
         lay_out_unit(ledger, self.lanes, chunk, tracing=tracing)
         if self.flash is not None:

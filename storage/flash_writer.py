@@ -19,6 +19,7 @@ from coterie.errors import ModelError, UsageError
 from coterie.kernels.shapes import CLUSTER
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model
+from coterie.models.source import WeightSource
 from coterie.paths import packed_dir, replace_file
 from coterie.storage.arena import round_up
 from coterie.storage.checksum import checksum
@@ -53,42 +54,35 @@ def pack_model(model: Model, out: Path, progress: Progress) -> None:
         _pack(model, out, fd, progress)
 
 
-def packed_path(file: GGUFFile) -> Path:
+def packed_path(file: WeightSource) -> Path:
     """Where the packed copy of a GGUF is kept, in Coterie's cache; it need not be there yet."""
     name = re.sub(r"[^\w.-]", "_", file.path.name.removesuffix(".gguf"), flags=re.ASCII)[:100]
-    return packed_dir() / f"{name}-{source_key(file).hex()[:16]}.coterie"
+    return packed_dir() / f"{name}-{file.key().hex()[:16]}.coterie"
 
 
 def packed_copy(model: Model, progress: Progress) -> Path:
     """The packed copy of an open GGUF in the cache, made now if it is not there. Raises as `pack_model`."""
-    out = packed_path(model.gguf)
-    if not _is_copy(out, model.gguf):
+    out = packed_path(model.source)
+    if not _is_copy(out, model.source):
         _sweep(out.parent)
         with _only_one(out, progress) as fd:
-            if not _is_copy(out, model.gguf):  # another process may just have made it
+            if not _is_copy(out, model.source):  # another process may just have made it
                 _pack(model, out, fd, progress)
     with suppress(OSError):
         replace_file(_source_note(out), os.fsencode(os.path.abspath(model.file.path)))
     return out
 
 
-def source_key(file: GGUFFile) -> bytes:
-    """32 bytes that change when a GGUF does: of its size, its time of change, and its header. All of it would take
-    too long to read."""
-    stamp = f"{file.status.st_size} {file.status.st_mtime_ns} ".encode()
-    return hashlib.sha256(stamp + hashlib.sha256(file.header_bytes()).digest()).digest()
-
-
-def _is_copy(path: Path, file: GGUFFile) -> bool:
+def _is_copy(path: Path, file: WeightSource) -> bool:
     try:
         with FlashFile(path) as packed:
-            return packed.source_key == source_key(file).hex()
+            return packed.source_key == file.key().hex()
     except ModelError:
         return False
 
 
 def _pack(model: Model, out: Path, fd: int, progress: Progress) -> None:
-    file = model.gguf
+    file = model.source
     runs = lay_out_runs(file.tensors, model.spec)
     factors = file.read(FACTORS).tobytes() if FACTORS in file.tensors else b""
     packer = RunPacker(file, model.spec, runs[0])
@@ -106,7 +100,7 @@ def _pack(model: Model, out: Path, fd: int, progress: Progress) -> None:
         progress(f"packing {file.path.name}", done, runs[-1].end)
 
     try:
-        write_flash_file(out, fd, file.header_bytes(), factors, runs, fill, source_key(file), report)
+        write_flash_file(out, fd, file.header_bytes(), factors, runs, fill, file.key(), report)
     finally:
         file.forget()
 

@@ -15,7 +15,6 @@ from coterie.storage.runs import PAGE, SECTOR, Run
 
 REGION = "cache"
 DEPTH = 64  # reads in flight: single neurons are bound by reads per second, which grow with it
-SHORT_OF = 4  # the queue holds so many times what one layer can ask for: steps may be abandoned
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def lay_out_neurons(ledger: Ledger, runs: Sequence[Run], slots: int, sector: int
         requests=words(DEPTH, t.SLOT_WORDS),
         queue=words(DEPTH),
         trace=ledger.allocate(REGION, (1, ring)) if tracing else None,
-        demands=words(1 << (SHORT_OF * neurons - 1).bit_length()),
+        demands=words(1 << (neurons * len(bundles) - 1).bit_length()),  # one a neuron: none is asked for twice
         layers=words(len(bundles), c.LAYER_WORDS),
         sums=ledger.allocate(REGION, neurons * len(bundles), np.uint64),
         owners=words(slots),

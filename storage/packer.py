@@ -11,7 +11,7 @@ from coterie.errors import ModelError
 from coterie.kernels.formats import FORMATS, ROWS, Format
 from coterie.kernels.shapes import CLUSTER, SUPERBLOCK
 from coterie.models.dequant import finite
-from coterie.models.gguf_file import GGUFFile
+from coterie.models.source import WeightSource
 from coterie.models.spec import ModelSpec
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.pack import pack, padded_columns, raw_bytes
@@ -42,7 +42,7 @@ def pack_rows(name: str, raw: Bytes, out: Bytes) -> None:
 class RunPacker:
     """Makes the extents of one run. Raises ModelError where the file holds weights that are no numbers."""
 
-    def __init__(self, file: GGUFFile, spec: ModelSpec, run: Run) -> None:
+    def __init__(self, file: WeightSource, spec: ModelSpec, run: Run) -> None:
         self.file, self.spec, self.run = file, spec, run
         self._down: Bytes | None = None  # of an FFN: a cluster is a block column, so all rows are needed at once
 

@@ -14,14 +14,14 @@ CONTROL_LINES = 3  # go flag, abort word, a word that stays 0; then one flag a l
 @dataclass(frozen=True)
 class UnitBuffers:
     """`header`, `steps`: the step header, each lane's copy, and one for who publishes, int64; `control`: int64[3 +
-    lanes][8]; `stalled`: a line a lane; `rows`: what steps are told of their rows, by header word; `rings`:
-    uint8[lanes][bytes] or None."""
+    lanes][8]; `counts`: a line a lane (record.LINE_...); `rows`: what steps are told of their rows, by header word;
+    `rings`: uint8[lanes][bytes] or None."""
 
     header: BufferRef
     steps: BufferRef
     control: BufferRef
     nap: BufferRef
-    stalled: BufferRef
+    counts: BufferRef
     rows: dict[int, BufferRef]
     rings: BufferRef | None
 
@@ -41,7 +41,7 @@ def lay_out_unit(ledger: Ledger, lanes: int, rows: int, *, tracing: bool) -> Uni
         steps=ledger.allocate("state", (lanes + 1, r.HEADER_WORDS), np.int64),
         control=ledger.allocate("state", (CONTROL_LINES + lanes, r.LINE // 8), np.int64),
         nap=ledger.allocate("state", 2, np.int64),
-        stalled=ledger.allocate("state", (lanes, r.LINE // 8), np.int64),
+        counts=ledger.allocate("state", (lanes, r.LINE // 8), np.int64),
         rows={word: ledger.allocate("state", rows, kind) for word, kind in kinds.items()},
         rings=ledger.allocate("trace", (lanes, ring)) if tracing else None,
     )

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie import fetch
-from coterie.models.dequant import dequantise
 from coterie.models.llama import Floats, forward
 from coterie.opening import open_model
 
@@ -37,12 +36,8 @@ def log_softmax(logits: Floats) -> NDArray[np.float64]:
 def main() -> None:
     model = open_model(fetch.pull(MODEL))
 
-    def weights(name: str) -> Floats:
-        floats = dequantise(model.gguf.read(name), model.file.tensors[name].format)
-        return floats[0] if len(floats) == 1 else floats
-
     tokens = model.tokenizer.encode(TEXT)
-    chances = log_softmax(forward(model.spec, weights, tokens))
+    chances = log_softmax(forward(model.spec, model.source.floats, tokens))
     order = np.argsort(-chances, axis=-1, kind="stable")[:, :2]
     highest = np.take_along_axis(chances, order, axis=-1)
     golden = {

@@ -75,7 +75,6 @@ class SparseBench:
         self.y = m.room((most, self.width), np.float32)
         self.scratch = m.room((m.lanes, round_up(max(down_scratch(tile), 4 * CLUSTER * tile), LINE)))
         self.live = m.room((self.clusters, LIVE_ROW))
-        self.counted = m.room((m.lanes, LINE // 8), np.int64)
 
     def run(self, x: Floats, cuts: list[int]) -> Floats:
         """The network's output for rows x; in parts that end before the clusters `cuts`."""
@@ -122,7 +121,6 @@ class SparseBench:
             o.N_LIVE: self.live,
             o.N_ADDRESSES: self.addresses,
             o.N_LAYERS: 1,
-            o.N_COUNTED: self.counted,
             o.N_SCORE_SUPERS: self.supers,
         }
 

@@ -38,7 +38,7 @@ def load_and_use(path: Path) -> None:
         if model.template is not None:
             model.template.render(TALK)
         for name, tensor in model.file.tensors.items():
-            finite(model.gguf.read(name, 0, 1), tensor.format)
+            finite(model.source.read(name, 0, 1), tensor.format)
     finally:
         model.close()
 

@@ -18,7 +18,6 @@ from tiny_models import write_tiny
 
 from coterie.engine import Engine
 from coterie.kernels import target
-from coterie.models.dequant import dequantise
 from coterie.models.load import ARCHITECTURES
 from coterie.opening import open_model
 
@@ -113,11 +112,7 @@ def test_close_to_the_float_oracle(case: Case) -> None:
     """What 8-bit activations and a float16 cache cost."""
     model = case.engine.model
 
-    def weights(name: str) -> Floats:
-        floats = dequantise(model.gguf.read(name), model.file.tensors[name].format)
-        return floats[0] if len(floats) == 1 else floats
-
-    oracle: Floats = ARCHITECTURES[model.spec.architecture].forward(model.spec, weights, case.tokens)
+    oracle: Floats = ARCHITECTURES[model.spec.architecture].forward(model.spec, model.source.floats, case.tokens)
     floats_only = case.path.stem.split()[-1] in ("F16", "BF16", "F32", "sizes")
     assert nmse(case.logits, oracle) < (1e-6 if floats_only else 2e-3)
 

@@ -98,7 +98,7 @@ def expected_rows(model: Model, run: Run, names: tuple[str, ...]) -> np.ndarray[
     """The tensors' rows as floats, rotary pairs split, each tensor filled up to whole groups."""
     parts = []
     for name in names:
-        rows = dequantise(model.gguf.read(name), model.gguf.tensors[name].format)
+        rows = dequantise(model.source.read(name), model.source.tensors[name].format)
         if name.endswith(("attn_q.weight", "attn_k.weight")) and model.spec.interleaved_rope:
             dims, heads = model.spec.layers[run.layer].rope.dims, len(rows) // model.spec.head_dim
             rows = rows[half_split_rows(model.spec.head_dim, dims, heads)]
@@ -112,7 +112,7 @@ def check_run(model: Model, file: FlashFile, k: int) -> None:
         case "norms":
             values = items[0].view(np.float32)
             for name, (at, size) in norm_places(model.spec).items():
-                np.testing.assert_array_equal(values[at : at + size], model.gguf.vector(name))
+                np.testing.assert_array_equal(values[at : at + size], model.source.vector(name))
         case "ffn":
             layout = cluster_layout(file.tensors, file_spec := model.spec, run.layer)
             up, down = layout.gate_bytes, layout.down_offset
@@ -121,7 +121,7 @@ def check_run(model: Model, file: FlashFile, k: int) -> None:
                 ("up", layout.up, up, up + layout.neurons // 16 * len_group(layout.up.name, layout.dim)),
                 ("down", layout.down, down, down + layout.down_groups * layout.down.block),
             ):
-                wanted = dequantise(model.gguf.read(f"blk.{run.layer}.ffn_{name}.weight"), f.name)
+                wanted = dequantise(model.source.read(f"blk.{run.layer}.ffn_{name}.weight"), f.name)
                 part = np.ascontiguousarray(items[:, begin:end])
                 if name == "down":
                     columns = [unpack(f.name, each.reshape(layout.down_groups, 1, -1)) for each in part]
@@ -277,7 +277,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_the_copy_is_made_once(model: Model, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = counting(monkeypatch)
     out = packed_copy(model, silent)
-    assert out == packed_path(model.gguf) == packed_copy(model, silent)
+    assert out == packed_path(model.source) == packed_copy(model, silent)
     assert packed == [out]
     assert sound(out)
     assert set(os.listdir(cache)) == {out.name, out.with_suffix(".source").name}
@@ -323,10 +323,10 @@ def test_two_packers_make_one_copy(model: Model, cache: Path, monkeypatch: pytes
     thread.start()
     assert begun.wait(60)
     again = open_model(model.file.path)
-    assert packed_copy(again, second) == packed_path(model.gguf)
+    assert packed_copy(again, second) == packed_path(model.source)
     again.close()
     thread.join()
-    assert made == packed == [packed_path(model.gguf)]
+    assert made == packed == [packed_path(model.source)]
     assert [path for path in cache.iterdir() if path.suffix == ".coterie"] == made
     assert sound(made[0])
 
@@ -594,7 +594,7 @@ def test_pack_verify_and_inspect(model: Model, tmp_path: Path, cache: Path, monk
     assert is_flash_file(out)
     assert not is_flash_file(gguf)
     kept = json.loads(coterie("pack", gguf, "--json").stdout)
-    assert kept["path"] == str(packed_path(model.gguf))
+    assert kept["path"] == str(packed_path(model.source))
     assert kept["bytes"] == out.stat().st_size
 
     with FlashFile(out) as file:

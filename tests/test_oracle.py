@@ -12,9 +12,8 @@ from tiny_models import write_tiny
 from coterie import fetch
 from coterie.errors import ModelError
 from coterie.models import gemma3, llama
-from coterie.models.dequant import dequantise
 from coterie.models.gguf_file import GGUFFile
-from coterie.models.llama import Floats, Weights
+from coterie.models.llama import Floats
 from coterie.models.load import ARCHITECTURES, Model
 from coterie.models.spec import ModelSpec, Rope
 from coterie.opening import open_model
@@ -22,16 +21,8 @@ from coterie.opening import open_model
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32")
 
 
-def weights_of(file: GGUFFile) -> Weights:
-    def weights(name: str) -> Floats:
-        floats = dequantise(file.read(name), file.tensors[name].format)
-        return floats[0] if len(floats) == 1 else floats
-
-    return weights
-
-
 def logits_of(model: Model, tokens: list[int]) -> Floats:
-    logits: Floats = ARCHITECTURES[model.spec.architecture].forward(model.spec, weights_of(model.gguf), tokens)
+    logits: Floats = ARCHITECTURES[model.spec.architecture].forward(model.spec, model.source.floats, tokens)
     return logits
 
 
@@ -119,7 +110,7 @@ def test_agrees_with_one_number_after_the_other(name: str, tmp_path: Path) -> No
     path = write_tiny(tmp_path / "m.gguf", dim=32, heads=4, head_dim=8, ffn=64, formats="Q8_0", **CASES[name])
     model = open_model(path)
     tokens = [5, 200, 17, 17, 250, 99, 3]
-    expected = np.array(slow_forward(model.spec, weights_of(model.gguf), tokens))
+    expected = np.array(slow_forward(model.spec, model.source.floats, tokens))
     np.testing.assert_allclose(logits_of(model, tokens), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     model.close()
 

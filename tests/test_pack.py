@@ -92,7 +92,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def tensor(engine: Engine, name: str) -> Floats:
     """A tensor of the file as floats."""
-    return dequantise(engine.model.gguf.read(name), engine.model.file.tensors[name].format)
+    return dequantise(engine.model.source.read(name), engine.model.file.tensors[name].format)
 
 
 def unpacked(engine: Engine, matrix: Matrix) -> Floats:

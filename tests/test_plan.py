@@ -56,7 +56,7 @@ def packed(folder: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def model(request: pytest.FixtureRequest, folder: Path) -> Iterator[Model]:
-    path = folder / f"{request.param} model.gguf"
+    path = folder / f"{request.param} model.source"
     tied = request.param == "gemma3"
     made = open_model(
         pack(write_tiny(path, request.param, dim=256, ffn=768, layers=6, formats="Q8_0", context=CONTEXT, tied=tied))

@@ -51,17 +51,9 @@ def write(folder: Path, name: str, **more: Any) -> Path:
 
 
 def weights_of(engine: Engine, name: str) -> Any:
-    tensor = engine.model.gguf.tensors[name]
-    values = floats_of(tensor.format, engine.model.gguf.read(name))
+    tensor = engine.model.source.tensors[name]
+    values = floats_of(tensor.format, engine.model.source.read(name))
     return values[0] if tensor.rows == 1 else values
-
-
-def counted(engine: Engine) -> tuple[int, int]:
-    """Live neurons, and those asked for, since the model was opened."""
-    neurons = engine.layout.shared.neurons
-    assert neurons is not None
-    live, missing = engine.arena.numpy(neurons.counted)[:, :2].sum(axis=0).tolist()
-    return live, missing
 
 
 # --- arithmetic --------------------------------------------------------------------------------------
@@ -77,7 +69,7 @@ def test_decode_prefill_and_batches_give_the_same_bits(name: str, tmp_path: Path
             sequences = [engine.sequence() for _ in range(5)]
             rows = [engine.decode(sequences, [t, 3, t, 7, t]).copy() for t in tokens]
             results += [np.stack(rows)[:, i] for i in (0, 2, 4)]
-            live, missing = counted(engine)
+            live, missing = engine.unit.neuron_counts()
             assert 0 < live < 2 * N * 2 * engine.spec.ffn_dim
             assert missing == 0
     assert all(same_bits(result, results[0]) for result in results)
@@ -173,7 +165,7 @@ def test_flash_changes_no_bit(share: float, gated: Path) -> None:
             sequences = [engine.sequence() for _ in range(4)]
             rows = np.stack([engine.decode(sequences, [t] * 4)[3].copy() for t in tokens])
             assert same_bits(rows, expected)
-            _, missing = counted(engine)
+            _, missing = engine.unit.neuron_counts()
             assert (missing > 0) == (engine.plan.slots > 0) == (share < 1)
 
 
@@ -208,7 +200,7 @@ def test_only_what_is_live_and_missing_is_read(gated: Path) -> None:
     """Checklist rows 14, 15: one read brings a neuron's Up and Down, and only a positive Gate asks for it."""
     with streaming(gated, 0.5) as engine:
         decoded(engine, some_tokens(N))
-        live, missing = counted(engine)
+        live, missing = engine.unit.neuron_counts()
         assert engine.stream is not None
         assert engine.stream.neurons is not None
         found = engine.stream.neurons.counters()
@@ -286,11 +278,9 @@ def test_uses_are_counted(tmp_path: Path) -> None:
     tokens = some_tokens(N)
     engine = Engine(open_model(path), Wishes(threads=2, context=CONTEXT, counting=True))
     decoded(engine, tokens)
-    live, _ = counted(engine)
-    neurons = engine.layout.shared.neurons
-    assert neurons is not None
-    assert neurons.uses is not None
-    uses = engine.arena.numpy(neurons.uses)
+    live, _ = engine.unit.neuron_counts()
+    assert engine.layout.shared.uses is not None
+    uses = engine.arena.numpy(engine.layout.shared.uses)
     assert int(uses.sum()) == live
     assert 0 < uses.max() <= N
     assert uses.shape == (2, 128)

@@ -16,13 +16,13 @@ from coterie.errors import UsageError
 from coterie.kernels import library
 from coterie.kernels.operands import PROBE_BYTES
 from coterie.meter import Meter
-from coterie.models.gguf_file import GGUFFile
 from coterie.models.load import Model
 from coterie.models.rope import fill_rope_table
+from coterie.models.source import WeightSource
 from coterie.models.spec import Rope
 from coterie.pressure import Follower
 from coterie.room import SCRATCH_ROOM, check_free, room_for
-from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model, lay_out_shared, tape_room
+from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model, tape_room
 from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash
 from coterie.scheduler.residency import ring_room
@@ -99,14 +99,14 @@ class Engine:
         self._urgent = True
         self._ropes: dict[Rope, BufferRef] | None = None
         self._loaded: set[str] = set()
-        self._closed = self._laid_out = False
+        self._closed = False
         self._follower: Follower | None = None
         try:
             if self._packed is not None:
                 self.stream = self._open_stream(self._packed)
-                self.meter = Meter(self.stream.unit, self.unit.stalled_seconds, self._neurons)
+                self.meter = Meter(self.stream.unit, self.unit)
             self._lay_out()
-            if isinstance(model.file, GGUFFile):
+            if isinstance(model.file, WeightSource):
                 self._pack(model.file)
             self._fill_rope_tables()
             self.count_anew()
@@ -137,17 +137,13 @@ class Engine:
         """Cut the buffers that depend on what is resident, and fill the tables."""
         plan = self.plan
         sector = plan.flash.sector if plan.flash else PAGE
-        neurons, cache = lay_out_shared(
-            self.arena, self.runs, self._residency, plan.lanes, sector,
-            tracing=self._wishes.tracing, counting=self._wishes.counting,
-        )  # fmt: skip
         self.layout = lay_out_model(
             self.arena, self.model.file, self.spec, self.runs, self._residency,
             lanes=plan.lanes, context=plan.context, chunk=plan.chunk, tile=plan.tile, ropes=self._ropes,
-            neurons=neurons,
+            sector=sector, tracing=self._wishes.tracing, counting=self._wishes.counting,
         )  # fmt: skip
         self._compile()
-        self._ropes, self._laid_out = self.layout.shared.ropes, True
+        self._ropes = self.layout.shared.ropes
         self._logits: Floats = self.arena.numpy(self.layout.shared.logits)[:, : self.spec.vocab]
         stream = self.stream
         if stream is not None:
@@ -155,10 +151,10 @@ class Engine:
             stream.adopt(self.layout, self._residency.pinned, plan.flash.block, self._progress)
         for weights in (self.layout.whole, self.layout.weights):
             fill_tables(self.arena, weights, 0 if stream is None else stream.unit.arrived)
-        if stream is not None and cache is not None:
-            stream.open_neurons(cache, sector)
+        if stream is not None and self.layout.neurons is not None:
+            stream.open_neurons(self.layout.neurons, sector)
 
-    def _pack(self, file: GGUFFile) -> None:
+    def _pack(self, file: WeightSource) -> None:
         total = self.plan.weight_bytes
         packers = [RunPacker(file, self.spec, run) for run in self.runs]
         progress = lambda done: self._progress("packing", done, total)  # noqa: E731
@@ -389,14 +385,6 @@ class Engine:
     def flash_report(self) -> dict[str, Any] | None:
         """What streaming costs, since the model was opened or `count_anew` was called; None without a packed file."""
         return None if self.meter is None else self.meter.report(self.plan)
-
-    def _neurons(self) -> tuple[int, int]:
-        """How many neurons were live in decode, and how many of them were read, since the last layout."""
-        neurons = self.layout.shared.neurons if self._laid_out else None
-        if neurons is None:
-            return 0, 0
-        live, missed = self.arena.numpy(neurons.counted)[:, :2].sum(axis=0).tolist()
-        return live, missed
 
     def count_anew(self) -> None:
         if self.meter is not None:

@@ -11,6 +11,7 @@ from coterie.errors import CoterieError, PlanError
 from coterie.models.gguf_file import GGUFFile
 from coterie.models.header import ModelFile, ModelHeader
 from coterie.models.load import Model, understand
+from coterie.models.source import WeightSource
 from coterie.models.spec import ModelSpec
 from coterie.paths import packed_dir
 from coterie.scheduler.plan import Flash, Wishes
@@ -38,7 +39,7 @@ def open_to_run(path: Path, wishes: Wishes, progress: Progress) -> Model:
     model = open_model(path)
     try:
         streaming = wants_flash(model.file, model.spec, wishes)
-        if isinstance(model.file, GGUFFile) and streaming:
+        if isinstance(model.file, WeightSource) and streaming:
             first = not packed_path(model.file).exists()
             if first:
                 make_plan(
@@ -62,7 +63,7 @@ def flash_of(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> Flash | None
     """How the weights of an open model would be streamed; for a GGUF that needs it, from a copy still to be made."""
     if isinstance(file, FlashFile):
         return plan_flash(file.path, file.identity, wishes)
-    if not isinstance(file, GGUFFile) or not wants_flash(file, spec, wishes):
+    if not isinstance(file, WeightSource) or not wants_flash(file, spec, wishes):
         return None
     return replace(plan_flash(packed_dir(), "", wishes), file=str(packed_path(file)))
 

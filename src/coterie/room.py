@@ -45,5 +45,5 @@ def _cache_room(runs: tuple[Run, ...], plan: Plan) -> dict[str, int]:
     sector = plan.flash.sector if plan.flash else PAGE
     return {
         "neurons": neurons * slot_cost(runs, sector) + HUGE,
-        "cache": plan.regions["cache"] + neurons * SLOT_METADATA + CACHE_ROOM,
+        "cache": plan.regions.get("cache", 0) + neurons * SLOT_METADATA + CACHE_ROOM,
     }

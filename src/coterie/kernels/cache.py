@@ -13,6 +13,7 @@ from coterie.kernels.atomics import (
     FUTEX_CALL,
     FUTEX_WAKE,
     acquire,
+    compare_swap,
     fence,
     fetch_add,
     libc_syscall,
@@ -37,8 +38,8 @@ HAND, USED = 43, 44  # of the clock; slots that ever held something
 BUNDLE, ALIGN = 45, 46  # bytes of a bundle; what reads are multiples of
 FREE = 47  # int64[requests]: a stack of request slots
 FREE_COUNT = 48
-HITS, READS, EVICTIONS, BYTES = 49, 50, 51, 52  # counters
-WOKEN = 53  # SERVED when lanes were woken last
+EVICTIONS = 49  # counter
+WOKEN = 50  # SERVED when lanes were woken last
 CACHE_WORDS = 64
 
 ENTRIES, PLACE, PER, STRIDE, SUMS = range(5)  # words of a layer: its addresses, where in the file its bundles begin,
@@ -64,10 +65,13 @@ def touch(cache, entry, tick):
 
 @register_jitable
 def demand(cache, entry, layer, neuron):
-    """Put a neuron, whose address would stand at `entry`, on the reader's queue."""
-    release(entry, PENDING)
+    """Put a neuron, whose address would stand at `entry`, on the reader's queue. False where it need not be: somebody
+    asked for it, or the reader was about to drop it and let it stay."""
+    if not compare_swap(entry, 0, PENDING):
+        return False
     place = word(cache, QUEUE) + 8 * (fetch_add(cache + 8 * TAIL, 1) & word(cache, QUEUE_MASK))
     release(place, 1 + neuron + (layer << 32))
+    return True
 
 
 @register_jitable

@@ -154,11 +154,10 @@ from coterie.kernels.record import OPERANDS
     N_CACHE,  # the neuron cache's control block (0: everything is in memory)
     N_READY,  # a flag a cluster: its list is complete; it carries the tick
     N_LAYERS,  # how many layers there are: a tick is epoch * layers + layer
-    N_COUNTED,  # a line a lane: live neurons, of these missing
     N_USES,  # int32[neuron]: in how many steps it was live (0: not counted)
     N_SCORE_X,  # bytes from N_X to the predictor's woven tiles
     N_SCORE_SUPERS,
-) = range(OPERANDS, OPERANDS + 21)
+) = range(OPERANDS, OPERANDS + 20)
 N_BUNDLE = N_LIVE  # `neuron_all`: bytes from one bundle to the next
 
 # `weave`

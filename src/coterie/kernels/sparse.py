@@ -23,7 +23,19 @@ from coterie.kernels.neurons import (
     product_op,
     weave_bytes,
 )
-from coterie.kernels.record import ABORT, EPOCH, LINE, NAP, OPCODE, SPIN, STALLED, TAPE, TOKENS
+from coterie.kernels.record import (
+    ABORT,
+    EPOCH,
+    LINE,
+    LINE_ASKED,
+    LINE_LIVE,
+    LINE_STALLED,
+    NAP,
+    OPCODE,
+    SPIN,
+    TAPE,
+    TOKENS,
+)
 from coterie.kernels.shapes import (
     CLUSTER,
     LIVE_COUNT,
@@ -39,9 +51,9 @@ from coterie.kernels.shapes import (
     NEURON_SCORES,
     NEURON_WANTED,
 )
-from coterie.kernels.sync import await_weights, claim, finish, post, prepare, sleep_on, wait_flag, word
+from coterie.kernels.sync import await_weights, claim, finish, post, prepare, sleep_on, tally, wait_flag, word
 from coterie.kernels.tile import AHEAD, tile_groups
-from coterie.kernels.vector import f32_at, i32_at, i64_at, prefetch, set_f32, set_i32, set_i64
+from coterie.kernels.vector import f32_at, i32_at, i64_at, prefetch, set_f32, set_i32
 
 BEGINNING = 512  # bytes of a row that are prefetched: the hardware goes on, and more would only hold lanes up
 LOOKS = 200  # times a lane looks for a neuron before it sleeps: some microseconds
@@ -73,8 +85,7 @@ def await_neuron(cache, entry, step, lane):
                 sleep_on(cache + SERVED, served + 1, word(step, NAP))
         at = acquire(entry)
     if looks > 0:
-        stalled = word(step, STALLED) + lane * LINE
-        set_i64(stalled, i64_at(stalled) + cycles() - begun)
+        tally(step, lane, LINE_STALLED, cycles() - begun)
     return at
 
 
@@ -190,13 +201,13 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
             i = i32_at(ids + 4 * k)
             neuron = cluster * CLUSTER + i
             entry = word(record, o.N_ADDRESSES) + 8 * neuron
-            at = touch(cache, entry, tick)
-            if at <= PENDING:
+            if touch(cache, entry, tick) > PENDING:
+                continue
+            if demand(cache, entry, layer_of(record), neuron):
+                asked += 1
+            if acquire(entry) <= PENDING:
                 set_i32(ids + 4 * k, np.int32(i | LIVE_LATE))
                 missing += 1
-                if at == 0:
-                    demand(cache, entry, layer_of(record), neuron)
-                    asked += 1
         if asked > 0:
             call_reader(cache, asked)
         return missing, asked
@@ -254,7 +265,6 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
         scratch = word(record, o.N_SCRATCH) + lane * word(record, o.N_SCRATCH_LANE)
         first, count = word(record, o.N_FIRST), word(record, o.N_COUNT)
         tick = word(step, EPOCH) * word(record, o.N_LAYERS) + layer_of(record)
-        counted = word(record, o.N_COUNTED) + lane * LINE
         total = 2 * count if cache != 0 else count
         pieces = 0
         piece = claim(record, step, lane, total)
@@ -277,8 +287,8 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
                 set_i32(row + LIVE_MISSING, np.int32(missing))
                 expect(record, x, scratch, cluster, live, waiting, n)
                 waiting = cluster
-                set_i64(counted, i64_at(counted) + live)
-                set_i64(counted + 8, i64_at(counted + 8) + asked)
+                tally(step, lane, LINE_LIVE, live)
+                tally(step, lane, LINE_ASKED, asked)
                 if cache != 0:
                     post(ready, tick)
             else:

@@ -14,12 +14,12 @@ from coterie.kernels.formats import FORMATS
 from coterie.kernels.mathematics import relu
 from coterie.kernels.neurons import product_op, weave_bytes
 from coterie.kernels.quantise import weave_block
-from coterie.kernels.record import LINE, TOKENS
+from coterie.kernels.record import LINE_ASKED, TOKENS
 from coterie.kernels.shapes import CLUSTER, NEURON_ROW, NEURON_SCORES, SUPERBLOCK
 from coterie.kernels.sparse import layer_of
-from coterie.kernels.sync import claim, finish, prepare, word
+from coterie.kernels.sync import claim, finish, prepare, tally, word
 from coterie.kernels.tile import AHEAD, tile_groups
-from coterie.kernels.vector import f32_at, floats_at, i64_at, set_i64
+from coterie.kernels.vector import f32_at, floats_at, i64_at
 
 
 @kernel
@@ -45,7 +45,6 @@ def neuron_ask(score_name: str, tokens: str) -> Callable[..., Any]:
         x = word(record, o.N_X) + lane * word(record, o.N_X_LANE) + word(record, o.N_SCORE_X)
         scratch = word(record, o.N_SCRATCH) + lane * word(record, o.N_SCRATCH_LANE)
         supers, row = word(record, o.N_SCORE_SUPERS), word(record, o.N_ROW)
-        counted = word(record, o.N_COUNTED) + lane * LINE + 8
         total = word(record, o.N_COUNT)
         pieces = 0
         piece = claim(record, step, lane, total)
@@ -60,12 +59,12 @@ def neuron_ask(score_name: str, tokens: str) -> Callable[..., Any]:
                     score_rows(w + i * row, row, x + tile * supers * score_super, at, supers, AHEAD)
                 for i in range(CLUSTER):
                     entry = word(record, o.N_ADDRESSES) + 8 * (piece * CLUSTER + i)
-                    if wanted(scratch, i, n - tile * tile_tokens) and acquire(entry) == 0:
-                        demand(cache, entry, layer_of(record), piece * CLUSTER + i)
+                    absent = wanted(scratch, i, n - tile * tile_tokens) and acquire(entry) == 0
+                    if absent and demand(cache, entry, layer_of(record), piece * CLUSTER + i):
                         asked += 1
             if asked > 0:
                 call_reader(cache, asked)
-                set_i64(counted, i64_at(counted) + asked)
+                tally(step, lane, LINE_ASKED, asked)
             pieces += 1
             piece = claim(record, step, lane, total)
         return finish(record, step, pieces, total)

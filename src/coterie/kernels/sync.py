@@ -28,6 +28,7 @@ from coterie.kernels.record import (
     ABORT,
     ARRIVED,
     CLAIM,
+    COUNTS,
     DONE,
     EPOCH,
     FREED,
@@ -35,12 +36,12 @@ from coterie.kernels.record import (
     KERNEL,
     LANES_COUNT,
     LINE,
+    LINE_STALLED,
     NAP,
     ORDERED,
     PREPARE,
     SET,
     SPIN,
-    STALLED,
     TAPE,
 )
 from coterie.kernels.vector import i64_at, set_i64
@@ -139,6 +140,13 @@ def finish(record, step, pieces, total):
 
 
 @register_jitable
+def tally(step, lane, what, amount):
+    """Add to a word of the lane's own line of counts."""
+    at = word(step, COUNTS) + lane * LINE + 8 * what
+    set_i64(at, i64_at(at) + amount)
+
+
+@register_jitable
 def await_weights(flag, wanted, step, lane):
     """Wait until streamed weights have arrived; False if the step is abandoned meanwhile. Reads take long, so a lane
     soon sleeps; what it waited is counted."""
@@ -146,8 +154,7 @@ def await_weights(flag, wanted, step, lane):
         return True
     begun = cycles()
     here = wait_flag(flag, wanted, word(step, SPIN) >> ARRIVAL_SPIN, word(step, ABORT), word(step, NAP))
-    stalled = word(step, STALLED) + lane * LINE
-    set_i64(stalled, i64_at(stalled) + cycles() - begun)
+    tally(step, lane, LINE_STALLED, cycles() - begun)
     return here
 
 

@@ -5,6 +5,7 @@ bytes: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Everything is 
 opened, so that what later code asks for lies inside the file and is as large as its shape says.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 
 from coterie.errors import ModelError
 from coterie.models.header import HeaderParser, ModelFile
+from coterie.models.source import WeightSource
 
 
-class GGUFFile(ModelFile):
+class GGUFFile(ModelFile, WeightSource):
     """An open GGUF file: its metadata, its tensors' descriptions, and their bytes on request.
 
     Raises ModelError for anything that is not a sound GGUF file with formats that Coterie reads.
@@ -32,16 +34,11 @@ class GGUFFile(ModelFile):
             raise
 
     def header_bytes(self) -> bytes:
-        """Everything before the tensors' data, as it stands in the file."""
         return os.pread(self._fd, self._header_size, 0)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.uint8]:
-        """Rows `first` to `last` (excluded) of a tensor as uint8[rows, row bytes], in memory of their own."""
-        tensor = self.tensor(name)
-        last = tensor.rows if last is None else last
-        if not 0 <= first <= last <= tensor.rows:
-            raise IndexError(f"rows {first} to {last} of {name}, which has {tensor.rows}")
-        rows = np.empty((last - first, tensor.row_bytes), np.uint8)
+        tensor, wanted = self.tensor(name), self.rows(name, first, last)
+        rows = np.empty((len(wanted), tensor.row_bytes), np.uint8)
         view, offset = memoryview(rows.reshape(-1)), tensor.offset + first * tensor.row_bytes  # type: ignore[arg-type]
         while view:
             try:
@@ -53,10 +50,10 @@ class GGUFFile(ModelFile):
             view, offset = view[count:], offset + count
         return rows
 
-    def vector(self, name: str) -> NDArray[np.float32]:
-        vector: NDArray[np.float32] = self.read(name).view(np.float32)[0]
-        return vector
+    def key(self) -> bytes:
+        """Of its size, its time of change, and its header."""
+        stamp = f"{self.status.st_size} {self.status.st_mtime_ns} ".encode()
+        return hashlib.sha256(stamp + hashlib.sha256(self.header_bytes()).digest()).digest()
 
     def forget(self) -> None:
-        """Take what was read out of the page cache."""
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)

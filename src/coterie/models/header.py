@@ -141,7 +141,25 @@ class ModelHeader(ABC):
         return ModelError(f"{self.path.name}: metadata {key!r} is {found}, but must be {wanted}")
 
 
-class ModelFile(ModelHeader):
+class OpenModel(ModelHeader):
+    """A model that is open, whatever files it is in."""
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raise ModelError if a file was written to or cut since it was opened. Its name may go: it stays open."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """A second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class ModelFile(OpenModel):
     """An open model file. Raises ModelError where it cannot be opened."""
 
     def __init__(self, path: str | Path) -> None:
@@ -151,21 +169,13 @@ class ModelFile(ModelHeader):
         self.status = os.fstat(self._fd)
 
     def check_unchanged(self) -> None:
-        """Raise ModelError if the file was written to or cut since it was opened. Its name may go: it stays open."""
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
             raise ModelError(f"{self.path}: the file was changed while it was in use")
 
     def close(self) -> None:
-        """A second call does nothing."""
         self._close()
         self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 class HeaderParser:

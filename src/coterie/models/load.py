@@ -5,8 +5,8 @@ from types import ModuleType
 
 from coterie.errors import ModelError, UsageError
 from coterie.models import gemma3, llama
-from coterie.models.gguf_file import GGUFFile
-from coterie.models.header import ModelFile, ModelHeader
+from coterie.models.header import ModelHeader, OpenModel
+from coterie.models.source import WeightSource
 from coterie.models.spec import ModelSpec
 from coterie.models.template import ChatTemplate
 from coterie.models.tokenizer import Tokenizer
@@ -18,15 +18,15 @@ ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "bamboo": llama, "gemma3
 class Model:
     """A model file that has been opened and understood. `template` is None where the file has none."""
 
-    file: ModelFile
+    file: OpenModel
     spec: ModelSpec
     tokenizer: Tokenizer
     template: ChatTemplate | None
 
     @property
-    def gguf(self) -> GGUFFile:
+    def source(self) -> WeightSource:
         """The file, where the tensors' own bytes are needed. Raises UsageError for a packed model."""
-        if not isinstance(self.file, GGUFFile):
+        if not isinstance(self.file, WeightSource):
             raise UsageError(f"{self.file.path} is a packed model; this needs the GGUF that it was made of")
         return self.file
 
@@ -34,7 +34,7 @@ class Model:
         self.file.close()
 
 
-def understand(file: ModelFile) -> Model:
+def understand(file: OpenModel) -> Model:
     """A model by its open file; ModelError says what is wrong with it. The file is closed in that case."""
     try:
         spec = read_spec(file)
