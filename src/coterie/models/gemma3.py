@@ -15,9 +15,11 @@ from coterie.errors import ModelError
 from coterie.models.header import ModelHeader
 from coterie.models.llama import (
     Floats,
+    Network,
     Weights,
     attention,
     expect_tensors,
+    feed_forward,
     linear_scaling,
     read_sizes,
     rms_norm,
@@ -64,11 +66,8 @@ def read_spec(file: ModelHeader) -> ModelSpec:
     return spec
 
 
-def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int]) -> Floats:
-    """Logits float32[n, vocab] after each of n tokens.
-
-    `weights(name)` gives a float32 matrix, or a vector for norms.
-    """
+def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int], network: Network = feed_forward) -> Floats:
+    """Logits float32[n, vocab] after each of n tokens; weights and network as of llama.forward."""
 
     def norm(x: Floats, name: str) -> Floats:
         return rms_norm(x, weights(name + ".weight"), spec.norm_eps)
@@ -85,17 +84,8 @@ def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int]) -> Floats:
         mixed = attention(q, k, v, spec.attention_scale, layer.window)
         x = x + norm(mixed @ weights(blk + "attn_output.weight").T, blk + "post_attention_norm")
 
-        h = norm(x, blk + "ffn_norm")
-        gate, up = h @ weights(blk + "ffn_gate.weight").T, h @ weights(blk + "ffn_up.weight").T
-        x = x + norm((gelu(gate) * up) @ weights(blk + "ffn_down.weight").T, blk + "post_ffw_norm")
+        x = x + norm(network(spec, weights, i, norm(x, blk + "ffn_norm")), blk + "post_ffw_norm")
 
     x = norm(x, "output_norm")
     logits: Floats = x @ weights("token_embd.weight" if spec.tied else "output.weight").T
     return logits
-
-
-def gelu(x: Floats) -> Floats:
-    """GELU by its tanh approximation, as Gemma was trained with."""
-    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
-    activated: Floats = 0.5 * x * (1 + np.tanh(inner))
-    return activated

@@ -5,6 +5,7 @@ Pre-norm transformer with RMS norms, rotary positions, grouped-query attention a
 numpy in float32 over the whole sequence, without a cache, to measure everything else against.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -17,6 +18,7 @@ from coterie.models.spec import Activation, LayerSpec, ModelSpec, Rope
 
 Floats = NDArray[np.float32]
 Weights = Callable[[str], Floats]
+Network = Callable[[ModelSpec, Weights, int, Floats], Floats]  # as feed_forward
 
 QUERY_BLOCK = 256  # rows of attention at a time: bounds the memory of scores
 
@@ -152,10 +154,19 @@ def expect_tensors(file: ModelHeader, spec: ModelSpec, norms: Sequence[str], hea
         )
 
 
-def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int]) -> Floats:
+def feed_forward(spec: ModelSpec, weights: Weights, layer: int, h: Floats) -> Floats:
+    """A layer's feed-forward network: float32[n, dim] of h float32[n, dim], which is normed."""
+    blk = f"blk.{layer}."
+    gate, up = h @ weights(blk + "ffn_gate.weight").T, h @ weights(blk + "ffn_up.weight").T
+    down = weights(blk + "ffn_down_t.weight") if spec.sparse else weights(blk + "ffn_down.weight").T
+    return activated(spec.activation, gate, up) @ down
+
+
+def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int], network: Network = feed_forward) -> Floats:
     """Logits float32[n, vocab] after each of n tokens.
 
-    `weights(name)` gives a float32 matrix, or a vector for norms.
+    `weights(name)` gives a float32 matrix, or a vector for norms; `network` may look on at, or change, what is done in
+    place of `feed_forward`.
     """
     x = weights("token_embd.weight")[np.asarray(tokens)]
     for i, layer in enumerate(spec.layers):
@@ -168,10 +179,7 @@ def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int]) -> Floats:
         k = rotate(k, layer.rope, spec.interleaved_rope)
         x = x + attention(q, k, v, spec.attention_scale, layer.window) @ weights(blk + "attn_output.weight").T
 
-        h = rms_norm(x, weights(blk + "ffn_norm.weight"), spec.norm_eps)
-        gate, up = h @ weights(blk + "ffn_gate.weight").T, h @ weights(blk + "ffn_up.weight").T
-        down = weights(blk + "ffn_down_t.weight") if spec.sparse else weights(blk + "ffn_down.weight").T
-        x = x + activated(spec.activation, gate, up) @ down
+        x = x + network(spec, weights, i, rms_norm(x, weights(blk + "ffn_norm.weight"), spec.norm_eps))
 
     x = rms_norm(x, weights("output_norm.weight"), spec.norm_eps)
     logits: Floats = x @ weights("token_embd.weight" if spec.tied else "output.weight").T
@@ -191,6 +199,13 @@ def silu(x: Floats) -> Floats:
     return activated
 
 
+def gelu(x: Floats) -> Floats:
+    """GELU by its tanh approximation, as Gemma was trained with."""
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    activated: Floats = 0.5 * x * (1 + np.tanh(inner))
+    return activated
+
+
 def activated(activation: Activation, gate: Floats, up: Floats) -> Floats:
     """What Down gets of Gate's and Up's outputs."""
     match activation:
@@ -200,6 +215,8 @@ def activated(activation: Activation, gate: Floats, up: Floats) -> Floats:
             return np.square(np.maximum(gate, 0)) * up
         case "drelu":
             return np.maximum(gate, 0) * np.maximum(up, 0)
+        case "gelu":
+            return gelu(gate) * up
     return silu(gate) * up
 
 
