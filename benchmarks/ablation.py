@@ -76,8 +76,8 @@ STAGED: tuple[Patch, ...] = (
     ("kernels/sparse.py", "total = 2 * count if cache", "total = 3 * count if cache"),
     (
         "kernels/sparse.py",
-        "            cluster = first + count - 1 - (piece if piece < count else piece - count)\n",
-        "            cluster = first + count - 1 - piece % count\n",
+        "            turn = piece if piece < count else piece - count\n",
+        "            turn = piece % count\n",
     ),
     (
         "kernels/sparse.py",
