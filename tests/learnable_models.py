@@ -13,9 +13,9 @@ from tiny_models import write_tiny
 from coterie.models.gguf_file import GGUFFile
 
 CONSTANT = 8.0
-LIVE = 0.1  # of all neurons
-RANK = 6  # of Gate, beside the thresholds
-SIZES: dict[str, Any] = {"dim": 64, "ffn": 512, "layers": 2}
+LIVE = 0.05  # of all neurons
+RANK = 28  # of Gate, beside the thresholds: more than a predictor of 32 units copies
+SIZES: dict[str, Any] = {"dim": 64, "ffn": 512, "layers": 2, "tied": False}
 
 
 def write_learnable(path: Path, *, activation: str = "relu", formats: str = "Q8_0", seed: int = 0, **more: Any) -> Path:
