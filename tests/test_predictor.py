@@ -140,6 +140,32 @@ def trained(path: Path, recall: float = 0.95, seed: int = 0) -> predictor.Traine
     return found
 
 
+def test_a_predictor_wide_enough_begins_as_gate_itself() -> None:
+    rng = np.random.default_rng(0)
+    gate, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((40, 16), (200, 16)))
+    first, second = predictor_training.begin(gate, x, 32, rng)
+    found = predictor_training.scores(first, second, x)
+    assert (np.sign(found) == np.sign(x @ gate.T)).mean() > 0.999
+
+
+def test_gradients_are_the_slopes_of_the_loss() -> None:
+    rng = np.random.default_rng(0)
+    first, second = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 5), (12, 8)))
+    x, live = rng.standard_normal((30, 5)).astype(np.float32), rng.random((30, 12)) < 0.3
+
+    def loss() -> float:
+        return 12 * predictor_training.loss_of(predictor_training.scores(first, second, x), live)
+
+    for matrix, found in zip((first, second), predictor_training.gradients(first, second, x, live), strict=True):
+        for place in ((0, 0), (3, 2), (7, 4)):
+            here = matrix[place]
+            matrix[place] = here + 0.003
+            above = loss()
+            matrix[place] = here - 0.003
+            assert found[place] == pytest.approx((above - loss()) / 0.006, abs=0.005)
+            matrix[place] = here
+
+
 def test_training_is_better_than_where_it_begins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     after = predictor.Figures.total(trained(folder / "m.gguf").figures)
     monkeypatch.setattr(predictor_training, "EPOCHS", 0)

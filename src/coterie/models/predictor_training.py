@@ -87,12 +87,12 @@ def train_layer(
     size = np.sqrt(np.mean(np.square(text.x), axis=0))
     size = np.maximum(size, LEAST * size.max() + TINY)  # x in these units is alike in all coordinates, as Adam wants it
     near, far = Recorded(text.x / size, text.live), Recorded(held.x / size, held.live)
-    first, second = _begin(gate * size, near.x, training.rank, rng)
+    first, second = begin(gate * size, near.x, training.rank, rng)
     first, second = _fit(first, second, near, far, rng)
     return _shifted(first / size, second, text.x, held, training)
 
 
-def _begin(gate: Floats, x: Floats, rank: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+def begin(gate: Floats, x: Floats, rank: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
     """fc1 and fc2 whose scores are Gate's outputs, projected onto the rank / 2 directions in which they vary most.
 
     Each direction takes two units, because a = relu(a) - relu(-a). Units that are left over begin at random, unused.
@@ -116,19 +116,15 @@ def _fit(
 ) -> tuple[Floats, Floats]:
     """The two matrices, float32, as they were when the loss on what is held out was least."""
     optimisers = Adam(first), Adam(second)
-    best, least, since = (first.copy(), second.copy()), _loss(scores(first, second, held.x), held.live), 0
+    best, least, since = (first.copy(), second.copy()), loss_of(scores(first, second, held.x), held.live), 0
     for epoch in range(EPOCHS):
         order, rate = rng.permutation(len(text.x)), RATE * (1 - epoch / EPOCHS)
         for at in range(0, len(order), BATCH):
             batch = order[at : at + BATCH]
-            x = text.x[batch]
-            units = hidden(first, x)
-            error: Floats = (_chance(units @ second.T) - text.live[batch]) / np.float32(len(batch))
-            back: Floats = error @ second
-            back[units <= 0] = 0
-            optimisers[1].step(second, error.T @ units, rate)
-            optimisers[0].step(first, back.T @ x, rate)
-        loss = _loss(scores(first, second, held.x), held.live)
+            changes = gradients(first, second, text.x[batch], text.live[batch])
+            optimisers[0].step(first, changes[0], rate)
+            optimisers[1].step(second, changes[1], rate)
+        loss = loss_of(scores(first, second, held.x), held.live)
         since += 1
         if loss < least:
             best, least, since = (first.copy(), second.copy()), loss, 0
@@ -137,14 +133,23 @@ def _fit(
     return best
 
 
+def gradients(first: Floats, second: Floats, x: Floats, live: Bools) -> tuple[Floats, Floats]:
+    """Those of a token's mean loss, all neurons together, for fc1 and fc2."""
+    units = hidden(first, x)
+    error: Floats = (_chance(units @ second.T) - live) / np.float32(len(x))
+    back: Floats = error @ second
+    back[units <= 0] = 0
+    return back.T @ x, error.T @ units
+
+
 def _chance(score: Floats) -> Floats:
     """1 / (1 + exp(-score)), without overflow."""
     chance: Floats = 0.5 + 0.5 * np.tanh(0.5 * score)
     return chance
 
 
-def _loss(score: Floats, live: Bools) -> float:
-    """The mean logistic loss, nats a neuron."""
+def loss_of(score: Floats, live: Bools) -> float:
+    """The mean logistic loss, nats a neuron and token."""
     return float(np.mean(np.maximum(score, 0) - score * live + np.log1p(np.exp(-np.abs(score))), dtype=np.float64))
 
 
