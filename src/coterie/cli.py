@@ -133,10 +133,20 @@ def _defaults(path: Path, group: TyperGroup, name: str, table: Any) -> dict[str,
     return {names[key]: value if isinstance(value, (bool, list)) else str(value) for key, value in table.items()}
 
 
-COMMANDS = (
-    run, plan, bench, perplexity, pack, verify, train_predictor, inspect, profile, doctor, models.pull, models.ls,
-)  # fmt: skip
-for command in COMMANDS:
+for command in (
+    run,
+    plan,
+    bench,
+    perplexity,
+    pack,
+    verify,
+    train_predictor,
+    inspect,
+    profile,
+    doctor,
+    models.pull,
+    models.ls,
+):
     app.command()(command)
 
 

@@ -151,7 +151,7 @@ def _recorded(
     inputs, live = list[Floats](), list[NDArray[np.bool_]]()
 
     def look(spec: ModelSpec, weights: Weights, layer: int, h: Floats) -> Floats:
-        hidden = llama.neurons(spec, weights, layer, h)
+        hidden = llama.activated(spec.activation, *llama.gate_and_up(weights, layer, h))
         inputs.append(h)
         live.append(hidden != 0)
         return llama.down(spec, weights, layer, hidden)
@@ -168,7 +168,8 @@ def _leaving_out(predictor: Predictor) -> llama.Network:
     """A feed-forward network of those neurons only that a predictor chooses."""
 
     def network(spec: ModelSpec, weights: Weights, layer: int, h: Floats) -> Floats:
-        return llama.down(spec, weights, layer, llama.neurons(spec, weights, layer, h) * predictor.chosen(h))
+        hidden = llama.activated(spec.activation, *llama.gate_and_up(weights, layer, h))
+        return llama.down(spec, weights, layer, hidden * predictor.chosen(h))
 
     return network
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.models.dequant import dequantise
+from coterie.models.dequant import dequantise, quantise
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -169,13 +169,13 @@ class Adam:
 
 def _shifted(first: Floats, second: Floats, x: Floats, held: Recorded, training: Training) -> Predictor:
     """The predictor, rounded, with the least shift that finds the wanted share of live neurons, or the largest."""
-    rounded = quantised(first, training.format)
+    rounded = quantise(first, training.format)
     first = dequantise(rounded, training.format)
     constant, units = _constant(hidden(first, x)), hidden(first, held.x)
     wanted = training.recall * int(held.live.sum())
 
     def shifted(shift: float) -> Bytes:
-        return quantised(second + np.float32(shift) * constant, training.format)
+        return quantise(second + np.float32(shift) * constant, training.format)
 
     low, high = -FARTHEST, FARTHEST
     while high - low > NEAREST:
@@ -191,12 +191,3 @@ def _constant(units: Floats) -> Floats:
     products = units.T @ units
     products[np.diag_indices(len(products))] += RIDGE * np.trace(products) / len(products) + TINY
     return np.linalg.solve(products, units.sum(axis=0))
-
-
-def quantised(matrix: Floats, format: str) -> Bytes:
-    """float32[rows, cols] as uint8[rows, row bytes]."""
-    import gguf
-    from gguf.quants import quantize
-
-    raw: Bytes = quantize(matrix, gguf.GGMLQuantizationType[format]).view(np.uint8)
-    return raw
