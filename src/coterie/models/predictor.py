@@ -116,8 +116,8 @@ def train(
 ) -> Trained:
     """Train a predictor for every layer of a sparse model on chunks of a text.
 
-    In memory are two times float32[tokens, dim] and bool[tokens, ffn_dim], and a layer as floats. Raises ModelError
-    where weights are no numbers, or make some.
+    In memory are a layer as floats, up to four times float32[tokens, dim] and twice bool[tokens, ffn_dim]. Raises
+    ModelError where weights are no numbers, or make some that are none.
     """
     held, layers = held_out(len(chunks)), len(spec.layers)
     states = _embedded(source, chunks)
