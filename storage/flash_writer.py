@@ -54,6 +54,12 @@ def pack_model(model: Model, out: Path, progress: Progress) -> None:
         _pack(model, out, fd, progress)
 
 
+def check_place(out: Path, progress: Progress) -> None:
+    """Raise UsageError where no flash file can be written: for what takes long before it writes one."""
+    with _only_one(out, progress):
+        pass
+
+
 def packed_path(file: WeightSource) -> Path:
     """Where the packed copy of a GGUF is kept, in Coterie's cache; it need not be there yet."""
     name = re.sub(r"[^\w.-]", "_", file.path.name.removesuffix(".gguf"), flags=re.ASCII)[:100]

@@ -24,6 +24,7 @@ from coterie.commands.plan import plan
 from coterie.commands.profile import profile
 from coterie.commands.run import run
 from coterie.commands.terminal import printable
+from coterie.commands.train_predictor import train_predictor
 from coterie.errors import CoterieError, PlanError, UsageError
 
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
@@ -132,7 +133,20 @@ def _defaults(path: Path, group: TyperGroup, name: str, table: Any) -> dict[str,
     return {names[key]: value if isinstance(value, (bool, list)) else str(value) for key, value in table.items()}
 
 
-for command in (run, plan, bench, perplexity, pack, verify, inspect, profile, doctor, models.pull, models.ls):
+for command in (
+    run,
+    plan,
+    bench,
+    perplexity,
+    pack,
+    verify,
+    train_predictor,
+    inspect,
+    profile,
+    doctor,
+    models.pull,
+    models.ls,
+):
     app.command()(command)
 
 

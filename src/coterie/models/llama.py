@@ -156,10 +156,19 @@ def expect_tensors(file: ModelHeader, spec: ModelSpec, norms: Sequence[str], hea
 
 def feed_forward(spec: ModelSpec, weights: Weights, layer: int, h: Floats) -> Floats:
     """A layer's feed-forward network: float32[n, dim] of h float32[n, dim], which is normed."""
+    return down(spec, weights, layer, activated(spec.activation, *gate_and_up(weights, layer, h)))
+
+
+def gate_and_up(weights: Weights, layer: int, h: Floats) -> tuple[Floats, Floats]:
+    """Gate's and Up's outputs, float32[n, ffn_dim] each."""
     blk = f"blk.{layer}."
-    gate, up = h @ weights(blk + "ffn_gate.weight").T, h @ weights(blk + "ffn_up.weight").T
-    down = weights(blk + "ffn_down_t.weight") if spec.sparse else weights(blk + "ffn_down.weight").T
-    return activated(spec.activation, gate, up) @ down
+    return h @ weights(blk + "ffn_gate.weight").T, h @ weights(blk + "ffn_up.weight").T
+
+
+def down(spec: ModelSpec, weights: Weights, layer: int, hidden: Floats) -> Floats:
+    """Down's output, float32[n, dim] of float32[n, ffn_dim]."""
+    blk = f"blk.{layer}."
+    return hidden @ (weights(blk + "ffn_down_t.weight") if spec.sparse else weights(blk + "ffn_down.weight").T)
 
 
 def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int], network: Network = feed_forward) -> Floats:
@@ -169,21 +178,30 @@ def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int], network: N
     place of `feed_forward`.
     """
     x = weights("token_embd.weight")[np.asarray(tokens)]
-    for i, layer in enumerate(spec.layers):
-        blk = f"blk.{i}."
-        h = rms_norm(x, weights(blk + "attn_norm.weight"), spec.norm_eps)
-        q = split_heads(h @ weights(blk + "attn_q.weight").T, spec.head_dim)
-        k = split_heads(h @ weights(blk + "attn_k.weight").T, spec.head_dim)
-        v = split_heads(h @ weights(blk + "attn_v.weight").T, spec.head_dim)
-        q = rotate(q, layer.rope, spec.interleaved_rope)
-        k = rotate(k, layer.rope, spec.interleaved_rope)
-        x = x + attention(q, k, v, spec.attention_scale, layer.window) @ weights(blk + "attn_output.weight").T
+    for i in range(len(spec.layers)):
+        x = block(spec, weights, i, x, network)
+    return logits(spec, weights, x)
 
-        x = x + network(spec, weights, i, rms_norm(x, weights(blk + "ffn_norm.weight"), spec.norm_eps))
 
+def block(spec: ModelSpec, weights: Weights, i: int, x: Floats, network: Network = feed_forward) -> Floats:
+    """Layer `i`, attention and network: the hidden states float32[n, dim] after it, of those before it."""
+    blk, layer = f"blk.{i}.", spec.layers[i]
+    h = rms_norm(x, weights(blk + "attn_norm.weight"), spec.norm_eps)
+    q = split_heads(h @ weights(blk + "attn_q.weight").T, spec.head_dim)
+    k = split_heads(h @ weights(blk + "attn_k.weight").T, spec.head_dim)
+    v = split_heads(h @ weights(blk + "attn_v.weight").T, spec.head_dim)
+    q = rotate(q, layer.rope, spec.interleaved_rope)
+    k = rotate(k, layer.rope, spec.interleaved_rope)
+    x = x + attention(q, k, v, spec.attention_scale, layer.window) @ weights(blk + "attn_output.weight").T
+
+    return x + network(spec, weights, i, rms_norm(x, weights(blk + "ffn_norm.weight"), spec.norm_eps))
+
+
+def logits(spec: ModelSpec, weights: Weights, x: Floats) -> Floats:
+    """Logits float32[n, vocab] of hidden states float32[n, dim] after the last layer."""
     x = rms_norm(x, weights("output_norm.weight"), spec.norm_eps)
-    logits: Floats = x @ weights("token_embd.weight" if spec.tied else "output.weight").T
-    return logits
+    found: Floats = x @ weights("token_embd.weight" if spec.tied else "output.weight").T
+    return found
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
