@@ -449,6 +449,24 @@ def test_sentencepiece_tokenizers_agree(metaspace: bool) -> None:
             assert tokenizer.decode(ids) == text
 
 
+def test_sentencepiece_merges_in_the_order_of_tokenizer_json() -> None:
+    chance = random.Random(7)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}
+    for _ in range(40):
+        pieces, merges = ["▁", "a", "b", "c"], list[tuple[str, str]]()
+        for _ in range(chance.randrange(2, 12)):
+            piece = "".join(chance.choices(pieces, k=2))
+            if piece not in pieces:
+                pieces.append(piece)
+                cuts = ((piece[:i], piece[i:]) for i in range(len(piece) - 1, 0, -1))
+                merges += [pair for pair in cuts if pair[0] in pieces and pair[1] in pieces]
+        reference = sentencepiece(pieces, merges, metaspace=False)
+        tokenizer = Tokenizer.from_metadata(made(json.loads(reference.to_str()), reference.get_vocab_size(), settings))
+        for _ in range(20):
+            text = "".join(chance.choices("abc ", k=12))
+            assert tokenizer.encode(text) == reference.encode(text).ids, (text, merges)
+
+
 def small() -> dict[str, Any]:
     """A byte-level vocabulary of three tokens."""
     return {
@@ -478,6 +496,9 @@ def test_what_tokenizer_files_say() -> None:
     assert found["tokenizer.ggml.add_bos_token"] is True
     assert found["tokenizer.ggml.add_eos_token"] is False
     assert Tokenizer.from_metadata(found).end_ids == {0, 1}
+    for odd in ([1, None], "1", [[]], True):
+        with pytest.raises(ModelError, match="'eos_token_id' is"):
+            made(small(), 3, config={"eos_token_id": odd})
     beyond = small() | {"added_tokens": [{"id": 9, "content": "<pad>", "special": True}]}
     assert made(beyond, 2)["tokenizer.ggml.tokens"] == ["a", "aa"]  # no embedding, and nobody gives it
 
@@ -602,6 +623,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep": (lambda folder: (folder / "config.json").write_bytes(b"[" * 100_000), "no sound JSON"),
     "no object": (lambda folder: (folder / "config.json").write_bytes(b"[]"), "holds no JSON object"),
     "NaN": (lambda folder: (folder / "config.json").write_bytes(b'{"rope_theta": NaN}'), "NaN is no number"),
+    "half a character": (
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"chat_template": "\\ud800"}'),
+        "'tokenizer.chat_template' hold text that is not Unicode",
+    ),
     "too large": (lambda folder: os.truncate(folder / "config.json", 1 << 30), "larger than 1 MiB"),
     "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "became shorter"),
     "a giant header": (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 8 + b"{}"), "which cannot be"),

@@ -107,8 +107,8 @@ def _merge(line: Any) -> tuple[str, str]:
 def _special_ids(files: TokenizerFiles, ids: dict[str, int]) -> Json:
     """BOS and EOS by their texts or else by their numbers, and what else ends an answer."""
     found: Json = {}
-    ends = [*_numbers(files.generation), *_numbers(files.config)]
-    for name, numbers in (("bos", [files.config.get("bos_token_id")]), ("eos", ends)):
+    ends = [*_numbers(files.generation, "eos"), *_numbers(files.config, "eos")]
+    for name, numbers in (("bos", _numbers(files.config, "bos")), ("eos", ends)):
         text = files.settings.get(f"{name}_token")
         text = text.get("content") if isinstance(text, dict) else text
         id = ids.get(text) if isinstance(text, str) else next(iter(numbers), None)
@@ -118,9 +118,13 @@ def _special_ids(files: TokenizerFiles, ids: dict[str, int]) -> Json:
     return found | ({"eot_token_id": others[0]} if others else {})
 
 
-def _numbers(table: Json) -> list[Any]:
-    value = table.get("eos_token_id")
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _numbers(table: Json, name: str) -> list[int]:
+    """The token or tokens that a configuration names; whether they are in the vocabulary is seen later."""
+    value = table.get(f"{name}_token_id")
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(number) is int for number in numbers):
+        raise ModelError(f"'{name}_token_id' is {repr(value)[:40]}, but must be a whole number or a list of these")
+    return numbers
 
 
 def _begins_and_ends(files: TokenizerFiles, tokens: list[str], special: Json) -> Json:
@@ -130,7 +134,7 @@ def _begins_and_ends(files: TokenizerFiles, tokens: list[str], special: Json) ->
     around = _template_tokens(entry(files.tokenizer, "post_processor", dict, WHERE, {}))
     for name, at in (("bos", 0), ("eos", -1)):
         id = special.get(f"{name}_token_id")
-        put = bool(around) and type(id) is int and 0 <= id < len(tokens) and around[at] == tokens[id]
+        put = bool(around) and id is not None and 0 <= id < len(tokens) and around[at] == tokens[id]
         found[f"add_{name}_token"] = entry(files.settings, f"add_{name}_token", bool, SETTINGS, put)
     return found
 

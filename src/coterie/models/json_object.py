@@ -1,6 +1,7 @@
 """Reading JSON that nobody vouches for: small enough, an object, and entries of the kind that is expected."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,13 +22,13 @@ def read_object(path: Path, most: int) -> dict[str, Any]:
 def read_small(path: Path, most: int) -> bytes:
     """A file of at most `most` bytes. Raises ModelError."""
     with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ModelError(f"{path.name} is larger than {most >> 20} MiB; it is no such file")
         try:
-            data = file.read(most + 1)
+            return file.read(size)
         except OSError as error:
             raise ModelError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    if len(data) > most:
-        raise ModelError(f"{path.name} is larger than {most >> 20} MiB; it is no such file")
-    return data
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:

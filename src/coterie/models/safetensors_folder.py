@@ -33,10 +33,10 @@ GENERATION, SETTINGS, TEMPLATE = "generation_config.json", "tokenizer_config.jso
 # Bytes of a file at most. The first two must be there.
 MOST = {
     CONFIG: 1 << 20,
-    TOKENIZER: 64 << 20,
+    TOKENIZER: 32 << 20,
     GENERATION: 1 << 20,
     SETTINGS: 16 << 20,
-    INDEX: 16 << 20,
+    INDEX: 4 << 20,
     TEMPLATE: 1 << 20,
 }
 CHUNK = 1 << 22  # values that are coded at a time
