@@ -71,24 +71,18 @@ def by_neurons(
     if spec.sparse and format is not None:
         raise UsageError(f"{source.path.name} is by neurons already and keeps its formats; leave out the format")
     maker, changes, made = _Maker(source, order), Counter[str](), dict[str, Made]()
+    parts = PARTS if spec.predictor else {part: label for part, label in PARTS.items() if part != "fc2"}
     for layer in range(len(spec.layers)):
-        for part, label in PARTS.items():
+        for part, label in parts.items():
             name = f"blk.{layer}.{part}.weight"
-            old = source.tensors.get(name)
-            if old is None and part != "ffn_down_t":
-                continue  # no predictors
-            if old is not None:
-                new = old.format if spec.sparse or FORMATS[old.format].subs == 1 else NEAREST[old.format]
-            else:
-                old = source.tensor(f"blk.{layer}.ffn_down.weight")
-                new = _down_format(source, spec, old.format, format)
-                label = "Down, transposed,"
-            if old.name == name and old.format == new and order is None:
-                continue
-            if old.name != name or old.format != new:
-                changes[f"{label} {source.stored_format(old.name)} to {new}"] += 1
-            cols = spec.predictor if part == "fc2" else spec.dim
-            made[name] = maker.made(layer, part, new, (spec.ffn_dim, cols))
+            turned = part == "ffn_down_t" and not spec.sparse
+            old = source.tensor(f"blk.{layer}.ffn_down.weight" if turned else name)
+            new = _down_format(source, spec, old.format, format) if turned else _row_format(spec, old.format)
+            if turned or new != old.format:
+                changes[f"{label}{', transposed,' * turned} {source.stored_format(old.name)} to {new}"] += 1
+            if turned or new != old.format or order is not None:
+                cols = spec.predictor if part == "fc2" else spec.dim
+                made[name] = maker.made(layer, part, new, (spec.ffn_dim, cols))
     digest = "" if order is None else sha256(np.ascontiguousarray(order).tobytes()).hexdigest()
     return ByNeurons(
         source,
@@ -121,6 +115,10 @@ def _check_order(spec: ModelSpec, order: Order | None) -> None:
     wrong = np.flatnonzero((np.sort(order, axis=1) != np.arange(spec.ffn_dim)).any(axis=1))
     if wrong.size:
         raise UsageError(f"the order of neurons of layer {wrong[0]} is no permutation of {spec.ffn_dim} neurons")
+
+
+def _row_format(spec: ModelSpec, old: str) -> str:
+    return old if spec.sparse or FORMATS[old].subs == 1 else NEAREST[old]
 
 
 def _down_format(source: WeightSource, spec: ModelSpec, old: str, wanted: str | None) -> str:
