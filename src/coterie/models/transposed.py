@@ -134,9 +134,10 @@ def _down_format(source: WeightSource, spec: ModelSpec, old: str, wanted: str | 
 
 
 class _Maker:
-    """Makes matrices, and keeps of each part the one that was made last: extents are asked for one after another.
+    """Makes matrices, and keeps of each part the one that was made last: packing asks for extents in the file's order.
 
-    Several threads may ask. `errors`: by layer, |new - old| / |old| of a Down that was coded anew.
+    Several threads may ask, but where they ask for several layers at a time, much is made more than once.
+    `errors`: by layer, |new - old| / |old| of a Down that was coded anew.
     """
 
     def __init__(self, source: WeightSource, order: Order | None) -> None:
@@ -167,12 +168,12 @@ class _Maker:
         elif self.source.tensors[name].format == format:
             rows = self.source.read(name)
         else:
-            rows = quantise(self.source.floats(name), format)
+            rows = quantise(np.atleast_2d(self.source.floats(name)), format)
         return rows if self.order is None else rows[self.order[layer]]
 
     def _transposed(self, layer: int, format: str) -> Bytes:
         """Down's columns as rows. Its floats are those that the source has, before it codes them itself."""
-        down = self.source.floats(f"blk.{layer}.ffn_down.weight")
+        down = np.atleast_2d(self.source.floats(f"blk.{layer}.ffn_down.weight"))
         values, size = BLOCKS[format]
         rows = np.empty((down.shape[1], len(down) // values * size), np.uint8)
         error = norm = 0.0
