@@ -30,8 +30,8 @@ def pack_rows(name: str, raw: Bytes, out: Bytes) -> None:
     """Rows of single neurons: raw uint8[rows, row bytes] into uint8[rows, superblocks * bytes], which may be a view."""
     f = FORMATS[name]
     block, supers = raw_bytes(name, f.columns), out.shape[1] // f.block
-    blocks = np.zeros((len(raw), supers * SUPERBLOCK, block), np.uint8)
-    blocks[:, : raw.shape[1] // block] = raw.reshape(len(raw), -1, block)
+    blocks = np.zeros((len(raw), supers * SUPERBLOCK * block), np.uint8)
+    blocks[:, : raw.shape[1]] = raw
     packed = np.empty((len(raw) * supers, 1, f.block), np.uint8)
     pack(name, blocks.reshape(-1, block), packed)
     out[:] = packed.reshape(len(raw), -1)

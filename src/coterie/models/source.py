@@ -32,6 +32,10 @@ class WeightSource(OpenModel):
     def key(self) -> bytes:
         """32 bytes that change when the weights do, as far as can be seen without reading them all."""
 
+    def origin(self) -> bytes:
+        """32 bytes that change when the files it is made of do, however it is made of them."""
+        return self.key()
+
     @abstractmethod
     def forget(self) -> None:
         """Take what was read out of the page cache."""
@@ -57,6 +61,10 @@ class WeightSource(OpenModel):
         """A matrix, or a vector, as float32: what `forward` of an architecture wants. Raises as `read_finite`."""
         floats = dequantise(self.read_finite(name), self.tensors[name].format)
         return floats[0] if len(floats) == 1 else floats
+
+    def stored_format(self, name: str) -> str:
+        """The format that `floats` come in."""
+        return self.tensor(name).format
 
     def vector(self, name: str) -> NDArray[np.float32]:
         vector: NDArray[np.float32] = self.read(name).view(np.float32)[0]
@@ -106,6 +114,9 @@ class DerivedModel(WeightSource):
 
     def key(self) -> bytes:
         return sha256(self.base.key() + self._salt.encode()).digest()
+
+    def origin(self) -> bytes:
+        return self.base.origin()
 
     def forget(self) -> None:
         self.base.forget()
