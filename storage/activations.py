@@ -104,12 +104,12 @@ def load_activations(path: Path) -> Activations:
         raise ModelError(f"{path}: it {error}; count again with coterie profile --activations") from None
 
 
-def activations_of(path: Path, file: OpenModel, spec: ModelSpec) -> Activations:
-    """The counts in a file, which must be of this model. Raises also ModelError where they are not."""
+def activations_of(path: Path, spec: ModelSpec, *files: OpenModel) -> Activations:
+    """The counts in a file, which must be of one of these models. Raises also ModelError where they are not."""
     found = load_activations(path)
-    if found.model != model_key(file) or found._shape != (len(spec.layers), spec.ffn_dim):
+    if found.model not in map(model_key, files) or found._shape != (len(spec.layers), spec.ffn_dim):
         raise ModelError(
-            f"{path}: it counts neurons of another model than {file.path.name}; count this one's with "
+            f"{path}: it counts neurons of another model than {files[0].path.name}; count this one's with "
             "coterie profile --activations"
         )
     return found

@@ -138,13 +138,13 @@ def test_counts_belong_to_one_model(model: Path, tmp_path: Path) -> None:
         assert model_key(gguf) == model_key(copy)
         spec = open_model(model).spec
         Activations(model_key(copy), {1: 3}, {1: np.ones((2, 200), np.int64)}).save(path)
-        assert activations_of(path, gguf, spec).steps == {1: 3}
+        assert activations_of(path, spec, gguf).steps == {1: 3}
         Activations("other", {1: 3}, {1: np.ones((2, 200), np.int64)}).save(path)
         with pytest.raises(ModelError, match="another model"):
-            activations_of(path, gguf, spec)
+            activations_of(path, spec, gguf)
         Activations(model_key(copy), {1: 3}, {1: np.ones((2, 199), np.int64)}).save(path)
         with pytest.raises(ModelError, match="another model"):
-            activations_of(path, gguf, spec)
+            activations_of(path, spec, gguf)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +249,26 @@ def test_the_plan_says_what_it_expects(tmp_path: Path) -> None:
             missing.append(activity.missing)
         assert 0 <= missing[0] < missing[1] < missing[2] < activity.live
         opened.close()
+
+
+def test_a_model_is_ordered_by_its_counts(tmp_path: Path) -> None:
+    """Packed by counts of the plain packing, neurons that are live often come first, and every neuron is there once."""
+    dense = write_tiny(tmp_path / "d.gguf", **SHAPE | {"sparse": False, "ffn": 224})
+    text, counts, plain, ordered = (tmp_path / name for name in ("t.txt", "c.arrow", "p.coterie", "o.coterie"))
+    text.write_text(TEXT * 4)
+    assert coterie("pack", "--sparse", str(dense), "-o", str(plain)).exit_code == 0
+    count = "-f", str(text), "-n", "40", "--batches", "1"
+    assert coterie("profile", "--activations", str(counts), str(plain), *count).exit_code == 0
+    pack = "pack", "--sparse", str(dense), "--activations", str(counts)
+    assert coterie(*pack, "-o", str(ordered)).exit_code == 0
+    again = tmp_path / "again.arrow"
+    assert coterie("profile", "--activations", str(again), str(ordered), *count).exit_code == 0
+    before, after = (load_activations(path).live[1] for path in (counts, again))
+    np.testing.assert_array_equal(-np.sort(-before[0]), after[0])  # later layers differ in rounding
+    assert before.sum() == pytest.approx(after.sum(), rel=0.02)
+    refused(coterie(*pack[:2], str(plain), *pack[3:], "-o", str(ordered)), "packed model")
+    refused(coterie(*pack[:3], "--activations", str(again), "-o", str(ordered)), "another model", code=3)
+    refused(coterie("pack", *pack[2:]), "--activations goes with --sparse")
 
 
 # --- the command -------------------------------------------------------------------------------------

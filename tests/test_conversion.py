@@ -268,7 +268,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
         damaged.seek(at)
         damaged.write(b"\0\0\xc0\x7f")
     for format in ("Q4_0", "Q8_0", "F16", "F32"):
-        with pytest.raises(ModelError, match=r"'blk\.1\.ffn_down_t\.weight' holds a weight that is not a number"):
+        with pytest.raises(ModelError, match=r"'blk\.1\.ffn_down\.weight' holds a weight that is not a number"):
             packed(converted(dense, format=format), tmp_path / "m.coterie")
 
 

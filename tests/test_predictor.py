@@ -252,8 +252,7 @@ def test_wishes_that_make_no_sense(words: str, reason: str, folder: Path, monkey
     ("model", "reason"),
     [
         ({"sparse": True, "activation": "relu", "formats": "F16", "dim": 72}, "no Q8_0 blocks"),
-        ({"activation": "relu"}, "coterie pack --sparse"),
-        ({}, "leaves no neuron idle"),
+        ({}, "neurons are never idle"),
     ],
 )
 def test_models_that_cannot_have_them(model: dict[str, Any], reason: str, folder: Path) -> None:
@@ -264,7 +263,7 @@ def test_models_that_cannot_have_them(model: dict[str, Any], reason: str, folder
 
 def test_a_packed_model_is_refused(folder: Path) -> None:
     path = pack(folder / "m.gguf")
-    refused(coterie("train-predictor", str(path), "-f", str(folder / "text"), "-o", "o.coterie"), "needs the GGUF")
+    refused(coterie("train-predictor", str(path), "-f", str(folder / "text"), "-o", "o.coterie"), "is a packed model")
 
 
 @pytest.mark.usefixtures("untrained")

@@ -17,6 +17,7 @@ from coterie.paths import packed_dir
 from coterie.scheduler.plan import Flash, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash, wants_flash
 from coterie.scheduler.profile import file_system, flash_choice, load_profile, save_profile
+from coterie.storage.activations import activations_of
 from coterie.storage.flash_file import FlashFile, is_flash_file
 from coterie.storage.flash_writer import packed_copy, packed_path
 
@@ -36,11 +37,17 @@ def open_model(path: str | Path, format: str | None = None) -> Model:
     return understand(open_file(path, format))
 
 
-def open_by_neurons(path: str | Path, activation: str | None, format: str | None) -> Model:
-    """A model whose neurons can be skipped, made of one that is not packed; raises as `by_neurons`."""
+def open_by_neurons(
+    path: str | Path, activation: str | None, format: str | None = None, counts: Path | None = None
+) -> Model:
+    """A model whose neurons can be skipped, made of one that is not packed; raises as `by_neurons`. `counts`: a file of
+    activations of this model in its own order, by which neurons are put in the order of how often they are live."""
     model = open_model(path, format)
     try:
         made = by_neurons(model.source, model.spec, activation=activation, format=format)
+        if counts is not None:
+            order = activations_of(counts, model.spec, made, model.source).order()
+            made = by_neurons(model.source, model.spec, activation=activation, format=format, order=order)
         return replace(model, file=made, spec=read_spec(made))
     except BaseException:
         model.close()

@@ -36,7 +36,7 @@ def count(
 
     wishes = Wishes(context=steps * max(sizes), counting=True, **wanted)
     model = open_to_run(fetch.resolve(name, progress), wishes, progress)
-    known = activations_of(counts, model.file, model.spec) if counts.exists() else None
+    known = activations_of(counts, model.spec, model.file) if counts.exists() else None
     engine = Engine(model, wishes, progress=progress)
     try:
         found = record(engine, model.tokenizer.encode(content), sizes, steps, progress)

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import typer
 
@@ -40,6 +40,14 @@ Memory = Annotated[
         envvar="COTERIE_MEMORY",
         help="Ceiling, as 64MiB or 2G; 50%: room for half of the weights; auto: what the machine can spare.",
     ),
+]
+Activation = Annotated[
+    Literal["relu", "relu2", "drelu"] | None,
+    typer.Option("--activation", help="What a ReLU model was trained with, if its file does not say."),
+]
+Counts = Annotated[
+    Path | None,
+    typer.Option("--activations", metavar="COUNTS", help="Put neurons that are live often first (see profile)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from coterie.commands import terminal
-from coterie.commands.options import Json, ModelArgument, ModelOption, pick_model
+from coterie.commands.options import Activation, Counts, Json, ModelArgument, ModelOption, pick_model
 from coterie.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from coterie.models.source import WeightSource
 
-Activation = Literal["relu", "relu2", "drelu"]
 Format = Literal["Q4_0", "Q8_0", "F16"]
 LISTED = 1000  # damaged extents that --json lists
 
@@ -27,10 +26,8 @@ def pack(
     sparse: Annotated[
         bool, typer.Option("--sparse", help="By neurons, so that idle ones of a ReLU model are skipped.")
     ] = False,
-    activation: Annotated[
-        Activation | None,
-        typer.Option("--activation", help="With --sparse: what the model was trained with, if its file does not say."),
-    ] = None,
+    activation: Activation = None,
+    activations: Counts = None,
     format: Annotated[
         Format | None,
         typer.Option(
@@ -41,8 +38,9 @@ def pack(
 ) -> None:
     """Pack a model for running from flash; the packed file's path goes to stdout."""
     name = pick_model(model, model_option)
-    if activation and not sparse:
-        raise UsageError("--activation goes with --sparse; without it a model runs as its file says")
+    if (activation or activations) and not sparse:
+        option = "--activation" if activation else "--activations"
+        raise UsageError(f"{option} goes with --sparse; without it a model is packed as its file says")
 
     from coterie import fetch
 
@@ -55,7 +53,7 @@ def pack(
         from coterie.storage.flash_writer import pack_model, packed_copy
 
         start = time.monotonic()
-        opened = open_by_neurons(source, activation, format) if sparse else open_model(source, format)
+        opened = open_by_neurons(source, activation, format, activations) if sparse else open_model(source, format)
         try:
             path = output or packed_copy(opened, progress)
             if output:

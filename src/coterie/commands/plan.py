@@ -52,7 +52,7 @@ def plan(
         with open_file(path) if save is None else open_to_run(path, wishes, progress).file as file:
             spec = read_spec(file)
             if activations is not None:
-                wishes = replace(wishes, activations=activations_of(activations, file, spec))
+                wishes = replace(wishes, activations=activations_of(activations, spec, file))
             made, _ = make_plan(file, spec, wishes, flash_of(file, spec, wishes))
         if save is not None:
             write_plan(save, format_plan(made))

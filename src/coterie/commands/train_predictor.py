@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coterie.commands import terminal
-from coterie.commands.options import Json, ModelArgument, ModelOption, pick_model, read_text
+from coterie.commands.options import Activation, Counts, Json, ModelArgument, ModelOption, pick_model, read_text
 from coterie.commands.perplexity import chunk_losses, estimate
 from coterie.errors import UsageError
 
@@ -31,6 +31,8 @@ def train_predictor(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the text at most.")] = 16384,
     recall: Annotated[float, typer.Option("--recall", help="Share of live neurons to be found.")] = 0.95,
     format: Annotated[str, typer.Option("--format", help="Of the predictors: Q8_0, Q4_0, F16.")] = "Q8_0",
+    activation: Activation = None,
+    activations: Counts = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed, the same predictors.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -47,12 +49,12 @@ def train_predictor(
 
     with terminal.Progress() as progress:
         from coterie import fetch
-        from coterie.opening import open_model
+        from coterie.opening import open_by_neurons
 
         path = fetch.resolve(name, progress)
         progress(f"reading {path}")
         started = time.monotonic()
-        opened = open_model(path)
+        opened = open_by_neurons(path, activation, counts=activations)
         with opened.file:
             from coterie.models import predictor as p
             from coterie.models.load import understand
@@ -61,7 +63,7 @@ def train_predictor(
 
             source, spec = opened.source, opened.spec
             wanted = Training(p.default_rank(spec) if rank is None else rank, format, recall, seed)
-            p.check_trainable(source, spec, wanted)
+            p.check_trainable(spec, wanted)
             chunks = p.cut(opened.tokenizer.encode(text)[:tokens], opened.tokenizer.encode("")[:1])
             check_place(output, progress)
             trained = p.train(source, spec, chunks, wanted, progress)

@@ -76,15 +76,8 @@ def default_rank(spec: ModelSpec) -> int:
     return max(UNITS, spec.dim // 8 // UNITS * UNITS)
 
 
-def check_trainable(source: WeightSource, spec: ModelSpec, training: Training) -> None:
-    """Raise UsageError where there is nothing to train, or not so."""
-    name = source.path.name
-    if spec.activation not in ("relu", "relu2", "drelu"):
-        raise UsageError(
-            f"{name} has the activation {spec.activation}, which leaves no neuron idle; predictors need ReLU"
-        )
-    if not spec.sparse:
-        raise UsageError(f"{name} has no neurons to leave out, its Down lies dense; convert it: coterie pack --sparse")
+def check_trainable(spec: ModelSpec, training: Training) -> None:
+    """Raise UsageError where predictors cannot be trained so."""
     if training.format not in FORMATS:
         raise UsageError(f"predictors in {training.format[:20]!r} are not supported; there are {', '.join(FORMATS)}")
     if training.rank % UNITS or not UNITS <= training.rank <= spec.dim:
