@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 import coterie
 from coterie.commands import models
 from coterie.commands.bench import bench
+from coterie.commands.calibrate import calibrate
 from coterie.commands.doctor import doctor
 from coterie.commands.inspect import inspect
 from coterie.commands.pack import pack, verify
@@ -132,7 +133,20 @@ def _defaults(path: Path, group: TyperGroup, name: str, table: Any) -> dict[str,
     return {names[key]: value if isinstance(value, (bool, list)) else str(value) for key, value in table.items()}
 
 
-for command in (run, plan, bench, perplexity, pack, verify, inspect, profile, doctor, models.pull, models.ls):
+for command in (
+    run,
+    plan,
+    bench,
+    perplexity,
+    calibrate,
+    pack,
+    verify,
+    inspect,
+    profile,
+    doctor,
+    models.pull,
+    models.ls,
+):
     app.command()(command)
 
 

@@ -156,10 +156,19 @@ def expect_tensors(file: ModelHeader, spec: ModelSpec, norms: Sequence[str], hea
 
 def feed_forward(spec: ModelSpec, weights: Weights, layer: int, h: Floats) -> Floats:
     """A layer's feed-forward network: float32[n, dim] of h float32[n, dim], which is normed."""
+    return down(spec, weights, layer, activated(spec.activation, *gate_and_up(weights, layer, h)))
+
+
+def gate_and_up(weights: Weights, layer: int, h: Floats) -> tuple[Floats, Floats]:
+    """Gate's and Up's outputs, float32[n, ffn_dim] each."""
     blk = f"blk.{layer}."
-    gate, up = h @ weights(blk + "ffn_gate.weight").T, h @ weights(blk + "ffn_up.weight").T
-    down = weights(blk + "ffn_down_t.weight") if spec.sparse else weights(blk + "ffn_down.weight").T
-    return activated(spec.activation, gate, up) @ down
+    return h @ weights(blk + "ffn_gate.weight").T, h @ weights(blk + "ffn_up.weight").T
+
+
+def down(spec: ModelSpec, weights: Weights, layer: int, hidden: Floats) -> Floats:
+    """Down's output, float32[n, dim] of float32[n, ffn_dim]."""
+    blk = f"blk.{layer}."
+    return hidden @ (weights(blk + "ffn_down_t.weight") if spec.sparse else weights(blk + "ffn_down.weight").T)
 
 
 def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int], network: Network = feed_forward) -> Floats:
