@@ -1,7 +1,7 @@
 """SwiGLU models: what leaving out neurons costs in quality, and whether it would pay on this disk.
 
     coterie profile --flash
-    python benchmarks/swiglu.py MODEL.gguf ... [--chunks 4] [--out FILE.md]
+    python benchmarks/swiglu.py MODEL.gguf ... [--chunks 4] > FILE.md
 
 Thresholds are calibrated on the first 2,048 tokens of benchmarks/text/english.txt, and what follows is scored, as
 `coterie calibrate` does it. Tokens/s with half of the weights in memory are measured by the engine for the dense model;
@@ -60,12 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--chunks", type=int, default=4, help="of 512 tokens, to be scored")
-    parser.add_argument("--out", type=Path, help="write the markdown here")
     arguments = parser.parse_args()
-    text = "\n\n".join(f"{quality(path, arguments.chunks)}\n{dense_speed(path)}" for path in arguments.models)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    for path in arguments.models:
+        print(f"{quality(path, arguments.chunks)}\n{dense_speed(path)}\n", flush=True)
 
 
 if __name__ == "__main__":
