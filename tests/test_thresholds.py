@@ -361,3 +361,5 @@ def test_mistakes_are_one_line(files: tuple[str, str], tmp_path: Path) -> None:
     refused(coterie(*given, "--thresholds", text, "-c", "32"), "no thresholds file", code=3)
     refused(coterie("calibrate", str(other), "-f", text, "--thresholds", str(tmp_path / "t"), "-c", "32"), code=3)
     refused(coterie(*given, *SHORT, "-o", str(tmp_path / "no" / "t")), "cannot write")
+    refused(coterie(*given, *SHORT, "-o", model), "is there and holds no thresholds")
+    assert coterie(*given, *SHORT, "-o", str(tmp_path / "t"), "--method", "cats").exit_code == 0

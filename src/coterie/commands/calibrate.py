@@ -86,7 +86,7 @@ class Report:
     def table(self) -> str:
         """Markdown."""
         lines = [
-            "| | left out | perplexity | against dense | bytes not needed | tokens/s at 50 % | pays from |",
+            f"| | left out | perplexity | against dense | not needed | expected tokens/s at {SHARE:.0%} | pays from |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in self.rows:
@@ -256,21 +256,31 @@ def score(
 
 def read_thresholds(path: Path, model: "Model") -> "Thresholds":
     """A thresholds file for this model. Raises UsageError where it cannot be read, ModelError where it is not sound."""
-    from coterie.models.thresholds import LARGEST_FILE, Thresholds
+    from coterie.models.thresholds import Thresholds
 
     try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST_FILE)
+        data = _content(path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     return Thresholds.from_bytes(data, str(path), model.source.key(), len(model.spec.layers))
 
 
 def write_thresholds(path: Path, thresholds: "Thresholds") -> None:
-    """Raises UsageError where it cannot be written."""
+    """Only a file of such is ever replaced. Raises UsageError where it cannot be written."""
+    from coterie.models.thresholds import KIND
     from coterie.paths import replace_file
 
     try:
+        if path.exists() and not (path.is_file() and KIND.encode() in _content(path)[:64]):
+            raise UsageError(f"{path} is there and holds no thresholds; give another name, or delete it")
         replace_file(path, thresholds.to_bytes())
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _content(path: Path) -> bytes:
+    """As much of a file as a thresholds file can have. Raises OSError."""
+    from coterie.models.thresholds import LARGEST_FILE
+
+    with path.open("rb") as file:
+        return file.read(LARGEST_FILE)
