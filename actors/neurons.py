@@ -33,7 +33,7 @@ class NeuronUnit:
     """Reads bundles of the file `fd` (a duplicate of it) into the cache in `buffers`.
 
     sums: uint64, checksums of all bundles, in the order of the file; sector: bytes that reads are multiples of; abort:
-    address of a word that is set to 1 when reading has failed; engine, reader: as of FlashUnit.
+    address of a word that is set to 1 when reading has failed; engine: as of FlashUnit.
     """
 
     def __init__(
@@ -48,17 +48,16 @@ class NeuronUnit:
         sector: int,
         abort: int,
         engine: str | None = None,
-        reader: int | None = None,
     ) -> None:
         self.arena, self.buffers = arena, buffers
         self._cache: npt.NDArray[np.int64] = arena.numpy(buffers.control)
         self._reader: npt.NDArray[np.int64] = arena.numpy(buffers.reader)
         arena.numpy(buffers.sums)[:] = sums
-        uring = set_up_engine(engine, DEPTH, reader)
+        uring = set_up_engine(engine, DEPTH, None)
         self.engine = "preadv" if uring is None else "io_uring"
         readers = READERS if uring is None else 0
         fd = os.dup(fd)
-        self._fill_reader(fd, abort, reader, readers)
+        self._fill_reader(fd, abort, readers)
         if uring is not None:
             for word, value in uring.words.items():
                 self._reader[word] = value
@@ -75,7 +74,7 @@ class NeuronUnit:
     def _address(self) -> int:
         return self.arena.address(self.buffers.reader)
 
-    def _fill_reader(self, fd: int, abort: int, reader: int | None, readers: int) -> None:
+    def _fill_reader(self, fd: int, abort: int, readers: int) -> None:
         arena, buffers, control = self.arena, self.buffers, self._reader
         control[:] = 0
         arena.numpy(buffers.requests)[:] = 0
@@ -89,7 +88,7 @@ class NeuronUnit:
             t.NAP: self._address + 8 * t.SECONDS,
             t.NANOSECONDS: NAP,
             t.READERS: readers,
-            t.READER: (reader or library.address("flash_pread")) if readers else 0,
+            t.READER: library.address("flash_pread") if readers else 0,
         }
         if buffers.trace is not None:
             arena.numpy(buffers.trace)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS

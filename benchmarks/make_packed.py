@@ -58,6 +58,7 @@ SHAPES = {
     "bamboo-7b-predicted": Shape(4096, 32, 32, 8, 128, 14336, 49152, False, 1e4, "drelu", 512),
     "mistral-7b": Shape(4096, 32, 32, 8, 128, 14336, 49152, False, 1e4, "relu"),
     "sparse-47b": Shape(8192, 54, 64, 8, 128, 28672, 49152, False, 5e5, "relu"),
+    "sparse-47b-predicted": Shape(8192, 54, 64, 8, 128, 28672, 49152, False, 5e5, "relu", 1024),
 }
 
 

@@ -25,7 +25,7 @@ CHANCES = (1, 2, 3, 7, 15)  # uses that count at most
 NEVER = 1 << 40
 
 
-@njit  # type: ignore[misc]  # numba is untyped
+@njit  # type: ignore[untyped-decorator]  # numba is untyped
 def second_chance(uses: Ints, ticks: Ints, neurons: int, slots: int, most: int, first: int) -> int:
     """Misses from use `first` on. What the present tick (token and layer) uses is kept; a neuron that is read in begins
     without credit."""
@@ -56,7 +56,7 @@ def second_chance(uses: Ints, ticks: Ints, neurons: int, slots: int, most: int, 
     return misses
 
 
-@njit  # type: ignore[misc]
+@njit  # type: ignore[untyped-decorator]  # numba is untyped
 def by_rank(uses: Ints, keys: Ints, neurons: int, slots: int, first: int) -> int:
     """Misses if the neuron with the smallest key of its last use is dropped: LRU by the time of the use, Belady by the
     time of the next one, negative. A heap with stale entries."""

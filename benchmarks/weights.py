@@ -13,6 +13,7 @@ with each factor and its negative for the sake of the ReLU between. It proves sp
 about quality.
 """
 
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import gguf
@@ -21,7 +22,7 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from coterie.kernels.formats import COLUMNS, FORMATS
-from coterie.kernels.shapes import CLUSTER
+from coterie.kernels.shapes import CLUSTER, SUPERBLOCK
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.storage.pack import pack
@@ -37,6 +38,8 @@ MOST = 0.95  # of tokens that a neuron is live for
 TOPIC = 64  # tokens
 SHARED = 0.5  # part of an embedding's variance that a topic's tokens share
 CAUTION = 0.07  # deviations of a Gate's output by which predictors ask for more than is live: recall for speed
+DRAWN = 4  # layers with Gates of their own
+AT_ONCE = 4096  # rows that are quantised together
 UNIT = 16.0  # of predictors' constant hidden unit
 QUIET = 0.25  # of what layers add to the hidden state, so that its deviation stays what thresholds reckon with
 
@@ -176,50 +179,72 @@ class PlantedWeights(RandomWeights):
         bundles[:, layout.up_offset :][:, : 2 * size] = np.concatenate(list(rows), axis=1)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A layer's predictor and Gate, packed: raw rows of the first matrix, rows of single neurons of the others."""
+
+    first: Bytes
+    second: Bytes
+    gate: Bytes
+
+
 class PredictedWeights(PlantedWeights):
-    """Gates of low rank, and predictors that know it."""
+    """Gates of low rank, and predictors that know it. Layers DRAWN apart have the same, which saves most of the time
+    that a model takes."""
 
     def __init__(self, file: ModelHeader, spec: ModelSpec, seed: int) -> None:
         super().__init__(file, spec, seed)
-        self.layer = -1
+        self.drawn: dict[int, Drawn] = {}
 
     def fill(self, run: Run, extent: int, out: Bytes) -> None:
-        if run.kind in ("predictor", "scores", "neurons") and run.layer != self.layer:
-            self.layer = run.layer
-            self._draw()
         count = run.items_of(extent)
         items = out[: count * run.item_bytes].reshape(count, run.item_bytes)
         first = extent * run.per
         match run.kind:
             case "predictor":
-                rows = quantize(self.first[16 * first : 16 * (first + count)], gguf.GGMLQuantizationType.Q4_0)
+                rows = self._of(run.layer).first[16 * first : 16 * (first + count)]
                 pack("Q4_0", rows, items.reshape(count, -1, FORMATS["Q4_0"].block))
             case "scores":
-                self._rows(self.second, first, items.reshape(count * CLUSTER, -1))
+                self._rows(self._of(run.layer).second, first, items.reshape(count * CLUSTER, -1))
             case "neurons":
                 self._neurons(items, run.layer)
                 layout = neuron_layout(self.file.tensors, self.spec, run.layer)
-                self._rows(self.gate, first, items.reshape(-1, layout.bundle)[:, : layout.up_offset])
+                self._rows(self._of(run.layer).gate, first, items.reshape(-1, layout.bundle)[:, : layout.up_offset])
             case _:
                 super().fill(run, extent, out)
 
-    def _draw(self) -> None:
-        """A layer's Gate and predictor: gate = factors @ basis, with the thresholds in coordinate 0. The predictor's
-        constant unit has a block to itself."""
+    def _of(self, layer: int) -> Drawn:
+        if layer % DRAWN not in self.drawn:
+            self.drawn[layer % DRAWN] = self._draw()
+        return self.drawn[layer % DRAWN]
+
+    def _draw(self) -> Drawn:
+        """gate = factors @ basis, with the thresholds in coordinate 0. The predictor's constant unit has a block to
+        itself."""
         spec, rng = self.spec, self.rng
         rank = (spec.predictor - COLUMNS) // 2
         basis = rng.standard_normal((rank, spec.dim), np.float32) * np.float32(spec.dim**-0.5)
         basis[:, :COLUMNS] = 0
         factors = rng.standard_normal((spec.ffn_dim, rank), np.float32) * np.float32(rank**-0.5)
-        self.gate = factors @ basis
-        self.gate[:, 0] = -self.thresholds
+        gate = factors @ basis
+        gate[:, 0] = -self.thresholds
         constant, weights = np.zeros((COLUMNS, spec.dim), np.float32), np.zeros((spec.ffn_dim, COLUMNS), np.float32)
         constant[0, 0] = -UNIT / CONSTANT
         weights[:, 0] = (self.thresholds * CONSTANT + CAUTION) / UNIT
-        self.first = np.concatenate([basis, -basis, constant])
-        self.second = np.concatenate([factors, -factors, weights], axis=1)
+        first = quantize(np.concatenate([basis, -basis, constant]), gguf.GGMLQuantizationType.Q4_0)
+        return Drawn(first, packed_rows(np.concatenate([factors, -factors, weights], axis=1)), packed_rows(gate))
 
-    def _rows(self, rows: NDArray[np.float32], first: int, out: Bytes) -> None:
+    def _rows(self, rows: Bytes, first: int, out: Bytes) -> None:
         """Rows of the neurons from cluster `first` on, uint8[neurons][row bytes]."""
         here = rows[first * CLUSTER : first * CLUSTER + len(out)]
-        pack_rows("Q4_0", quantize(here, gguf.GGMLQuantizationType.Q4_0), out[: len(here)])
+        out[: len(here)] = here
+
+
+def packed_rows(rows: NDArray[np.float32]) -> Bytes:
+    """Rows of single neurons in Q4_0, uint8[neurons][row bytes]."""
+    supers = -(-rows.shape[1] // (SUPERBLOCK * COLUMNS))
+    out = np.empty((len(rows), supers * FORMATS["Q4_0"].block), np.uint8)
+    for first in range(0, len(rows), AT_ONCE):
+        part = quantize(rows[first : first + AT_ONCE], gguf.GGMLQuantizationType.Q4_0)
+        pack_rows("Q4_0", part, out[first : first + AT_ONCE])
+    return out

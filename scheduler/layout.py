@@ -11,7 +11,8 @@ from coterie.kernels.record import LINE, Opcode
 from coterie.kernels.shapes import SPAN
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec, Rope
-from coterie.scheduler.lower import Lowering, Mode, Shared
+from coterie.scheduler.buffers import Shared
+from coterie.scheduler.lower import Lowering, Mode
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.neuron_buffers import NeuronBuffers, bundle_runs, lay_out_neurons, layer_neurons

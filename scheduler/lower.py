@@ -5,7 +5,6 @@ preparation that each lane runs for itself, so that a layer costs five hand-over
 over rows and claimed like the rest.
 """
 
-from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -16,7 +15,8 @@ from coterie.kernels.formats import COLUMNS, ROWS, Format
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
 from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN
-from coterie.models.spec import ModelSpec, Rope
+from coterie.models.spec import ModelSpec
+from coterie.scheduler.buffers import Shared, Tiles
 from coterie.scheduler.lower_sparse import SparseLowering, Woven
 from coterie.scheduler.program import NO_LAYER, Draft, Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
@@ -27,40 +27,6 @@ Mode = Literal["decode", "prefill"]
 PIECES = 4  # pieces a lane of an operator, at least
 PIECE_BYTES = 256 << 10  # of weights: a larger piece is cut further
 PANEL_BYTES = 448 << 10  # of activations that stay in the second-level cache
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Input of a matrix: int8 tiles, float tiles, or both, as its readers want; `lane` bytes apart if each lane
-    has its own (0: shared)."""
-
-    ints: BufferRef | None
-    floats: BufferRef | None
-    subs: int
-    int_lane: int
-    float_lane: int
-
-    def of(self, weights: Format) -> tuple[BufferRef, int]:
-        """The tiles that weights of this format read, and their distance between lanes."""
-        ref, lane = (self.floats, self.float_lane) if weights.is_float else (self.ints, self.int_lane)
-        assert ref is not None
-        return ref, lane
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all programs of a model share. `ropes`: float32[context][2][dims/2]; `logits`:
-    float32[rows][vocabulary, padded]; `error`: the word kernels complain into. Of a sparse model, `cache`: the neuron
-    cache's control block (None: all bundles stay in memory), `uses`: int32[layers][neurons], in how many steps each was
-    live (None: not counted)."""
-
-    lanes: int
-    context: int
-    error: BufferRef
-    ropes: dict[Rope, BufferRef]
-    logits: BufferRef
-    cache: BufferRef | None = None
-    uses: BufferRef | None = None
 
 
 class Lowering:

@@ -139,6 +139,7 @@ class SparseLowering:
             o.N_USES: self.uses.tail(4 * i * self.neurons) if self.uses else None,
             o.N_SCORE_X: self.score_at if inside else 0,
             o.N_SCORE_SUPERS: layout.score_supers,
+            o.N_ASCENDING: int(span.position != PINNED),
         }
 
     def weave(self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft | None, ahead: int) -> Draft:

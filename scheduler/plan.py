@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from coterie.scheduler.hotness import Activity
 from coterie.scheduler.profile import FlashChoice
 from coterie.scheduler.residency import region_bytes
 from coterie.sizes import Memory
+from coterie.storage.activations import Activations
 
 VERSION = 3
 MAX_LANES = 64
@@ -55,6 +57,7 @@ class Plan:
     numerics: str = "exact"
     version: int = VERSION
     units: dict[str, str] = field(default_factory=lambda: {"cpu": "everything"})
+    activity: tuple[Activity, ...] = ()  # what a sparse model's steps are expected to use, by batch size
 
     @property
     def total(self) -> int:
@@ -77,6 +80,9 @@ class Plan:
             seconds["memory"] = self.bytes_per_token / memory_bandwidth
         if self.streamed_per_token and self.flash is not None and self.flash.bytes_per_s:
             seconds["flash"] = self.streamed_per_token / self.flash.bytes_per_s
+        for activity in self.activity[:1]:
+            if activity.read_seconds:
+                seconds["flash"] = seconds.get("flash", 0.0) + activity.read_seconds
         bottleneck = max(seconds, key=lambda unit: seconds[unit], default=None)
         if self.streamed_per_token and "flash" not in seconds:
             bottleneck = None  # the slower one is not known
@@ -118,7 +124,7 @@ class Plan:
             f"MiB), {rest:.0f} MiB else; Python beside it, up to {OVERHEAD // 10**6} MB"
             + (f" [{said}]" if said else "")
         )
-        return lines
+        return lines + [activity.line() for activity in self.activity]
 
     def _residency(self) -> str:
         weights = self.regions["weights"] / (1 << 20)
@@ -140,9 +146,9 @@ class Plan:
 @dataclass(frozen=True)
 class Wishes:
     """What the user wants of a plan; None is for us to choose. `memory` is a ceiling in bytes, a share of the weights,
-    or "auto". `tracing` records events, `counting` in how many steps a sparse model's neurons were live. What follows
-    `sources` comes from a plan file: extents pinned, bytes of the ring, neurons in the cache, how flash is read, and of
-    which packed model."""
+    or "auto". `tracing` records events, `counting` in how many steps a sparse model's neurons were live; `activations`
+    are such counts, by which the plan says what it expects. What follows `sources` comes from a plan file: extents
+    pinned, bytes of the ring, neurons in the cache, how flash is read, and of which packed model."""
 
     threads: int | None = None
     context: int | None = None
@@ -150,6 +156,7 @@ class Wishes:
     memory: Memory | None = None
     tracing: bool = False
     counting: bool = False
+    activations: Activations | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     pinned: int | None = None
     ring: int | None = None

@@ -5,14 +5,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from coterie.errors import PlanError, UsageError
 from coterie.kernels import target
 from coterie.kernels.shapes import CLUSTER, TILE_TOKENS
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
+from coterie.scheduler.hotness import Activity, allowed_fetches, expected_misses, hot_set
 from coterie.scheduler.layout import BATCH, ModelLayout, block_table_bytes, lay_out_model, tape_room
 from coterie.scheduler.plan import MAX_LANES, OVERHEAD, Flash, Plan, Wishes
-from coterie.scheduler.profile import flash_choice, load_profile
+from coterie.scheduler.profile import flash_choice, load_profile, single_reads
 from coterie.scheduler.residency import choose, least_budget, region_bytes, resume, ring_room
 from coterie.sizes import Share
 from coterie.storage.arena import Ledger, round_up
@@ -78,6 +82,11 @@ def make_plan(file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Flash |
     for values that make no sense, PlanError where it does not fit."""
     _check_shapes(file, spec)
     draft = _Draft(file, spec, wishes, flash)
+    plan, residency = _decided(draft, wishes)
+    return replace(plan, activity=draft.activity(residency)), residency
+
+
+def _decided(draft: "_Draft", wishes: Wishes) -> tuple[Plan, Residency]:
     ceiling = spare_memory() if wishes.memory == "auto" else wishes.memory
     if wishes.pinned is not None:
         return draft.as_told(None if isinstance(ceiling, Share) else ceiling)
@@ -88,10 +97,10 @@ def make_plan(file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Flash |
         needed = plan.total - plan.regions["kv"] + OVERHEAD  # the cache is taken only as sequences grow
         if needed <= available_memory():
             return plan, residency
-        if flash is None:
+        if draft.flash is None:
             raise PlanError(
-                f"{file.path.name} needs {needed >> 20} MiB, but only {available_memory() >> 20} MiB of memory are "
-                "free; give --memory to stream what does not fit"
+                f"{draft.file.path.name} needs {needed >> 20} MiB, but only {available_memory() >> 20} MiB of memory "
+                "are free; give --memory to stream what does not fit"
             )
         ceiling = spare_memory()
     return draft.under(ceiling)
@@ -220,14 +229,37 @@ class _Draft:
         regions["programs"] = sum(p.nbytes for p in layout.programs.values())
         return regions, layout
 
-    def _pinned_neurons(self, residency: Residency) -> int:
-        """How many neurons' bundles stay in memory."""
-        extents, count = Extents.of(self.runs), 0
+    def _pinned_neurons(self, residency: Residency) -> npt.NDArray[np.bool_]:
+        """Which neurons' bundles stay in memory: bool[layers][neurons]."""
+        extents, bundles = Extents.of(self.runs), bundle_runs(self.runs)
+        stays = np.zeros((len(bundles), layer_neurons(bundles[0]) if bundles else 0), np.bool_)
         for number in residency.pinned.tolist():
-            run = self.runs[extents.run[number]]
+            run, extent = self.runs[extents.run[number]], int(extents.number[number])
             if run.kind == "neurons":
-                count += run.items_of(int(extents.number[number])) * CLUSTER
-        return count
+                first = extent * run.per * CLUSTER
+                stays[run.layer, first : first + run.items_of(extent) * CLUSTER] = True
+        return stays
+
+    def activity(self, residency: Residency) -> tuple[Activity, ...]:
+        """What steps are expected to use, where activations were counted."""
+        counts, spec, bundles = self.wishes.activations, self.spec, bundle_runs(self.runs)
+        if counts is None or not bundles:
+            return ()
+        profile, stays = load_profile(), self._pinned_neurons(residency)[:, : spec.ffn_dim]
+        reads = single_reads(profile, Path(self.flash.file)) if self.flash else None
+        bundle = bundles[0].item_bytes // CLUSTER
+        attention = sum(run.nbytes for run in self.runs if run.kind in ("qkv", "attention")) / len(bundles)
+        seconds = attention / profile.memory_bandwidth if profile.memory_bandwidth else None
+        allowed = allowed_fetches(self.flash.bytes_per_s if self.flash else None, seconds, bundle)
+
+        def of(batch: int) -> Activity:
+            frequencies = counts.frequencies(batch)
+            hot = sum(hot_set(f, here, allowed).size for f, here in zip(frequencies, stays, strict=True))
+            missing = expected_misses(frequencies[~stays], residency.slots) if residency.slots else 0.0
+            taken = missing / reads if reads else None
+            return Activity(batch, float(frequencies.sum()), hot, hot * bundle, missing, missing * bundle, taken)
+
+        return tuple(of(batch) for batch in counts.batches)
 
     def _plan(self, context: int, chunk: int, residency: Residency, ceiling: int | None) -> Plan:
         wishes, (regions, layout) = self.wishes, self._regions(context, chunk, residency)
@@ -252,7 +284,7 @@ class _Draft:
             ring=residency.ring,
             slots=residency.slots,
             neurons=sum(map(layer_neurons, bundles)),
-            pinned_neurons=self._pinned_neurons(residency),
+            pinned_neurons=int(self._pinned_neurons(residency).sum()),
             regions=regions,
             sources={name: _source(name, value, wishes.sources) for name, value in given.items()},
             memory=ceiling,

@@ -22,6 +22,7 @@ VERSION = 1
 LARGEST_FILE = 4 << 20  # bytes of a profile
 MACHINES = 8  # kept in a profile, which several machines may share
 ENGINES = ("io_uring", "preadv")
+SINGLE = 8192  # bytes at most of a read that is like a single neuron's
 BLOCKS, DEPTHS = (4096, 1 << 30), (1, 1 << 10)  # least and largest
 
 
@@ -80,6 +81,15 @@ def flash_choice(profile: DeviceProfile, path: Path) -> FlashChoice:
         return ASSUMED
     source = "quick profile" if found.quick else "profile"
     return FlashChoice(found.block, found.depth, found.bytes_per_s, source, found.engine)
+
+
+def single_reads(profile: DeviceProfile, path: Path) -> float | None:
+    """Reads/s of single neurons, as far as measured: of the smallest blocks, with most of them in flight, anywhere in a
+    file; None where a full profile is missing."""
+    found = profile.flash.get(file_system(path))
+    rows = [row for row in found.rows if row.pattern == "random" and row.block <= SINGLE] if found else []
+    best = max(rows, key=lambda row: (row.span, -row.block, row.depth), default=None)
+    return None if best is None else best.bytes_per_s / best.block
 
 
 def profile_path() -> Path:

@@ -24,6 +24,7 @@ from coterie.kernels.shapes import CLUSTER
 from coterie.models.header import HeaderParser, ModelFile, open_regular
 from coterie.models.load import read_spec
 from coterie.storage.arena import round_up
+from coterie.storage.arrow_file import decode_table, encode_table
 from coterie.storage.checksum import checksum
 from coterie.storage.direct import open_direct
 from coterie.storage.runs import PAGE, Extents, Run, lay_out_runs
@@ -291,48 +292,13 @@ def encode_manifest(table: "pa.Table") -> tuple[bytes, int]:
     """The table as an Arrow file, uncompressed in one batch; and where in it its checksums lie."""
     import pyarrow as pa
 
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    data = sink.getvalue()
+    data = encode_table(table)
     batch = pa.ipc.open_file(data).get_batch(0)
     return data.to_pybytes(), batch.column("checksum").buffers()[1].address - data.address
 
 
 def _decode_manifest(data: bytes, name: str) -> "pa.Table":
-    """Read a manifest that anybody may have written. Compressed ones are refused: a small one could be endless."""
-    import pyarrow as pa
-
-    stream = pa.py_buffer(data[8:])  # after the file's magic comes a stream
     try:
-        messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(stream))
-        if not any(map(_is_compressed, messages)):
-            table = pa.ipc.open_stream(pa.BufferReader(stream)).read_all()
-            table.validate(full=True)
-            return table
-    except (pa.ArrowException, OSError, ValueError, struct.error, MemoryError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise ModelError(f"{name}: its manifest is no Arrow table: {reason}; pack the model again") from None
-    raise ModelError(f"{name}: its manifest is compressed, which ours never are; pack the model again")
-
-
-def _is_compressed(message: "pa.Message") -> bool:
-    """Whether a message's flatbuffer (Arrow's Message.fbs) has a batch with a compression."""
-    data = message.metadata.to_pybytes()
-    header = _field(data, _target(data, 0), 2)
-    if message.type == "dictionary" and header:
-        header = _field(data, _target(data, header), 1)
-    return message.type != "schema" and (not header or _field(data, _target(data, header), 3) != 0)
-
-
-def _target(data: bytes, at: int) -> int:
-    return at + int(struct.unpack_from("<I", data, at)[0])
-
-
-def _field(data: bytes, table: int, number: int) -> int:
-    """Where a flatbuffer table's field lies, 0 where it is absent."""
-    vtable = table - struct.unpack_from("<i", data, table)[0]
-    if 4 + 2 * number >= struct.unpack_from("<H", data, vtable)[0]:
-        return 0
-    place = struct.unpack_from("<H", data, vtable + 4 + 2 * number)[0]
-    return table + place if place else 0
+        return decode_table(data)
+    except ValueError as error:
+        raise ModelError(f"{name}: its manifest {error}; pack the model again") from None

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from coterie.errors import ModelError, UsageError
 from coterie.kernels.shapes import CLUSTER
-from coterie.models.gguf_file import GGUFFile
-from coterie.models.load import Model
+from coterie.models.load import Model, open_source
 from coterie.models.source import WeightSource
 from coterie.paths import packed_dir, replace_file
 from coterie.storage.arena import round_up
@@ -46,22 +45,28 @@ POLL_SECONDS = 0.2
 
 
 def pack_model(model: Model, out: Path, progress: Progress) -> None:
-    """Pack an open GGUF into the flash file `out`, in whose place a packed model may stand.
+    """Pack an open model into the flash file `out`, in whose place a packed model may stand.
 
-    Raises UsageError where it cannot be written there, ModelError where the GGUF is damaged.
+    Raises UsageError where it cannot be written there, ModelError where the model is damaged.
     """
     with _only_one(out, progress) as fd:
         _pack(model, out, fd, progress)
 
 
+def check_place(out: Path, progress: Progress) -> None:
+    """Raise UsageError where no flash file can be written: for what takes long before it writes one."""
+    with _only_one(out, progress):
+        pass
+
+
 def packed_path(file: WeightSource) -> Path:
-    """Where the packed copy of a GGUF is kept, in Coterie's cache; it need not be there yet."""
+    """Where the packed copy of a model is kept, in Coterie's cache; it need not be there yet."""
     name = re.sub(r"[^\w.-]", "_", file.path.name.removesuffix(".gguf"), flags=re.ASCII)[:100]
     return packed_dir() / f"{name}-{file.key().hex()[:16]}.coterie"
 
 
 def packed_copy(model: Model, progress: Progress) -> Path:
-    """The packed copy of an open GGUF in the cache, made now if it is not there. Raises as `pack_model`."""
+    """The packed copy of an open model in the cache, made now if it is not there. Raises as `pack_model`."""
     out = packed_path(model.source)
     if not _is_copy(out, model.source):
         _sweep(out.parent)
@@ -69,7 +74,8 @@ def packed_copy(model: Model, progress: Progress) -> Path:
             if not _is_copy(out, model.source):  # another process may just have made it
                 _pack(model, out, fd, progress)
     with suppress(OSError):
-        replace_file(_source_note(out), os.fsencode(os.path.abspath(model.file.path)))
+        origin = model.source.origin().hex().encode()
+        replace_file(_source_note(out), origin + b" " + os.fsencode(os.path.abspath(model.file.path)))
     return out
 
 
@@ -299,17 +305,19 @@ def _is_at(path: Path, fd: int) -> bool:
 
 
 def _source_note(copy: Path) -> Path:
-    """Where it is written down of which file a copy was made last."""
+    """Where it is written down of which file a copy was made last, and what that was like."""
     return copy.with_suffix(".source")
 
 
 def _sweep(folder: Path) -> None:
     """Remove from the cache what killed packs left, and copies of files that have changed since."""
     for note in folder.glob("*.source"):
-        with suppress(OSError, ModelError), GGUFFile(os.fsdecode(note.read_bytes())) as file:
-            if _source_note(packed_path(file)) != note:
-                note.with_suffix(".coterie").unlink(missing_ok=True)
-                note.unlink()
+        with suppress(OSError, ModelError):
+            origin, _, name = note.read_bytes().partition(b" ")
+            with open_source(os.fsdecode(name)) as source:
+                if source.origin().hex().encode() != origin:
+                    note.with_suffix(".coterie").unlink(missing_ok=True)
+                    note.unlink()
     for path in folder.glob(".*.part"):
         with suppress(OSError):
             fd = _locked(path)

@@ -7,10 +7,8 @@ from threading import Lock
 import numpy as np
 import numpy.typing as npt
 
-from coterie.errors import ModelError
 from coterie.kernels.formats import FORMATS, ROWS, Format
 from coterie.kernels.shapes import CLUSTER, SUPERBLOCK
-from coterie.models.dequant import finite
 from coterie.models.source import WeightSource
 from coterie.models.spec import ModelSpec
 from coterie.storage.arena import Arena, BufferRef
@@ -32,8 +30,8 @@ def pack_rows(name: str, raw: Bytes, out: Bytes) -> None:
     """Rows of single neurons: raw uint8[rows, row bytes] into uint8[rows, superblocks * bytes], which may be a view."""
     f = FORMATS[name]
     block, supers = raw_bytes(name, f.columns), out.shape[1] // f.block
-    blocks = np.zeros((len(raw), supers * SUPERBLOCK, block), np.uint8)
-    blocks[:, : raw.shape[1] // block] = raw.reshape(len(raw), -1, block)
+    blocks = np.zeros((len(raw), supers * SUPERBLOCK * block), np.uint8)
+    blocks[:, : raw.shape[1]] = raw
     packed = np.empty((len(raw) * supers, 1, f.block), np.uint8)
     pack(name, blocks.reshape(-1, block), packed)
     out[:] = packed.reshape(len(raw), -1)
@@ -66,7 +64,7 @@ class RunPacker:
     def _norms(self, out: npt.NDArray[np.float32]) -> None:
         """All norm vectors, float32 in the file too; the padding stays 0."""
         for name, (at, size) in norm_places(self.spec).items():
-            out[at : at + size] = self._read(name)[0].view(np.float32)
+            out[at : at + size] = self.file.read_finite(name)[0].view(np.float32)
 
     def _names(self) -> tuple[str, ...]:
         match self.run.kind:
@@ -99,11 +97,11 @@ class RunPacker:
         """Rows of a matrix in packed order: queries' and keys' rotary pairs are split."""
         rotary = name.endswith(("attn_q.weight", "attn_k.weight")) and self.spec.interleaved_rope
         if not rotary:
-            return self._read(name, first, last)
+            return self.file.read_finite(name, first, last)
         dim = self.spec.head_dim
         low, high = first // dim * dim, -(-last // dim) * dim  # whole heads
         order = low + half_split_rows(dim, self.spec.layers[self.run.layer].rope.dims, (high - low) // dim)
-        return self._read(name, low, high)[order[first - low : last - low] - low]
+        return self.file.read_finite(name, low, high)[order[first - low : last - low] - low]
 
     def _clusters(self, first: int, out: Bytes) -> None:
         """Bundles of the clusters from number `first` on."""
@@ -113,7 +111,7 @@ class RunPacker:
         self._projection(f"blk.{layer}.ffn_gate.weight", layout.gate, rows, out[:, : layout.gate_bytes])
         self._projection(f"blk.{layer}.ffn_up.weight", layout.up, rows, out[:, layout.gate_bytes : layout.down_offset])
         if self._down is None:
-            self._down = self._read(f"blk.{layer}.ffn_down.weight")
+            self._down = self.file.read_finite(f"blk.{layer}.ffn_down.weight")
         block = self._down.shape[1] * layout.neurons // layout.ffn_dim  # raw bytes of a row's block
         column = self._down[:, first * block : (first + len(out)) * block]
         size = layout.down_groups * layout.down.block
@@ -140,7 +138,7 @@ class RunPacker:
     def _neuron_rows(self, part: str, f: Format, first: int, out: Bytes) -> None:
         """Rows of single neurons: 16 blocks of a row are packed as a block of 16 rows is."""
         low, high = first * CLUSTER, min(self.spec.ffn_dim, first * CLUSTER + len(out))
-        raw = self._read(f"blk.{self.run.layer}.{part}.weight", low, high)
+        raw = self.file.read_finite(f"blk.{self.run.layer}.{part}.weight", low, high)
         pack_rows(f.name, raw, out[: high - low])
 
     def _projection(self, name: str, f: Format, rows: tuple[int, int], out: Bytes) -> None:
@@ -148,16 +146,8 @@ class RunPacker:
         blocks = padded_columns(f.name, self.spec.dim) // f.columns
         groups = out.shape[1] // (blocks * f.block)
         packed = np.empty((len(out) * groups, blocks, f.block), np.uint8)
-        pack(f.name, self._read(name, *rows), packed)
+        pack(f.name, self.file.read_finite(name, *rows), packed)
         out[:, : groups * blocks * f.block] = packed.reshape(len(out), -1)
-
-    def _read(self, name: str, first: int = 0, last: int | None = None) -> Bytes:
-        tensor, raw = self.file.tensors[name], self.file.read(name, first, last)
-        if not finite(raw, tensor.format):
-            raise ModelError(
-                f"{self.file.path.name}: tensor {name!r} holds a weight that is not a number; the file is damaged"
-            )
-        return raw
 
 
 def pack_into(

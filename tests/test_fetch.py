@@ -198,6 +198,10 @@ def test_a_path_is_a_path(index: Index, tmp_path: Path, monkeypatch: pytest.Monk
     model.write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
     assert fetch.resolve(str(model)) == fetch.resolve(model) == model
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    assert fetch.resolve(folder) == folder
     assert fetch.resolve("tiny") == Path("tiny")  # the file here, although a model has that name
     assert index.calls() == []
 

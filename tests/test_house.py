@@ -32,6 +32,7 @@ FRONT_DOOR = {
     "stream",
     "meter",
     "pressure",
+    "recording",
     "room",
 }
 MAY_IMPORT = {

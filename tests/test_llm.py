@@ -1,12 +1,6 @@
 """The Python API on tiny models, and the cache of compiled kernels beneath it."""
 
 import os
-import re
-import shutil
-import signal
-import stat
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +12,7 @@ from reference import same_bits
 from tiny_models import write_tiny
 
 from coterie import LLM
-from coterie.errors import CoterieError, ModelError, PlanError, UnitError, UsageError
-from coterie.kernels import library, target
-from coterie.kernels.apart import CompilerProcess
+from coterie.errors import CoterieError, ModelError, PlanError, UsageError
 
 PROMPT = "In the beginning was the word"
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -283,104 +275,6 @@ def test_a_file_that_is_no_model_leaves_nothing_open(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         LLM(path)
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-# --- compiled kernels ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of this test's own, and no kernel linked yet."""
-    monkeypatch.setenv("COTERIE_HOME", str(tmp_path / "home"))
-    for name in ("cache_folder", "address"):
-        monkeypatch.setattr(library, name, getattr(library, name).__wrapped__)
-    return library.cache_folder()
-
-
-def cycles() -> int:
-    return library.function("lane_cycles", 0)()
-
-
-def test_the_cache_s_name_follows_every_kernel_source(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = tmp_path / "kernels"
-    shutil.copytree(Path(library.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(library, "__file__", str(copy / "library.py"))
-    assert library.cache_folder() == cache  # the same sources elsewhere
-    seen = {cache}
-    for source in sorted(copy.glob("*.py")):
-        text = source.read_text()
-        source.write_text(text + "# edited\n")
-        seen.add(library.cache_folder())
-        source.write_text(text)
-    assert len(seen) == 1 + len(list(copy.glob("*.py")))
-    assert library.cache_folder() == cache
-    monkeypatch.setattr(target, "features", lambda: frozenset({"avx2"}))
-    assert library.cache_folder() not in seen
-
-
-def test_kernels_are_kept_and_damaged_ones_compiled_again(cache: Path) -> None:
-    assert not library.is_cached("lane_cycles")
-    assert cycles() <= cycles()
-    (file,) = cache.iterdir()
-    assert library.is_cached("lane_cycles")
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    good = file.read_bytes()
-    assert cycles() <= cycles()
-    assert file.read_bytes() == good
-    middle = len(good) // 2
-    for bad in (b"", b"nonsense", good[:-1], good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]):
-        file.write_bytes(bad)
-        assert cycles() <= cycles()
-        assert library._read("lane_cycles") is not None  # whole again
-        assert [path.name for path in cache.iterdir()] == [file.name]
-
-
-def test_a_cache_that_cannot_be_written_costs_only_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tempfile, "mkstemp", full)
-    assert cycles() <= cycles()
-    assert not library.is_cached("lane_cycles")
-
-
-def test_the_compiler_is_started_again_when_it_has_ended() -> None:
-    compiler = CompilerProcess()
-    first = compiler.compile("lane_cycles")
-    assert compiler._process is not None
-    os.kill(compiler._process.pid, signal.SIGKILL)
-    assert compiler.compile("lane_cycles") == first
-    compiler.end()
-    assert compiler._process is None
-    compiler.end()
-
-
-def test_functions_within_kernels_have_symbols_of_their_own() -> None:
-    """Also when two kernels come from two processes: linked into one, they must not take each other's."""
-    symbols = []
-    for name in ("flash_lane:io_uring", "flash_lane:preadv"):
-        compiler = CompilerProcess()
-        _, code = compiler.compile(name)
-        compiler.end()
-        symbols.append(set(re.findall(rb"_ZN7coterie7kernels5flash10flash_lane\w*", code)))
-        assert symbols[-1]
-    assert not symbols[0] & symbols[1]
-
-
-def test_what_cannot_be_compiled_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = CompilerProcess()
-    with pytest.raises(UnitError, match="cannot compile kernel no_such_family: KeyError"):
-        compiler.compile("no_such_family")
-    assert compiler.compile("lane_cycles")  # by the same process
-    compiler.end()
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UnitError, match="cannot compile kernel lane_cycles: the compiler ended with status 1"):
-        compiler.compile("lane_cycles")
-    monkeypatch.setattr(sys, "executable", "/nowhere")
-    with pytest.raises(UnitError, match="cannot start the compiler, /nowhere: No such file"):
-        compiler.compile("lane_cycles")
 
 
 def test_leaving_an_iteration_early_gives_the_cache_back_at_once(paths: dict[str, Path]) -> None:

@@ -1,7 +1,6 @@
 """Sparse models: rows of single neurons, Gate first, predictors; the same bits however they run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +8,23 @@ import numpy as np
 import pytest
 from exact_models import CONTEXT, decoded, opened, prefilled, some_tokens
 from harness import machine
-from packed_models import pack, small_extents
+from packed_models import small_extents, streaming
 from reference import floats_of, nmse, product, random_raw, same_bits
 from sparse_bench import SparseBench
+from sparse_models import reader_of, write_gated, write_predicted
 from sparse_reference import network as reference_network
 from sparse_reference import neuron_product
 from tiny_models import write_tiny
 
 from coterie.engine import Engine
-from coterie.errors import ModelError, PlanError, UnitError
+from coterie.errors import ModelError, PlanError
 from coterie.models import llama
 from coterie.opening import open_model
 from coterie.scheduler import planner
 from coterie.scheduler.plan import Wishes
 from coterie.scheduler.profile import FlashChoice
-from coterie.sizes import Share
-from coterie.storage.arena import BufferRef
-from coterie.storage.checksum import checksum
-from coterie.storage.weights import SparseFFN
 
 N = 24  # tokens
-LARGE: dict[str, Any] = {"dim": 512, "heads": 8, "head_dim": 64, "ffn": 1000, "layers": 4}
 CASES: dict[str, dict[str, Any]] = {
     "Q4_0, relu": {"formats": "Q4_0", "activation": "relu"},
     "Q8_0, drelu, odd sizes": {"formats": "Q8_0", "activation": "drelu", "dim": 96, "ffn": 200},
@@ -122,16 +117,6 @@ def test_a_neurons_product_is_near_a_rows(name: str) -> None:
 # --- from flash --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def streaming(path: Path, share: float, threads: int = 2, **wishes: Any) -> Iterator[Engine]:
-    memory = Share(share) if share < 1 else None
-    engine = Engine(open_model(path), Wishes(threads=threads, context=CONTEXT, memory=memory, **wishes))
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with small_extents():
@@ -141,16 +126,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def gated(folder: Path) -> Path:
     """A packed model whose Gates decide."""
-    path = folder / "gated.gguf"
-    return pack(write_tiny(path, sparse=True, formats="Q4_0", activation="relu", context=CONTEXT, **LARGE))
+    return write_gated(folder / "gated.gguf")
 
 
 @pytest.fixture(scope="module")
 def predicted(folder: Path) -> Path:
     """One with predictors."""
-    path = folder / "predicted.gguf"
-    write_tiny(path, sparse=True, oracle=True, formats="Q4_0", activation="drelu", context=CONTEXT, **LARGE)
-    return pack(path)
+    return write_predicted(folder / "predicted.gguf")
 
 
 @pytest.mark.parametrize("share", [1.0, 0.8, 0.6, 0.45])
@@ -187,86 +169,7 @@ def test_both_engines_read_the_same(gated: Path, monkeypatch: pytest.MonkeyPatch
         expected = decoded(engine, tokens)
     monkeypatch.setattr(planner, "flash_choice", lambda profile, path: measured)
     with streaming(gated, 0.5) as engine:
-        assert engine.stream is not None
-        assert engine.stream.neurons is not None
-        assert engine.stream.neurons.engine == "preadv"
-        assert same_bits(decoded(engine, tokens), expected)
-
-
-# --- the cache ---------------------------------------------------------------------------------------
-
-
-def test_only_what_is_live_and_missing_is_read(gated: Path) -> None:
-    """Checklist rows 14, 15: one read brings a neuron's Up and Down, and only a positive Gate asks for it."""
-    with streaming(gated, 0.5) as engine:
-        decoded(engine, some_tokens(N))
-        live, missing = engine.unit.neuron_counts()
-        assert engine.stream is not None
-        assert engine.stream.neurons is not None
-        found = engine.stream.neurons.counters()
-        bundle = engine.stream.neurons.buffers.slots.shape[1]
-        assert 0 < missing <= live
-        assert found["requests"] == missing
-        assert found["bytes"] == missing * bundle
-        assert found["evictions"] == missing - found["used"]
-
-
-def test_what_is_in_memory_is_what_the_file_has(gated: Path) -> None:
-    """Every address leads to its neuron's own bundle, whatever was evicted in between."""
-    with streaming(gated, 0.5) as engine:
-        decoded(engine, some_tokens(N))
-        assert engine.stream is not None
-        sums = engine.stream.file.neuron_sums
-        at = 0
-        for layer in engine.layout.weights.layers:
-            ffn = layer.ffn
-            assert isinstance(ffn, SparseFFN)
-            addresses = engine.arena.numpy(ffn.addresses)
-            for neuron in np.flatnonzero(addresses > 1).tolist():
-                offset = int(addresses[neuron]) - engine.arena.base
-                regions = engine.arena.regions.items()
-                name = next(name for name, r in regions if r.offset <= offset < r.offset + r.size)
-                ref = BufferRef(name, offset, ffn.layout.bundle, "|u1", (ffn.layout.bundle,))
-                assert checksum(np.array(engine.arena.numpy(ref))) == int(sums[at + neuron])
-            at += ffn.layout.neurons
-
-
-def test_serving_writes_nothing(gated: Path) -> None:
-    def written() -> int:
-        with open("/proc/self/io") as file:
-            return int(dict(line.split(":") for line in file)["write_bytes"])
-
-    with streaming(gated, 0.5) as engine:
-        decoded(engine, some_tokens(4))
-        before = written()
-        decoded(engine, some_tokens(N))
-        assert written() == before
-
-
-def test_a_new_ceiling_moves_the_cache_and_no_bit(gated: Path) -> None:
-    tokens = some_tokens(N)
-    with streaming(gated, 0.9) as engine:
-        expected, slots = decoded(engine, tokens), {engine.plan.slots}
-        for share in (0.5, 0.7, 0.45, 1.0, 0.6):
-            engine.set_memory(Share(share))
-            slots.add(engine.plan.slots)
-            assert same_bits(decoded(engine, tokens), expected), share
-        assert 0 in slots
-
-
-def test_a_read_that_fails_ends_the_step_and_the_next_one_works(gated: Path) -> None:
-    tokens = some_tokens(N)
-    with streaming(gated, 0.5) as engine:
-        expected = decoded(engine, tokens)
-        engine.set_memory(Share(0.45))
-        assert engine.stream is not None
-        assert engine.stream.neurons is not None
-        sums = engine.arena.numpy(engine.stream.neurons.buffers.sums)
-        right = sums.copy()
-        sums ^= 1
-        with pytest.raises(UnitError, match="checksum"):
-            decoded(engine, tokens)
-        sums[:] = right
+        assert reader_of(engine).engine == "preadv"
         assert same_bits(decoded(engine, tokens), expected)
 
 

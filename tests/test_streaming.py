@@ -1,29 +1,19 @@
 """Larger than memory: whatever share of the weights is resident, logits are the same bits (design section 1)."""
 
-import ctypes
-import errno
-import functools
-import gc
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from exact_models import CASES, CONTEXT, Floats, decoded, opened, prefilled, some_tokens
-from harness import until
-from packed_models import pack, small_extents
+from packed_models import packed, small_extents, smallest, streaming, write_model
 from reference import same_bits
-from tiny_models import write_tiny
 
-from coterie import stream
-from coterie.actors import flash
-from coterie.actors.flash import FlashUnit
 from coterie.engine import Engine
-from coterie.errors import CoterieError, ModelError, PlanError, UnitError, UsageError
+from coterie.errors import PlanError, UsageError
 from coterie.opening import open_model
 from coterie.scheduler import planner
 from coterie.scheduler.plan import Wishes
@@ -45,15 +35,6 @@ def _small_extents() -> Iterator[None]:
         yield
 
 
-def write_model(folder: Path, name: str) -> Path:
-    """One of the tiny models, with more layers."""
-    return write_tiny(folder / f"{name}.gguf", context=CONTEXT, seed=len(name), **(CASES[name] | {"layers": 10}))
-
-
-def packed(folder: Path, name: str) -> Path:
-    return pack(write_model(folder, name))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("streaming")
@@ -62,28 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llama(folder: Path) -> Path:
     return packed(folder, "llama Q4_0")
-
-
-@contextmanager
-def streaming(path: Path, share: float | None, threads: int = 2, **wishes: Any) -> Iterator[Engine]:
-    """An engine with that share of the weights resident, or as little as can be."""
-    model = open_model(path)
-    memory = None if share is None else Share(share)
-    try:
-        engine = Engine(model, Wishes(threads=threads, context=CONTEXT, memory=memory, **wishes))
-    except PlanError:
-        engine = Engine(open_model(path), Wishes(threads=threads, context=CONTEXT, memory=smallest(model), **wishes))
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def smallest(model: Any) -> Share:
-    """The smallest share that can run."""
-    runs = lay_out_runs(model.file.tensors, model.spec)
-    size = sum(tensor.nbytes for tensor in model.file.tensors.values())
-    return Share(min(1.0, (least_budget(runs) + 1) / size))
 
 
 def batched(engine: Engine, tokens: list[int]) -> Floats:
@@ -305,215 +264,6 @@ def test_the_ceiling_changes_from_another_thread(llama: Path) -> None:
         finally:
             done.set()
             thread.join()
-
-
-# --- faults ------------------------------------------------------------------------------------------
-
-Reader = Callable[[int, int, int, int], int]
-PREAD = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-
-
-KEPT: list[object] = []  # a thread that hangs in a reader may outlive the test
-LIBC = ctypes.CDLL(None)
-LIBC.pread.argtypes, LIBC.pread.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long], ctypes.c_long
-
-
-def honest(fd: int, address: int, nbytes: int, offset: int) -> int:
-    return int(LIBC.pread(fd, address, nbytes, offset))
-
-
-@contextmanager
-def faulty(path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    function = PREAD(reader)
-    KEPT.append(function)
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    monkeypatch.setattr(stream, "FlashUnit", functools.partial(FlashUnit, reader=address))
-    with streaming(path, 0.3) as engine:
-        yield engine
-
-
-def test_passing_faults_cost_only_retries(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = 0
-
-    def reader(fd: int, address: int, nbytes: int, offset: int) -> int:
-        nonlocal count
-        count += 1
-        match count % 12:
-            case 3:
-                return -errno.EIO
-            case 5:
-                return honest(fd, address, nbytes // 2 // 4096 * 4096, offset) or -errno.EINTR
-            case 7:
-                ctypes.memset(address, 0xAA, nbytes)
-                return nbytes
-            case 9:
-                return -errno.EAGAIN
-        return honest(fd, address, nbytes, offset)
-
-    tokens = some_tokens(N)
-    with streaming(llama, None) as engine:
-        expected = decoded(engine, tokens)
-    with faulty(llama, reader, monkeypatch) as engine:
-        assert same_bits(decoded(engine, tokens), expected)
-        report = engine.flash_report()
-    assert report is not None
-    assert report["retries"] > 0
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (lambda *call: -errno.EIO, "Input/output error"),
-        (lambda *call: 0, "cut"),
-        (lambda fd, address, nbytes, offset: ctypes.memset(address, 0xAA, nbytes) * 0 + nbytes, "wrong checksum"),
-    ],
-    ids=["EIO", "short", "wrong bytes"],
-)
-def test_a_disk_that_fails_for_good_is_a_clear_error(
-    fault: Reader, message: str, llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = False
-
-    def reader(*call: int) -> int:
-        return fault(*call) if broken else honest(*call)
-
-    tokens = some_tokens(N)
-    with faulty(llama, reader, monkeypatch) as engine:
-        expected = decoded(engine, tokens)
-        broken = True
-        with pytest.raises(UnitError, match=message) as caught:
-            decoded(engine, tokens)
-        assert str(llama) in str(caught.value)
-        broken = False  # once the disk is well again, so are the tokens
-        again = engine.sequence()
-        assert same_bits(np.stack([engine.decode([again], [t])[0] for t in tokens]), expected)
-
-
-def test_a_stalled_disk_can_be_interrupted_and_ends_by_itself(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stalled, release = False, threading.Event()
-
-    def reader(*call: int) -> int:
-        if stalled:
-            release.wait()
-        return honest(*call)
-
-    tokens = some_tokens(N)
-    monkeypatch.setattr(stream, "PATIENCE", 0.2)
-    with faulty(llama, reader, monkeypatch) as engine:
-        expected = decoded(engine, tokens)
-        stalled = True
-        with pytest.raises(UnitError, match="the disk has not answered"):
-            decoded(engine, tokens)
-        with pytest.raises(UnitError, match="the disk has not answered"):  # memory is not given away under its reads
-            engine.set_memory(Share(0.6))
-        release.set()
-        stalled = False
-        until(lambda: engine.stream is not None and engine.stream.unit.in_flight == 0)
-        again = engine.sequence()
-        assert same_bits(np.stack([engine.decode([again], [t])[0] for t in tokens]), expected)
-
-
-def test_a_model_may_be_closed_and_forgotten_while_the_disk_hangs(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a thread still works on stays mapped until it is done."""
-    stalled, release = False, threading.Event()
-
-    def reader(*call: int) -> int:
-        if stalled:
-            release.wait()
-        return honest(*call)
-
-    monkeypatch.setattr(stream, "PATIENCE", 0.2)
-    monkeypatch.setattr(flash, "LAST_WAIT", 0.1)
-    with faulty(llama, reader, monkeypatch) as engine:
-        decoded(engine, some_tokens(2))
-        stalled = True
-        with pytest.raises(UnitError, match="the disk has not answered"):
-            decoded(engine, some_tokens(N))
-    del engine
-    gc.collect()
-    release.set()
-    until(lambda: not any(thread.name.startswith("coterie-") for thread in threading.enumerate()))
-
-
-@pytest.mark.parametrize("name", ["coterie-flash", "coterie-lane-0"])
-def test_an_interrupt_while_threads_start_leaves_none(name: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = threading.Thread.start
-
-    def interrupted(thread: threading.Thread) -> None:
-        start(thread)
-        if thread.name == name:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        Engine(open_model(llama), Wishes(threads=2, memory=Share(0.5)))
-    gc.collect()
-    until(lambda: not any(thread.name.startswith("coterie-") for thread in threading.enumerate()))
-
-
-def test_a_model_that_is_dropped_leaves_no_file_open(llama: Path) -> None:
-    def use() -> int:
-        engine = Engine(open_model(llama), Wishes(threads=2, context=CONTEXT, memory=Share(0.5)))
-        decoded(engine, some_tokens(2))
-        del engine
-        gc.collect()
-        return len(os.listdir("/proc/self/fd"))
-
-    first = use()
-    assert use() == first
-
-
-def test_a_file_that_loses_its_name_is_read_on(folder: Path) -> None:
-    path = packed(folder, "llama Q8_0")
-    tokens = some_tokens(N)
-    with streaming(path, 0.3) as engine:
-        expected = decoded(engine, tokens)
-        path.unlink()
-        assert same_bits(decoded(engine, tokens), expected)
-
-
-def test_a_file_that_is_changed_in_use_is_an_error(folder: Path) -> None:
-    path = packed(folder, "llama Q5_0")
-    tokens = some_tokens(N)
-    with streaming(path, 0.3) as engine:
-        decoded(engine, tokens)
-        with path.open("r+b") as file:
-            file.seek(path.stat().st_size // 3)
-            file.write(bytes(range(256)) * 64)
-        with pytest.raises(CoterieError, match="checksum"):
-            decoded(engine, tokens)
-        with pytest.raises(ModelError, match="changed"):
-            engine.set_memory(Share(0.9))
-        with pytest.raises(ModelError, match="changed"):  # and nothing is computed before that has been done
-            decoded(engine, tokens)
-
-
-def test_a_file_that_is_cut_in_use_is_an_error(folder: Path) -> None:
-    path = packed(folder, "llama Q4_1")
-    with streaming(path, 0.3) as engine:
-        decoded(engine, some_tokens(N))
-        os.truncate(path, 8192)
-        with pytest.raises(UnitError, match=r"cut|bytes"):
-            decoded(engine, some_tokens(N))
-
-
-def test_a_change_of_the_ceiling_that_fails_is_done_before_the_next_token(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = some_tokens(N)
-    with streaming(llama, 0.3) as engine:
-        expected = decoded(engine, tokens)
-        assert engine.stream is not None
-
-        def interrupt(*call: object) -> None:
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(engine.stream, "_load", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                engine.set_memory(Share(1.0))
-        assert same_bits(decoded(engine, tokens), expected)
-        assert engine.plan.streamed_per_token == 0
 
 
 @pytest.mark.parametrize("per", [1, 3, 64, 100, 1000])

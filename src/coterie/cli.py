@@ -25,6 +25,7 @@ from coterie.commands.plan import plan
 from coterie.commands.profile import profile
 from coterie.commands.run import run
 from coterie.commands.terminal import printable
+from coterie.commands.train_predictor import train_predictor
 from coterie.errors import CoterieError, PlanError, UsageError
 
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
@@ -141,6 +142,7 @@ for command in (
     calibrate,
     pack,
     verify,
+    train_predictor,
     inspect,
     profile,
     doctor,

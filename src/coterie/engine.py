@@ -34,8 +34,9 @@ from coterie.storage.kv import KVCache, KVLayout
 from coterie.storage.kv import Sequence as KVSequence
 from coterie.storage.packer import RunPacker, pack_into
 from coterie.storage.runs import PAGE, Extents, lay_out_runs
+from coterie.storage.tables import fill_tables
 from coterie.storage.unit import lay_out_unit
-from coterie.storage.weights import Residency, fill_tables
+from coterie.storage.weights import Residency
 from coterie.stream import Stream
 from coterie.trace.chrome import write_chrome_trace
 

@@ -98,18 +98,18 @@ KNOWN = {
 
 
 def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path:
-    """The file of a model: a path is a path, a known name is pulled if it is not there yet.
+    """The file or folder of a model: a path is a path, a known name is pulled if it is not there yet.
 
     Raises UsageError for anything else, naming what is known; FetchError as `pull`.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_file():
+    if path.is_file() or (path / "config.json").is_file():
         return path
     name = str(name_or_path)
     if name in KNOWN:
         return pull(name, progress)
     if path.exists():
-        raise UsageError(f"{path} is not a file; give the path of a GGUF file")
+        raise UsageError(f"{path} is not a file, nor a folder with config.json; give the path of a GGUF file")
     if path.suffix == ".gguf" or os.sep in name:
         raise UsageError(f"no file {path}; give the path of a GGUF file, or a name: {', '.join(KNOWN)}")
     raise UsageError(_unknown(name))

@@ -36,8 +36,8 @@ LOGITS_BYTES = 1 << 30  # logits() refuses to return more
 class LLM:
     """A language model, ready to generate.
 
-    `model` is a path to a GGUF or packed file, or a name that `coterie pull` knows. `threads` are lanes of the CPU
-    unit, `context` the positions all open generations hold together, `trace` a file that is written on close.
+    `model` is a path to a GGUF, a packed file or a folder, or a name that `coterie pull` knows. `threads` are lanes of
+    the CPU unit, `context` the positions all open generations hold together, `trace` a file that is written on close.
 
     `memory` is a hard ceiling: bytes, or text such as "6GiB"; "50%" lets half the weights' bytes be resident; "auto"
     follows what the machine can spare. What does not fit is streamed from a packed copy of the model, made on first

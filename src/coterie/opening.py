@@ -8,11 +8,11 @@ from pathlib import Path
 
 from coterie.actors.sweep import quick_flash
 from coterie.errors import CoterieError, PlanError
-from coterie.models.gguf_file import GGUFFile
-from coterie.models.header import ModelFile, ModelHeader
-from coterie.models.load import Model, understand
+from coterie.models.header import ModelHeader, OpenModel
+from coterie.models.load import Model, open_source, read_spec, understand
 from coterie.models.source import WeightSource
 from coterie.models.spec import ModelSpec
+from coterie.models.transposed import by_neurons
 from coterie.paths import packed_dir
 from coterie.scheduler.plan import Flash, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash, wants_flash
@@ -24,14 +24,27 @@ LARGE_ENOUGH = 64 << 20  # bytes of a file that can be measured by
 Progress = Callable[[str, int, int], None]
 
 
-def open_file(path: str | Path) -> ModelFile:
-    """Open a GGUF or a packed file; ModelError says what is wrong with it."""
-    return FlashFile(path) if is_flash_file(path) else GGUFFile(path)
+def open_file(path: str | Path, format: str | None = None) -> OpenModel:
+    """Open a GGUF, a packed file, or a folder of safetensors, coded in `format`; ModelError says what is wrong."""
+    if Path(path).is_dir() or not is_flash_file(path):
+        return open_source(path, format)
+    return FlashFile(path)
 
 
-def open_model(path: str | Path) -> Model:
+def open_model(path: str | Path, format: str | None = None) -> Model:
     """The same with tokenizer and template."""
-    return understand(open_file(path))
+    return understand(open_file(path, format))
+
+
+def open_by_neurons(path: str | Path, activation: str | None, format: str | None) -> Model:
+    """A model whose neurons can be skipped, made of one that is not packed; raises as `by_neurons`."""
+    model = open_model(path, format)
+    try:
+        made = by_neurons(model.source, model.spec, activation=activation, format=format)
+        return replace(model, file=made, spec=read_spec(made))
+    except BaseException:
+        model.close()
+        raise
 
 
 def open_to_run(path: Path, wishes: Wishes, progress: Progress) -> Model:

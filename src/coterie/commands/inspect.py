@@ -48,7 +48,7 @@ def describe(path: Path, model: "Model") -> dict[str, Any]:
         entry["bytes"] += tensor.nbytes
     return {
         "path": str(path),
-        "size": path.stat().st_size,
+        "size": sum(each.stat().st_size for each in (path.glob("*.safetensors") if path.is_dir() else [path])),
         "parameters": sum(entry["parameters"] for entry in formats.values()),
         "formats": formats,
         "spec": dataclasses.asdict(model.spec),

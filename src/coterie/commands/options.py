@@ -14,7 +14,7 @@ TEXT_LIMIT = 64 * 2**20  # bytes of a prompt or a text to score
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="A GGUF file, or the name of a model (see: coterie ls)."),
+    typer.Argument(metavar="MODEL", help="A GGUF file, a safetensors folder, or a model's name (see: coterie ls)."),
 ]
 ModelOption = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="The same as MODEL.")]
 Threads = Annotated[

@@ -1,5 +1,6 @@
 """coterie plan: what would run where, from the model's header alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,10 @@ def plan(
     context: Context = None,
     threads: Threads = None,
     memory: Memory = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option("--activations", metavar="COUNTS", help="Say what is expected of neurons (see profile)."),
+    ] = None,
     save: Annotated[
         Path | None, typer.Option("--save", metavar="FILE", help="Write the plan, for run --plan; packs the model.")
     ] = None,
@@ -40,11 +45,14 @@ def plan(
         from coterie.scheduler.plan_file import format_plan, write_plan
         from coterie.scheduler.planner import make_plan
         from coterie.scheduler.profile import load_profile
+        from coterie.storage.activations import activations_of
 
         wishes = Wishes(threads, context or None, memory=memory, sources=value_sources(command))
         path = fetch.resolve(name, progress)
         with open_file(path) if save is None else open_to_run(path, wishes, progress).file as file:
             spec = read_spec(file)
+            if activations is not None:
+                wishes = replace(wishes, activations=activations_of(activations, file, spec))
             made, _ = make_plan(file, spec, wishes, flash_of(file, spec, wishes))
         if save is not None:
             write_plan(save, format_plan(made))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coterie.commands import terminal
-from coterie.commands.options import Json
+from coterie.commands.activations import count, lines
+from coterie.commands.options import Json, Memory, ModelOption, Threads, pick_model
 from coterie.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,12 +28,39 @@ PIECE = 16 << 20
 def profile(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="FILE", help="A large file to read, on the disk of your models; else one is made."),
+        typer.Argument(
+            metavar="FILE | MODEL",
+            help="A large file to read, on the disk of your models, else one is made; the model to count.",
+        ),
     ] = None,
+    model_option: ModelOption = None,
     flash: Annotated[bool, typer.Option("--flash", help="Measure how the disk is read fastest, and memory.")] = False,
+    activations: Annotated[
+        Path | None,
+        typer.Option("--activations", metavar="COUNTS", help="Count a sparse MODEL's live neurons, and add them here."),
+    ] = None,
+    text: Annotated[Path | None, typer.Option("-f", "--file", help="The text that the model reads for it.")] = None,
+    steps: Annotated[int, typer.Option("-n", "--steps", min=1, help="Tokens of each sequence.")] = 256,
+    batches: Annotated[str, typer.Option("--batches", help="Numbers of sequences that are read at once.")] = "1,2,4",
+    threads: Threads = None,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine for later plans (--flash); without an option, show what has been measured."""
+    """Measure this machine for later plans (--flash), or count a sparse model's live neurons (--activations); without
+    an option, show what has been measured."""
+    if activations is not None:
+        if flash:
+            raise UsageError("--flash measures the disk and --activations a model: one at a time")
+        name = pick_model(None if file is None else str(file), model_option)
+        with terminal.Progress() as progress:
+            facts = count(activations, name, text, steps, batches, {"threads": threads, "memory": memory}, progress)
+        if as_json:
+            terminal.write_json(facts)
+        else:
+            terminal.write("\n".join(lines(facts)) + "\n")
+        return
+    if model_option is not None or text is not None:
+        raise UsageError("-m and -f belong to --activations COUNTS")
     if file is not None and not flash:
         raise UsageError(f"to measure by reading {file}, give --flash")
     with terminal.Progress() as progress:

@@ -252,11 +252,33 @@ def nap(control, flag, wanted):
     sleep_on(flag, wanted, word(control, t.NAP))
 
 
+ENGINES = {"io_uring": (uring_start, uring_turn), "preadv": (pread_start, pread_turn)}
+
+
+def engine_of(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Of an engine, "io_uring" or "preadv": `start(control, slot)` queues a read; `go_on(control, wait)` is a turn,
+    again while the kernel is short of something, and False when the engine fails."""
+    start, turn = ENGINES[name]
+
+    @register_jitable
+    def go_on(control, wait):
+        for _ in range(PATIENCE):
+            refused = turn(control, wait)
+            if refused == 0 or refused == EINTR:
+                return True
+            if refused != EAGAIN and refused != EBUSY:
+                break
+            nap(control, control + t.LANDED, acquire(control + t.LANDED) + 1)
+        give_up(control, t.ENGINE, 0, refused)
+        return False
+
+    return start, go_on
+
+
 @kernel
 def flash_lane(engine: str) -> Callable[..., Any]:
-    """Serve announcements until one says STOP; `engine` is "io_uring" or "preadv". Returns 0, or the errno of an engine
-    that broke down."""
-    start, turn = {"io_uring": (uring_start, uring_turn), "preadv": (pread_start, pread_turn)}[engine]
+    """Serve announcements until one says STOP. Returns 0, or the errno of an engine that broke down."""
+    start, go_on = engine_of(engine)
 
     @register_jitable
     def send(control, request):
@@ -328,19 +350,6 @@ def flash_lane(engine: str) -> Callable[..., Any]:
         if acquire(control + t.TAKEN) != mine(control, t.NUMBER):
             post(control + t.TAKEN, mine(control, t.NUMBER))
         return True
-
-    @register_jitable
-    def go_on(control, wait):
-        """A turn of the engine, again while the kernel is short of something. False when the engine fails."""
-        for _ in range(PATIENCE):
-            refused = turn(control, wait)
-            if refused == 0 or refused == EINTR:
-                return True
-            if refused != EAGAIN and refused != EBUSY:
-                break
-            nap(control, control + t.LANDED, acquire(control + t.LANDED) + 1)
-        give_up(control, t.ENGINE, 0, refused)
-        return False
 
     def run(control):
         while move(control) and mine(control, t.STOP) == 0:

@@ -15,12 +15,11 @@ from coterie.kernels import tape as t
 from coterie.kernels.atomics import FUTEX_CALL, FUTEX_WAKE, acquire, cycles, fetch_add, libc_syscall, release
 from coterie.kernels.checksum import checksum_at
 from coterie.kernels.compiler import kernel
-from coterie.kernels.flash import EAGAIN, EBUSY, EINTR, PATIENCE, count_busy, count_up, give_up, put, settle, try_again
+from coterie.kernels.flash import EBUSY, count_busy, count_up, engine_of, give_up, put, settle, try_again
 from coterie.kernels.lane import write_event
-from coterie.kernels.pread import LEAVE, pread_start, pread_turn, queue
+from coterie.kernels.pread import LEAVE, queue
 from coterie.kernels.record import Opcode
 from coterie.kernels.sync import SLEEPERS, sleep_on, word
-from coterie.kernels.uring import uring_start, uring_turn
 from coterie.kernels.vector import i64_at, set_i64
 
 READ_OPCODE = int(Opcode.READ)
@@ -119,8 +118,8 @@ def show(control, cache, request):
 
 @kernel
 def neuron_lane(engine: str) -> Callable[..., Any]:
-    """Serve demands until told to stop; `engine` as of `flash_lane`. Returns 0, or the errno of a broken engine."""
-    start, turn = {"io_uring": (uring_start, uring_turn), "preadv": (pread_start, pread_turn)}[engine]
+    """Serve demands until told to stop. Returns 0, or the errno of an engine that broke down."""
+    start, go_on = engine_of(engine)
 
     @register_jitable
     def send(control, number):
@@ -187,19 +186,6 @@ def neuron_lane(engine: str) -> Callable[..., Any]:
             if acquire(request_at(control, number) + 8 * t.STATE) == t.CAME:
                 met += judge(control, cache, number)
         return met
-
-    @register_jitable
-    def go_on(control, wait):
-        """A turn of the engine, again while the kernel is short of something. False when the engine fails."""
-        for _ in range(PATIENCE):
-            refused = turn(control, wait)
-            if refused == 0 or refused == EINTR:
-                return True
-            if refused != EAGAIN and refused != EBUSY:
-                break
-            sleep_on(control + t.LANDED, acquire(control + t.LANDED) + 1, word(control, t.NAP))
-        give_up(control, t.ENGINE, 0, refused)
-        return False
 
     def run(control, cache):
         while acquire(cache + 8 * c.STOP) == 0:

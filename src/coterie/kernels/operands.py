@@ -157,7 +157,8 @@ from coterie.kernels.record import OPERANDS
     N_USES,  # int32[neuron]: in how many steps it was live (0: not counted)
     N_SCORE_X,  # bytes from N_X to the predictor's woven tiles
     N_SCORE_SUPERS,
-) = range(OPERANDS, OPERANDS + 20)
+    N_ASCENDING,  # 1: clusters in the order in which their weights arrive; 0: the coldest, which miss most, first
+) = range(OPERANDS, OPERANDS + 21)
 N_BUNDLE = N_LIVE  # `neuron_all`: bytes from one bundle to the next
 
 # `weave`

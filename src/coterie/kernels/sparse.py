@@ -265,6 +265,7 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
         scratch = word(record, o.N_SCRATCH) + lane * word(record, o.N_SCRATCH_LANE)
         first, count = word(record, o.N_FIRST), word(record, o.N_COUNT)
         tick = word(step, EPOCH) * word(record, o.N_LAYERS) + layer_of(record)
+        ascending = word(record, o.N_ASCENDING) != 0
         total = 2 * count if cache != 0 else count
         pieces = 0
         piece = claim(record, step, lane, total)
@@ -274,7 +275,8 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
                 release(cache + 8 * TICK, tick)
         waiting = np.int64(-1)  # the cluster whose Up rows are on their way from memory
         while piece >= 0:
-            cluster = first + count - 1 - (piece if piece < count else piece - count)
+            turn = piece if piece < count else piece - count
+            cluster = first + (turn if ascending else count - 1 - turn)
             ready = word(record, o.N_READY) + cluster * LINE
             row = word(record, o.N_LIVE) + cluster * LIVE_ROW
             if piece < count:

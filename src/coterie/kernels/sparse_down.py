@@ -30,7 +30,7 @@ from coterie.kernels.vector import f32_at, i32_at, i64_at, set_f32, set_i64
 
 PANEL = 256  # neurons whose rows stay in the second-level cache while tokens pass
 HELD = PANEL + CLUSTER + NEURONS_TOGETHER + LATER  # neurons in a lane's scratch
-SCRATCH_ADDRESSES, SCRATCH_IDS, SCRATCH_HIDDEN = 0, 8 * HELD, 16 * HELD
+SCRATCH_IDS, SCRATCH_HIDDEN = 8 * HELD, 16 * HELD  # behind their addresses
 
 
 def down_scratch(tokens: int) -> int:

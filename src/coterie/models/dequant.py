@@ -1,4 +1,4 @@
-"""Weights as floats, and a look at their scales: for the oracle and for checking files, not for speed."""
+"""Weights as floats and back, and a look at their scales: for conversion, the oracle and checks, not for speed."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,17 @@ def dequantise(raw: NDArray[np.uint8], format: str) -> NDArray[np.float32]:
     with np.errstate(all="ignore"):  # scales that are not numbers give weights that are not numbers
         floats: NDArray[np.float32] = dequantize(raw, gguf.GGMLQuantizationType[format])
     return floats
+
+
+def quantise(floats: NDArray[np.float32], format: str) -> NDArray[np.uint8]:
+    """Code float32[rows, cols] row by row in a format that has blocks of 32 columns, or none, as ggml does:
+    uint8[rows, row bytes]. What is no number, or too large, gives weights that are no numbers (`finite`)."""
+    import gguf
+    from gguf.quants import quantize
+
+    with np.errstate(all="ignore"):
+        coded: NDArray[np.uint8] = np.ascontiguousarray(quantize(floats, gguf.GGMLQuantizationType[format]))
+    return coded.view(np.uint8).reshape(len(floats), -1)
 
 
 def finite(raw: NDArray[np.uint8], format: str) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.errors import ModelError
 from coterie.models.header import HeaderParser, ModelFile
 from coterie.models.source import WeightSource
 
@@ -39,21 +38,10 @@ class GGUFFile(ModelFile, WeightSource):
     def read(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.uint8]:
         tensor, wanted = self.tensor(name), self.rows(name, first, last)
         rows = np.empty((len(wanted), tensor.row_bytes), np.uint8)
-        view, offset = memoryview(rows.reshape(-1)), tensor.offset + first * tensor.row_bytes  # type: ignore[arg-type]
-        while view:
-            try:
-                count = os.preadv(self._fd, [view], offset)
-            except OSError as error:
-                raise ModelError(f"{self.path.name}: cannot read tensor {name!r}: {error.strerror}") from None
-            if count == 0:
-                raise ModelError(f"{self.path.name}: the file became shorter while tensor {name!r} was read")
-            view, offset = view[count:], offset + count
+        self.read_into(rows, tensor.offset + wanted.start * tensor.row_bytes, f"tensor {name!r}")
         return rows
 
     def key(self) -> bytes:
         """Of its size, its time of change, and its header."""
         stamp = f"{self.status.st_size} {self.status.st_mtime_ns} ".encode()
         return hashlib.sha256(stamp + hashlib.sha256(self.header_bytes()).digest()).digest()
-
-    def forget(self) -> None:
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -159,14 +159,30 @@ class OpenModel(ModelHeader):
         self.close()
 
 
-class ModelFile(OpenModel):
-    """An open model file. Raises ModelError where it cannot be opened."""
+class OpenFile:
+    """A file of a model, open for reading. Raises ModelError where it cannot be opened."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._fd = open_regular(self.path)
         self._close = weakref.finalize(self, os.close, self._fd)
         self.status = os.fstat(self._fd)
+
+    def read_into(self, out: NDArray[Any], offset: int, what: str) -> None:
+        """Fill a contiguous array from `offset` on; `what` it is, for the ModelError where that fails."""
+        view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        while view:
+            try:
+                count = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise ModelError(f"{self.path.name}: cannot read {what}: {error.strerror}") from None
+            if count == 0:
+                raise ModelError(f"{self.path.name}: the file became shorter while {what} was read")
+            view, offset = view[count:], offset + count
+
+    def forget(self) -> None:
+        """Take what was read out of the page cache."""
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
         now = os.fstat(self._fd)
@@ -176,6 +192,10 @@ class ModelFile(OpenModel):
     def close(self) -> None:
         self._close()
         self._fd = -1
+
+
+class ModelFile(OpenFile, OpenModel):
+    """A model that is one open file."""
 
 
 class HeaderParser:

@@ -178,21 +178,30 @@ def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int], network: N
     place of `feed_forward`.
     """
     x = weights("token_embd.weight")[np.asarray(tokens)]
-    for i, layer in enumerate(spec.layers):
-        blk = f"blk.{i}."
-        h = rms_norm(x, weights(blk + "attn_norm.weight"), spec.norm_eps)
-        q = split_heads(h @ weights(blk + "attn_q.weight").T, spec.head_dim)
-        k = split_heads(h @ weights(blk + "attn_k.weight").T, spec.head_dim)
-        v = split_heads(h @ weights(blk + "attn_v.weight").T, spec.head_dim)
-        q = rotate(q, layer.rope, spec.interleaved_rope)
-        k = rotate(k, layer.rope, spec.interleaved_rope)
-        x = x + attention(q, k, v, spec.attention_scale, layer.window) @ weights(blk + "attn_output.weight").T
+    for i in range(len(spec.layers)):
+        x = block(spec, weights, i, x, network)
+    return logits(spec, weights, x)
 
-        x = x + network(spec, weights, i, rms_norm(x, weights(blk + "ffn_norm.weight"), spec.norm_eps))
 
+def block(spec: ModelSpec, weights: Weights, i: int, x: Floats, network: Network = feed_forward) -> Floats:
+    """Layer `i`, attention and network: the hidden states float32[n, dim] after it, of those before it."""
+    blk, layer = f"blk.{i}.", spec.layers[i]
+    h = rms_norm(x, weights(blk + "attn_norm.weight"), spec.norm_eps)
+    q = split_heads(h @ weights(blk + "attn_q.weight").T, spec.head_dim)
+    k = split_heads(h @ weights(blk + "attn_k.weight").T, spec.head_dim)
+    v = split_heads(h @ weights(blk + "attn_v.weight").T, spec.head_dim)
+    q = rotate(q, layer.rope, spec.interleaved_rope)
+    k = rotate(k, layer.rope, spec.interleaved_rope)
+    x = x + attention(q, k, v, spec.attention_scale, layer.window) @ weights(blk + "attn_output.weight").T
+
+    return x + network(spec, weights, i, rms_norm(x, weights(blk + "ffn_norm.weight"), spec.norm_eps))
+
+
+def logits(spec: ModelSpec, weights: Weights, x: Floats) -> Floats:
+    """Logits float32[n, vocab] of hidden states float32[n, dim] after the last layer."""
     x = rms_norm(x, weights("output_norm.weight"), spec.norm_eps)
-    logits: Floats = x @ weights("token_embd.weight" if spec.tied else "output.weight").T
-    return logits
+    found: Floats = x @ weights("token_embd.weight" if spec.tied else "output.weight").T
+    return found
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:

@@ -1,11 +1,14 @@
 """Understanding a model, of a GGUF or a packed file: its shape, tokenizer and chat template, each checked."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from coterie.errors import ModelError, UsageError
 from coterie.models import gemma3, llama
+from coterie.models.gguf_file import GGUFFile
 from coterie.models.header import ModelHeader, OpenModel
+from coterie.models.safetensors_folder import SafetensorsFolder
 from coterie.models.source import WeightSource
 from coterie.models.spec import ModelSpec
 from coterie.models.template import ChatTemplate
@@ -27,11 +30,18 @@ class Model:
     def source(self) -> WeightSource:
         """The file, where the tensors' own bytes are needed. Raises UsageError for a packed model."""
         if not isinstance(self.file, WeightSource):
-            raise UsageError(f"{self.file.path} is a packed model; this needs the GGUF that it was made of")
+            raise UsageError(f"{self.file.path} is a packed model; this needs what it was made of")
         return self.file
 
     def close(self) -> None:
         self.file.close()
+
+
+def open_source(path: str | Path, format: str | None = None) -> WeightSource:
+    """A GGUF, or a folder of safetensors whose matrices are coded in `format`. Raises ModelError."""
+    if not Path(path).is_dir():
+        return GGUFFile(path)
+    return SafetensorsFolder(path, format) if format else SafetensorsFolder(path)
 
 
 def understand(file: OpenModel) -> Model:

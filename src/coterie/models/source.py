@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.models.dequant import dequantise
+from coterie.errors import ModelError
+from coterie.models.dequant import dequantise, finite
 from coterie.models.gguf_header import header_bytes
 from coterie.models.header import BLOCKS, OpenModel, TensorInfo
 
@@ -31,6 +32,10 @@ class WeightSource(OpenModel):
     def key(self) -> bytes:
         """32 bytes that change when the weights do, as far as can be seen without reading them all."""
 
+    def origin(self) -> bytes:
+        """32 bytes that change when the files it is made of do, however it is made of them."""
+        return self.key()
+
     @abstractmethod
     def forget(self) -> None:
         """Take what was read out of the page cache."""
@@ -43,10 +48,23 @@ class WeightSource(OpenModel):
             raise IndexError(f"rows {first} to {last} of {name}, which has {tensor.rows}")
         return range(first, last)
 
+    def read_finite(self, name: str, first: int = 0, last: int | None = None) -> Bytes:
+        """The same; ModelError where a weight is not a number."""
+        raw = self.read(name, first, last)
+        if not finite(raw, self.tensors[name].format):
+            raise ModelError(
+                f"{self.path.name}: tensor {name!r} holds a weight that is not a number; the file is damaged"
+            )
+        return raw
+
     def floats(self, name: str) -> NDArray[np.float32]:
-        """A matrix, or a vector, as float32: what `forward` of an architecture wants."""
-        floats = dequantise(self.read(name), self.tensors[name].format)
+        """A matrix, or a vector, as float32: what `forward` of an architecture wants. Raises as `read_finite`."""
+        floats = dequantise(self.read_finite(name), self.tensors[name].format)
         return floats[0] if len(floats) == 1 else floats
+
+    def stored_format(self, name: str) -> str:
+        """The format that `floats` come in."""
+        return self.tensor(name).format
 
     def vector(self, name: str) -> NDArray[np.float32]:
         vector: NDArray[np.float32] = self.read(name).view(np.float32)[0]
@@ -96,6 +114,9 @@ class DerivedModel(WeightSource):
 
     def key(self) -> bytes:
         return sha256(self.base.key() + self._salt.encode()).digest()
+
+    def origin(self) -> bytes:
+        return self.base.origin()
 
     def forget(self) -> None:
         self.base.forget()

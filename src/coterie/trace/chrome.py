@@ -52,7 +52,10 @@ def _name(kind: str, unit: int, lane: int, name: str) -> dict[str, Any]:
 
 
 def _unit(number: int, name: str, rings: list[npt.NDArray[Any]], begin: int, scale: float) -> Iterator[dict[str, Any]]:
-    if name == "flash":
+    if name == "neurons":
+        for events in rings:
+            yield from _neurons(number, events, begin, scale)
+    elif name == "flash":
         slots = sorted({int(slot) for events in rings for slot in events["epoch"]})
         yield from (_name("thread_name", number, slot, f"queue {slot}") for slot in slots)
         for events in rings:
@@ -61,6 +64,26 @@ def _unit(number: int, name: str, rings: list[npt.NDArray[Any]], begin: int, sca
         yield from (_name("thread_name", number, lane, f"lane {lane}") for lane in range(len(rings)))
         for lane, events in enumerate(rings):
             yield from _slices(number, lane, events, begin, scale)
+
+
+def _neurons(unit: int, events: npt.NDArray[Any], begin: int, scale: float) -> Iterator[dict[str, Any]]:
+    """Reads of single neurons are answered in any order: each has a row that is free."""
+    rows = _free_rows(events)
+    yield from (_name("thread_name", unit, row, f"queue {row}") for row in range(int(rows.max(initial=-1)) + 1))
+    for row, (start, end, _, neuron, _, layer, nbytes) in zip(rows.tolist(), events.tolist(), strict=True):
+        common = {"ph": "X", "pid": unit, "tid": row, "name": "read", "cat": "io"}
+        arguments = {"layer": layer, "neuron": neuron, "bytes": nbytes}
+        yield {**common, **_span(start, end, begin, scale), "args": arguments}
+
+
+def _free_rows(events: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """For each event the lowest row that is free when it starts."""
+    rows, ends = np.zeros(events.size, np.int64), list[int]()
+    for i in np.argsort(events["start"], kind="stable").tolist():
+        start, end = int(events["start"][i]), int(events["end"][i])
+        rows[i] = next((row for row, busy in enumerate(ends) if busy <= start), len(ends))
+        ends[rows[i] : rows[i] + 1] = [end]
+    return rows
 
 
 def _span(start: int, end: int, begin: int, scale: float) -> dict[str, float]:

@@ -1,0 +1,37 @@
+"""Disks that fail in chosen ways: engines whose reads go through Python."""
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from packed_models import streaming
+
+from coterie import stream
+from coterie.actors.flash import FlashUnit
+from coterie.engine import Engine
+
+Reader = Callable[[int, int, int, int], int]
+PREAD = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+
+
+KEPT: list[object] = []  # a thread that hangs in a reader may outlive the test
+LIBC = ctypes.CDLL(None)
+LIBC.pread.argtypes, LIBC.pread.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long], ctypes.c_long
+
+
+def honest(fd: int, address: int, nbytes: int, offset: int) -> int:
+    return int(LIBC.pread(fd, address, nbytes, offset))
+
+
+@contextmanager
+def faulty(path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch, share: float | None = 0.3) -> Iterator[Engine]:
+    """An engine that reads what is streamed through `reader(fd, address, bytes, offset)`."""
+    function = PREAD(reader)
+    KEPT.append(function)
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    monkeypatch.setattr(stream, "FlashUnit", functools.partial(FlashUnit, reader=address))
+    with streaming(path, share) as engine:
+        yield engine
