@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 import coterie
 from coterie.commands import models
 from coterie.commands.bench import bench
+from coterie.commands.calibrate import calibrate
 from coterie.commands.doctor import doctor
 from coterie.commands.inspect import inspect
 from coterie.commands.pack import pack, verify
@@ -138,6 +139,7 @@ for command in (
     plan,
     bench,
     perplexity,
+    calibrate,
     pack,
     verify,
     train_predictor,
