@@ -14,9 +14,7 @@ from pathlib import Path
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.models.thresholds import RESELECT
-from coterie.scheduler.profile import DeviceProfile, file_system
-
-SMALL_READ = 4096  # bytes: what the profile has of the smallest reads
+from coterie.scheduler.profile import DeviceProfile, file_system, single_reads
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,8 @@ def known_machine(profile: DeviceProfile, path: Path) -> Machine | None:
     flash = profile.flash.get(file_system(path))
     if flash is None or not flash.bytes_per_s or not profile.memory_bandwidth:
         return None
-    small = [row.bytes_per_s for row in flash.rows if (row.pattern, row.block) == ("random", SMALL_READ)]
-    if not any(small):
-        return None
-    return Machine(flash.bytes_per_s, max(small) / SMALL_READ, profile.memory_bandwidth)
+    reads = single_reads(profile, path)
+    return Machine(flash.bytes_per_s, reads, profile.memory_bandwidth) if reads else None
 
 
 @dataclass(frozen=True)
