@@ -115,6 +115,7 @@ class NeuronUnit:
             c.QUEUE: arena.address(buffers.demands),
             c.QUEUE_MASK: buffers.demands.shape[0] - 1,
             c.LAYERS: arena.address(buffers.layers),
+            c.LAYER_COUNT: len(bundles),
             c.SLOT_BASE: arena.address(buffers.slots),
             c.SLOT_COUNT: buffers.slots.shape[0],
             c.SLOT_BYTES: buffers.slots.shape[1],

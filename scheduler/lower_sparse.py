@@ -71,7 +71,6 @@ class SparseLowering:
         self.scratch = ledger.allocate("activations", (lanes, self.lane))
         clusters = self.neurons // CLUSTER
         self.live = ledger.allocate("activations", (clusters, LIVE_ROW)) if decode else None
-        self.ready = ledger.allocate("flags", (clusters, LINE)) if decode and cache else None
 
     def add(
         self,
@@ -86,30 +85,38 @@ class SparseLowering:
         """Append layer `i`'s network: y float32[rows][width]. `ahead`: the next layer's, and the preparation of what
         its predictor reads of this layer's input."""
         layout = ffn.layout
-        names = layout.gate.name, layout.up.name, self.spec.activation, self.tile
+        names: list[str | int] = [layout.gate.name, layout.up.name, self.spec.activation, self.tile]
         down = kernel_name("neuron_down", layout.down.name, self.tile)
-        for number, span in enumerate(ffn.spans):
-            streamed = span.position != PINNED
-            frees = span.end if streamed else 0
-            operands = self._neurons(i, ffn, span)
-            if self.decode:
-                scores = [layout.scores.name] if layout.scores else []
-                b.add(
-                    kernel_name("neuron_gate", *names, *scores), Opcode.FFN_UP, operands, layer=i, prepare=ready,
-                    ordered=streamed or self.cache is not None, frees=frees,
-                )  # fmt: skip
-                continue
-            b.add(
-                kernel_name("neuron_all", *names), Opcode.FFN_UP, operands, layer=i, prepare=ready, ordered=streamed
-            )  # fmt: skip
-            last = number == len(ffn.spans) - 1
-            part = self._down(ffn, span.first, span.count, y, width, keep=number > 0, last=last)
-            b.add(down, Opcode.FFN_DOWN, part, layer=i, frees=frees)
         if self.decode:
+            names += [layout.scores.name] if layout.scores else []
+            for span in ffn.spans:
+                streamed = span.position != PINNED
+                b.add(
+                    kernel_name("neuron_gate", *names), Opcode.FFN_UP, self._neurons(i, ffn, span), layer=i,
+                    prepare=ready, ordered=streamed or self.cache is not None, frees=span.end if streamed else 0,
+                )  # fmt: skip
             if ahead:
                 self.ask(b, i + 1, *ahead)
+            if self.cache:
+                b.add(
+                    kernel_name("neuron_late", *names), Opcode.FFN_LATE, self._neurons(i, ffn, self._all(ffn)), layer=i,
+                    prepare=ready, ordered=True,
+                )  # fmt: skip
             part = self._down(ffn, 0, layout.clusters, y, width, keep=False, last=True)
             b.add(down, Opcode.FFN_DOWN, part, layer=i)
+            return
+        for number, span in enumerate(ffn.spans):
+            streamed, last = span.position != PINNED, number == len(ffn.spans) - 1
+            b.add(
+                kernel_name("neuron_all", *names), Opcode.FFN_UP, self._neurons(i, ffn, span), layer=i, prepare=ready,
+                ordered=streamed,
+            )  # fmt: skip
+            part = self._down(ffn, span.first, span.count, y, width, keep=number > 0, last=last)
+            b.add(down, Opcode.FFN_DOWN, part, layer=i, frees=span.end if streamed else 0)
+
+    def _all(self, ffn: SparseFFN) -> NeuronSpan:
+        """All clusters, in the order in which the spans decide them."""
+        return NeuronSpan(0, ffn.layout.clusters, ffn.spans[-1].position, 0)
 
     def _neurons(self, i: int, ffn: SparseFFN, span: NeuronSpan) -> dict[int, Operand]:
         layout = ffn.layout
@@ -134,7 +141,6 @@ class SparseLowering:
             o.N_LIVE: self.live,
             o.N_ADDRESSES: ffn.addresses,
             o.N_CACHE: self.cache,
-            o.N_READY: self.ready,
             o.N_LAYERS: len(self.spec.layers),
             o.N_USES: self.uses.tail(4 * i * self.neurons) if self.uses else None,
             o.N_SCORE_X: self.score_at if inside else 0,
@@ -163,7 +169,7 @@ class SparseLowering:
         """Append what asks for neurons of the next layer, number `i`."""
         layout = ffn.layout
         assert layout.scores is not None
-        operands = self._neurons(i, ffn, NeuronSpan(0, layout.clusters, PINNED, 0))
+        operands = self._neurons(i, ffn, self._all(ffn))
         operands[o.N_SCORE_X] = self.score_at + self.score_bytes
         name = kernel_name("neuron_ask", layout.scores.name, self.tile)
         b.add(name, Opcode.FFN_ASK, operands, layer=i, prepare=ready)

@@ -40,6 +40,7 @@ FREE = 47  # int64[requests]: a stack of request slots
 FREE_COUNT = 48
 EVICTIONS = 49  # counter
 WOKEN = 50  # SERVED when lanes were woken last
+LAYER_COUNT = 51
 CACHE_WORDS = 64
 
 ENTRIES, PLACE, PER, STRIDE, SUMS = range(5)  # words of a layer: its addresses, where in the file its bundles begin,
@@ -84,13 +85,15 @@ def call_reader(cache, count):
 
 @register_jitable
 def next_demand(cache):
-    """What the queue has next, taken from it; 0: nothing."""
-    place = word(cache, QUEUE) + 8 * (word(cache, HEAD) & word(cache, QUEUE_MASK))
-    wanted = acquire(place)
-    if wanted != 0:
-        set_i64(place, 0)
-        set_i64(cache + 8 * HEAD, word(cache, HEAD) + 1)
-    return wanted
+    """What the queue has next; 0: nothing."""
+    return acquire(word(cache, QUEUE) + 8 * (word(cache, HEAD) & word(cache, QUEUE_MASK)))
+
+
+@register_jitable
+def drop_demand(cache):
+    """Take that from the queue."""
+    set_i64(word(cache, QUEUE) + 8 * (word(cache, HEAD) & word(cache, QUEUE_MASK)), 0)
+    set_i64(cache + 8 * HEAD, word(cache, HEAD) + 1)
 
 
 @register_jitable

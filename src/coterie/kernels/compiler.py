@@ -39,6 +39,7 @@ def compile_kernel(name: str) -> tuple[str, bytes]:
         rows,
         sparse,
         sparse_down,
+        sparse_late,
         sparse_predict,
     )
 

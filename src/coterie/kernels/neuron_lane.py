@@ -15,7 +15,7 @@ from coterie.kernels import tape as t
 from coterie.kernels.atomics import FUTEX_CALL, FUTEX_WAKE, acquire, cycles, fetch_add, libc_syscall, release
 from coterie.kernels.checksum import checksum_at
 from coterie.kernels.compiler import kernel
-from coterie.kernels.flash import EBUSY, count_busy, count_up, engine_of, give_up, put, settle, try_again
+from coterie.kernels.flash import count_busy, count_up, engine_of, put, settle, try_again
 from coterie.kernels.lane import write_event
 from coterie.kernels.pread import LEAVE, queue
 from coterie.kernels.record import Opcode
@@ -138,15 +138,18 @@ def neuron_lane(engine: str) -> Callable[..., Any]:
                 break
             entry, tick = entry_of(cache, wanted), acquire(cache + 8 * c.TICK)
             if acquire(entry) > c.PENDING:  # it was about to be dropped when it was asked for, and stayed
+                c.drop_demand(cache)
                 met += 1
                 continue
-            slot = c.victim(cache, tick)
-            if slot == NOTHING:
-                give_up(control, t.ENGINE, wanted, EBUSY)
+            slot, ahead = c.victim(cache, tick), wanted >> 32 != tick % word(cache, c.LAYER_COUNT)
+            if slot == NOTHING and not ahead:
+                break  # a layer's own neurons find room as soon as reads for another one have come
+            c.drop_demand(cache)
+            if slot == NOTHING:  # if it is live, it will be asked for again
                 release(entry, 0)
                 met += 1
                 continue
-            release(word(cache, c.STAMPS) + 8 * slot, tick)
+            release(word(cache, c.STAMPS) + 8 * slot, tick - ahead)  # what is asked for ahead makes room for others
             set_i64(word(cache, c.COUNTS) + 8 * slot, 0)  # credit comes with the second use
             set_i64(word(cache, c.OWNERS) + 8 * slot, c.LOADING)
             put(cache, c.FREE_COUNT, word(cache, c.FREE_COUNT) - 1)

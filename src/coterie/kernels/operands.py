@@ -152,13 +152,12 @@ from coterie.kernels.record import OPERANDS
     N_LIVE,  # a list a cluster (shapes.LIVE_ROW)
     N_ADDRESSES,  # int64[neuron]: address of a neuron's bundle, 0: not in memory
     N_CACHE,  # the neuron cache's control block (0: everything is in memory)
-    N_READY,  # a flag a cluster: its list is complete; it carries the tick
     N_LAYERS,  # how many layers there are: a tick is epoch * layers + layer
     N_USES,  # int32[neuron]: in how many steps it was live (0: not counted)
     N_SCORE_X,  # bytes from N_X to the predictor's woven tiles
     N_SCORE_SUPERS,
     N_ASCENDING,  # 1: clusters in the order in which their weights arrive; 0: the coldest, which miss most, first
-) = range(OPERANDS, OPERANDS + 21)
+) = range(OPERANDS, OPERANDS + 20)
 N_BUNDLE = N_LIVE  # `neuron_all`: bytes from one bundle to the next
 
 # `weave`

@@ -44,6 +44,7 @@ class Opcode(IntEnum):
     PROBE = 9
     READ = 10
     FFN_ASK = 11
+    FFN_LATE = 12
 
 
 # Words of the step header. Each lane works on its own copy, taken when the go flag rose, so that a lane which

@@ -1,9 +1,9 @@
 """Sparse feed-forward networks, neuron by neuron: Gate first, then only what is live (PowerInfer-2, section 4.3).
 
 Decode: `neuron_gate` computes the Gate rows of a cluster of neurons. Where a row's output is positive, for any token,
-the neuron is live: its Up row follows at once if it is in memory, else it is asked for, and taken up again once all
-Gates are done. The coldest clusters come first, so that reads have the others' time. `neuron_down` then adds live
-neurons in ascending order, each lane into its own columns. Prefill: `neuron_all` takes all neurons to be live.
+the neuron is live: its Up row follows at once if it is in memory, else it is asked for, and taken up again by
+`neuron_late` (sparse_late.py). The coldest clusters come first, so that reads have the others' time. `neuron_down`
+then adds live neurons in ascending order, each lane into its own columns. Prefill: `neuron_all` takes all neurons.
 
 A neuron that is not live would add zero: skipping it changes no bit.
 """
@@ -15,8 +15,8 @@ import numpy as np
 from numba.extending import register_jitable
 
 from coterie.kernels import operands as o
-from coterie.kernels.atomics import acquire, cycles, pause, release
-from coterie.kernels.cache import PENDING, SERVED, TICK, call_reader, demand, touch
+from coterie.kernels.atomics import acquire, release
+from coterie.kernels.cache import PENDING, TICK, call_reader, demand, touch
 from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import FORMATS
 from coterie.kernels.neurons import (
@@ -24,15 +24,10 @@ from coterie.kernels.neurons import (
     weave_bytes,
 )
 from coterie.kernels.record import (
-    ABORT,
     EPOCH,
-    LINE,
     LINE_ASKED,
     LINE_LIVE,
-    LINE_STALLED,
-    NAP,
     OPCODE,
-    SPIN,
     TAPE,
     TOKENS,
 )
@@ -51,12 +46,11 @@ from coterie.kernels.shapes import (
     NEURON_SCORES,
     NEURON_WANTED,
 )
-from coterie.kernels.sync import await_weights, claim, finish, post, prepare, sleep_on, tally, wait_flag, word
+from coterie.kernels.sync import await_weights, claim, finish, prepare, tally, word
 from coterie.kernels.tile import AHEAD, tile_groups
 from coterie.kernels.vector import f32_at, i32_at, i64_at, prefetch, set_f32, set_i32
 
 BEGINNING = 512  # bytes of a row that are prefetched: the hardware goes on, and more would only hold lanes up
-LOOKS = 200  # times a lane looks for a neuron before it sleeps: some microseconds
 
 
 @register_jitable
@@ -68,30 +62,21 @@ def here(entry, wanted, step, lane):
 
 
 @register_jitable
-def await_neuron(cache, entry, step, lane):
-    """Wait until a neuron that was asked for is in memory; its address, or 0 if the step is abandoned meanwhile."""
-    at = acquire(entry)
-    looks, begun = 0, cycles()
-    while at <= PENDING:
-        if i64_at(word(step, ABORT)) != 0:
-            return np.int64(0)
-        if looks < LOOKS:
-            looks += 1
-            pause()
-        else:
-            served = acquire(cache + SERVED)
-            at = acquire(entry)
-            if at <= PENDING:
-                sleep_on(cache + SERVED, served + 1, word(step, NAP))
-        at = acquire(entry)
-    if looks > 0:
-        tally(step, lane, LINE_STALLED, cycles() - begun)
-    return at
+def layer_of(record):
+    return word(record, OPCODE) >> 16
 
 
 @register_jitable
-def layer_of(record):
-    return word(record, OPCODE) >> 16
+def cluster_of(record, piece):
+    """The cluster that a piece is: from the coldest one on, or in the order in which their weights arrive."""
+    first, count = word(record, o.N_FIRST), word(record, o.N_COUNT)
+    return first + (piece if word(record, o.N_ASCENDING) != 0 else count - 1 - piece)
+
+
+@register_jitable
+def tick_of(record, step):
+    """What a slot is stamped with that this layer uses in this step."""
+    return word(step, EPOCH) * word(record, o.N_LAYERS) + layer_of(record)
 
 
 @register_jitable
@@ -114,6 +99,46 @@ def unchanged(x):
 SCALAR = {"relu": (positive, unchanged), "relu2": (squared, unchanged), "drelu": (positive, positive)}
 
 
+def hidden_op(tokens: int) -> Any:
+    """Where the hidden activations of a neuron are, for a tile of so many tokens."""
+
+    @register_jitable
+    def hidden_at(record, tile, neuron):
+        return word(record, o.N_HIDDEN) + tile * word(record, o.N_HIDDEN_TILE) + neuron * tokens * 4
+
+    return hidden_at
+
+
+def up_op(gate_name: str, up_name: str, activation: str, tile_tokens: int, predicted: bool) -> Any:
+    """A live neuron's hidden activations, from its bundle: its Gate's, which are there unless a predictor decides,
+    times what Up makes of them. What the predictor took for live and is not needs no Up."""
+    gate_row = product_op(gate_name, tile_tokens, 1, prefetch=False)
+    up_row = product_op(up_name, tile_tokens, 1, prefetch=False)
+    x_super = weave_bytes(FORMATS[gate_name]) * tile_tokens
+    activate_gate, activate_up = SCALAR[activation]
+    hidden_at = hidden_op(tile_tokens)
+
+    @register_jitable
+    def up(record, x, scratch, neuron, address, n):
+        supers = word(record, o.N_SUPERS)
+        for tile in range((n + tile_tokens - 1) // tile_tokens):
+            x_at, at = x + tile * supers * x_super, hidden_at(record, tile, neuron)
+            live: Any = not predicted
+            if predicted:
+                gate_row(address, 0, x_at, scratch, supers, 0)
+                for t in range(tile_tokens):  # a token has what the predictor took for live for it, not for others
+                    chosen = f32_at(at + 4 * t) > np.float32(0)
+                    value = activate_gate(f32_at(scratch + 4 * t)) if chosen else np.float32(0)
+                    set_f32(at + 4 * t, value)
+                    live = live or value > np.float32(0)
+            if live:
+                up_row(address + word(record, o.N_UP), 0, x_at, scratch, supers, 0)
+                for t in range(tile_tokens):
+                    set_f32(at + 4 * t, f32_at(at + 4 * t) * activate_up(f32_at(scratch + 4 * t)))
+
+    return up
+
+
 @kernel
 def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, score_name: str = "") -> Callable[..., Any]:
     """hidden = activation(Gate x) * activation(Up x) of live neurons, and lists of them: of those whose Gate is
@@ -121,15 +146,9 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
     tile_tokens = int(tokens)
     together, predicted = tile_groups(tile_tokens), score_name != ""
     score_rows = product_op(score_name or gate_name, tile_tokens, together)
-    gate_row = product_op(gate_name, tile_tokens, 1, prefetch=False)
-    up_row = product_op(up_name, tile_tokens, 1, prefetch=False)
-    x_super = weave_bytes(FORMATS[gate_name]) * tile_tokens
     score_super = weave_bytes(FORMATS[score_name or gate_name]) * tile_tokens
-    activate_gate, activate_up = SCALAR[activation]
-
-    @register_jitable
-    def hidden_at(record, tile, neuron):
-        return word(record, o.N_HIDDEN) + tile * word(record, o.N_HIDDEN_TILE) + neuron * tile_tokens * 4
+    activate_gate, _ = SCALAR[activation]
+    hidden_at, up = hidden_op(tile_tokens), up_op(gate_name, up_name, activation, tile_tokens, predicted)
 
     @register_jitable
     def gates(record, x, scratch, cluster, waiting, n):
@@ -170,26 +189,6 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
                     at = uses + 4 * (cluster * CLUSTER + i)
                     set_i32(at, np.int32(i32_at(at) + 1))
         return live
-
-    @register_jitable
-    def up(record, x, scratch, neuron, address, n):
-        """A neuron's hidden activations: its Gate's, which are there unless a predictor decides, times what Up makes of
-        them. What the predictor took for live and is not needs no Up."""
-        supers = word(record, o.N_SUPERS)
-        for tile in range((n + tile_tokens - 1) // tile_tokens):
-            x_at, at = x + tile * supers * x_super, hidden_at(record, tile, neuron)
-            live: Any = not predicted
-            if predicted:
-                gate_row(address, 0, x_at, scratch, supers, 0)
-                for t in range(tile_tokens):  # a token has what the predictor took for live for it, not for others
-                    chosen = f32_at(at + 4 * t) > np.float32(0)
-                    value = activate_gate(f32_at(scratch + 4 * t)) if chosen else np.float32(0)
-                    set_f32(at + 4 * t, value)
-                    live = live or value > np.float32(0)
-            if live:
-                up_row(address + word(record, o.N_UP), 0, x_at, scratch, supers, 0)
-                for t in range(tile_tokens):
-                    set_f32(at + 4 * t, f32_at(at + 4 * t) * activate_up(f32_at(scratch + 4 * t)))
 
     @register_jitable
     def look_for(record, cluster, live, tick):
@@ -243,30 +242,11 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
             done += 1
         return done
 
-    @register_jitable
-    def late(record, step, lane, x, scratch, cluster, n):
-        """Up rows of those that were missing; False if the step is abandoned."""
-        row, addresses = word(record, o.N_LIVE) + cluster * LIVE_ROW, word(record, o.N_ADDRESSES)
-        if i32_at(row + LIVE_MISSING) == 0:
-            return True
-        for k in range(i32_at(row + LIVE_COUNT)):
-            i = i32_at(row + LIVE_IDS + 4 * k)
-            if i >= LIVE_LATE:
-                neuron = cluster * CLUSTER + i - LIVE_LATE
-                address = await_neuron(word(record, o.N_CACHE), addresses + 8 * neuron, step, lane)
-                if address == 0:
-                    return False
-                up(record, x, scratch, neuron, address, n)
-        return True
-
     def run(record, step, lane):
         n, cache = word(step, TOKENS), word(record, o.N_CACHE)
         x = word(record, o.N_X) + lane * word(record, o.N_X_LANE)
         scratch = word(record, o.N_SCRATCH) + lane * word(record, o.N_SCRATCH_LANE)
-        first, count = word(record, o.N_FIRST), word(record, o.N_COUNT)
-        tick = word(step, EPOCH) * word(record, o.N_LAYERS) + layer_of(record)
-        ascending = word(record, o.N_ASCENDING) != 0
-        total = 2 * count if cache != 0 else count
+        total, tick = word(record, o.N_COUNT), tick_of(record, step)
         pieces = 0
         piece = claim(record, step, lane, total)
         if piece >= 0:
@@ -275,32 +255,19 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
                 release(cache + 8 * TICK, tick)
         waiting = np.int64(-1)  # the cluster whose Up rows are on their way from memory
         while piece >= 0:
-            turn = piece if piece < count else piece - count
-            cluster = first + (turn if ascending else count - 1 - turn)
-            ready = word(record, o.N_READY) + cluster * LINE
+            cluster = cluster_of(record, piece)
             row = word(record, o.N_LIVE) + cluster * LIVE_ROW
-            if piece < count:
-                if not here(word(record, o.N_TABLE) + cluster * NEURON_ROW, NEURON_GATE_WANTED, step, lane):
-                    return pieces
-                gates(record, x, scratch, cluster, waiting, n)
-                live = find_live(record, cluster, n)
-                missing, asked = look_for(record, cluster, live, tick) if cache != 0 else (0, 0)
-                set_i32(row + LIVE_COUNT, np.int32(live))
-                set_i32(row + LIVE_MISSING, np.int32(missing))
-                expect(record, x, scratch, cluster, live, waiting, n)
-                waiting = cluster
-                tally(step, lane, LINE_LIVE, live)
-                tally(step, lane, LINE_ASKED, asked)
-                if cache != 0:
-                    post(ready, tick)
-            else:
-                if waiting >= 0:
-                    early(record, x, scratch, waiting, 0, CLUSTER, n)
-                    waiting = np.int64(-1)
-                if not wait_flag(ready, tick, word(step, SPIN), word(step, ABORT), word(step, NAP)):
-                    return pieces
-                if not late(record, step, lane, x, scratch, cluster, n):
-                    return pieces
+            if not here(word(record, o.N_TABLE) + cluster * NEURON_ROW, NEURON_GATE_WANTED, step, lane):
+                return pieces
+            gates(record, x, scratch, cluster, waiting, n)
+            live = find_live(record, cluster, n)
+            missing, asked = look_for(record, cluster, live, tick) if cache != 0 else (0, 0)
+            set_i32(row + LIVE_COUNT, np.int32(live))
+            set_i32(row + LIVE_MISSING, np.int32(missing))
+            expect(record, x, scratch, cluster, live, waiting, n)
+            waiting = cluster
+            tally(step, lane, LINE_LIVE, live)
+            tally(step, lane, LINE_ASKED, asked)
             pieces += 1
             piece = claim(record, step, lane, total)
         if waiting >= 0:
