@@ -115,6 +115,7 @@ class CpuUnit:
     def connect(self, arrived: int, freed: int) -> None:
         """Tell the lanes which flags count a flash unit's reads."""
         self._header[r.ARRIVED], self._header[r.FREED] = arrived, freed
+        self._header[r.YIELD] = int(self.lanes >= len(os.sched_getaffinity(0)))
 
     def stalled_seconds(self) -> float:
         """How long lanes have waited for weights, on average."""

@@ -14,7 +14,7 @@ from coterie.storage.flash_buffers import TRACE_EVENTS
 from coterie.storage.runs import PAGE, SECTOR, Run
 
 REGION = "cache"
-DEPTH = 64  # reads in flight: single neurons are bound by reads per second, which grow with it
+DEPTH = 128  # reads in flight: enough for the disk to go on while lanes have all cores
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from coterie.kernels.vector import ADDRESS, I32, I64, const, op
 
 _ARM = platform.machine() == "aarch64"
 FUTEX_CALL = 98 if _ARM else 202
+YIELD_CALL = 124 if _ARM else 24
 FUTEX_WAIT, FUTEX_WAKE = 0, 1  # not the private forms: flags may cross processes
 libc_syscall = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
 

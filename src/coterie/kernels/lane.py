@@ -30,7 +30,7 @@ from coterie.kernels.record import (
     TRACE_STRIDE,
     WAIT,
 )
-from coterie.kernels.sync import post, reached, sleep_on, wait_flag, word
+from coterie.kernels.sync import give_way, post, reached, sleep_on, wait_flag, word
 from coterie.kernels.vector import i64_at, set_i32, set_i64
 
 EVENT_BYTES = EVENT.itemsize
@@ -83,6 +83,7 @@ def run_program(step, lane, first, deadline):
                 return ABANDONED
         if i64_at(abort) != 0:
             return ABANDONED
+        give_way(step)
         start = cycles() if tracing else waiting
         pieces = call_kernel(word(instruction, KERNEL), instruction, step, lane)
         if tracing and pieces > 0:

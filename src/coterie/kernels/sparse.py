@@ -46,10 +46,11 @@ from coterie.kernels.shapes import (
     NEURON_SCORES,
     NEURON_WANTED,
 )
-from coterie.kernels.sync import await_weights, claim, finish, prepare, tally, word
+from coterie.kernels.sync import await_weights, claim, finish, give_way, prepare, tally, word
 from coterie.kernels.tile import AHEAD, tile_groups
 from coterie.kernels.vector import f32_at, i32_at, i64_at, prefetch, set_f32, set_i32
 
+PATIENCE = 16  # clusters between two looks whether a reader wants the core
 BEGINNING = 512  # bytes of a row that are prefetched: the hardware goes on, and more would only hold lanes up
 
 
@@ -269,6 +270,8 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
             tally(step, lane, LINE_LIVE, live)
             tally(step, lane, LINE_ASKED, asked)
             pieces += 1
+            if pieces % PATIENCE == 0:
+                give_way(step)
             piece = claim(record, step, lane, total)
         if waiting >= 0:
             early(record, x, scratch, waiting, 0, CLUSTER, n)

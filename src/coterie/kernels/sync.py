@@ -15,6 +15,7 @@ from coterie.kernels.atomics import (
     FUTEX_CALL,
     FUTEX_WAIT,
     FUTEX_WAKE,
+    YIELD_CALL,
     acquire,
     call_kernel,
     compare_swap,
@@ -43,6 +44,7 @@ from coterie.kernels.record import (
     SET,
     SPIN,
     TAPE,
+    YIELD,
 )
 from coterie.kernels.vector import i64_at, set_i64
 
@@ -78,6 +80,14 @@ def sleep_on(flag, wanted, timespec):
     if not reached(seen, wanted):  # the kernel looks again whether the value is still `seen`
         libc_syscall(FUTEX_CALL, flag, FUTEX_WAIT, seen & 0xFFFFFFFF, timespec, 0, 0)
     fetch_add(flag + SLEEPERS, -1)
+
+
+@register_jitable
+def give_way(step):
+    """Let a thread of a reading unit run that waits for this core: the scheduler by itself would let it wait for its
+    next tick, milliseconds in which nothing is read."""
+    if word(step, YIELD) != 0:
+        libc_syscall(YIELD_CALL, 0, 0, 0, 0, 0, 0)
 
 
 @register_jitable
