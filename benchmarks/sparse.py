@@ -3,6 +3,7 @@
     LLAMA_BENCH=.../llama-bench python benchmarks/sparse.py compare GATED.coterie PREDICTED.coterie DENSE.gguf
         [--memory MIB] [--pairs 5] [--json FILE]
     python benchmarks/sparse.py run MODEL.coterie [--memory MIB] [--tokens 200] [--skip 100]
+    python benchmarks/sparse.py sweep MODEL.coterie 7168,9216,... [--tokens 200] [--skip 100] [--json FILE]
 
 Models: make_packed.py (bamboo-7b, bamboo-7b-predicted); the peer's is a dense GGUF of that shape with random weights.
 Protocol: a pair is one process each of ours with Gates first, ours with predictors, and the peer, 2 threads. Ours feeds
@@ -115,24 +116,44 @@ def compare(arguments: argparse.Namespace) -> None:
         print(f"{name}: {speed:.2f} tokens/s, {middle:.2f} times ({low:.2f} to {high:.2f})")
 
 
+def sweep(arguments: argparse.Namespace) -> None:
+    """Several ceilings, from the lowest to the highest."""
+    rows = []
+    for memory in map(int, arguments.sizes.split(",")):
+        arguments.memory = memory
+        rows.append({"memory": memory} | ours(arguments.model, arguments, 0))
+        row = rows[-1]
+        print(
+            f"{memory} MiB: {row['tokens_per_s']:.2f} tokens/s, {row['missed_per_token']:.0f} read a token", flush=True
+        )
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    one, many = commands.add_parser("run"), commands.add_parser("compare")
-    one.add_argument("model", type=Path)
+    one, many, several = (commands.add_parser(name) for name in ("run", "compare", "sweep"))
+    for each in (one, several):
+        each.add_argument("model", type=Path)
+    several.add_argument("sizes", help="MiB, with commas between them")
     for name in ("gated", "predicted", "dense"):
         many.add_argument(name, type=Path)
     for each in (one, many):
         each.add_argument("--memory", type=int, help="MiB; by default all is in memory")
+    for each in (one, many, several):
         each.add_argument("--tokens", type=int, default=200)
         each.add_argument("--skip", type=int, default=100)
     one.add_argument("--seed", type=int, default=0)
     many.add_argument("--pairs", type=int, default=5)
-    many.add_argument("--json", type=Path)
+    for each in (many, several):
+        each.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "run":
         figures = run(arguments.model, arguments.memory, arguments.tokens, arguments.skip, arguments.seed)
         print(json.dumps(figures))
+    elif arguments.command == "sweep":
+        sweep(arguments)
     else:
         compare(arguments)
 
