@@ -37,14 +37,12 @@ NOT_YET: Patch = (
             if acquire""",
     "            if acquire",
 )
-ONE_BY_ONE: Patch = (
-    "kernels/sparse.py",
-    "                address = await_neuron(",
-    """                if demand(word(record, o.N_CACHE), addresses + 8 * neuron, layer_of(record), neuron):
-                    call_reader(word(record, o.N_CACHE), 1)
-                    tally(step, lane, LINE_ASKED, 1)
-                address = await_neuron(""",
+ONE_BY_ONE: Patch = (  # they are asked for all the same when a lane comes to them; here that is counted
+    "kernels/sparse_late.py",
+    "            call_reader(cache, 1)\n",
+    "            call_reader(cache, 1)\n            tally(step, lane, LINE_ASKED, 1)\n",
 )
+COUNTS: Patch = ("kernels/sparse_late.py", "ABORT, LINE_STALLED, NAP", "ABORT, LINE_ASKED, LINE_STALLED, NAP")
 APART: tuple[Patch, ...] = (
     (
         "kernels/neuron_lane.py",
@@ -73,24 +71,25 @@ FORGETFUL: Patch = (
     "    return least, min(room - region_bytes(least * cost), region_bytes(others))\n",
 )
 STAGED: tuple[Patch, ...] = (
-    ("kernels/sparse.py", "total = 2 * count if cache", "total = 3 * count if cache"),
     (
-        "kernels/sparse.py",
-        "            turn = piece if piece < count else piece - count\n",
-        "            turn = piece % count\n",
+        "kernels/sparse_late.py",
+        "total, pieces = word(record, o.N_COUNT), 0",
+        "total, pieces = 2 * word(record, o.N_COUNT), 0",
     ),
     (
-        "kernels/sparse.py",
-        "                if not late(record",
-        """                if piece < 2 * count:
-                    tally(step, lane, LINE_ASKED, ask(record, cluster))
-                elif not late(record""",
+        "kernels/sparse_late.py",
+        "            if not late(record, step, lane, x, scratch, cluster_of(record, piece)):\n",
+        """            cluster = cluster_of(record, piece % word(record, o.N_COUNT))
+            if piece < word(record, o.N_COUNT):
+                ask(record, step, lane, cluster)
+            elif not late(record, step, lane, x, scratch, cluster):
+""",
     ),
     (
-        "kernels/sparse.py",
-        "    @register_jitable\n    def expect(",
+        "kernels/sparse_late.py",
+        "    def run(record, step, lane):\n",
         """    @register_jitable
-    def ask(record, cluster):
+    def ask(record, step, lane, cluster):
         cache, row, asked = word(record, o.N_CACHE), word(record, o.N_LIVE) + cluster * LIVE_ROW, 0
         for k in range(i32_at(row + LIVE_COUNT)):
             i = i32_at(row + LIVE_IDS + 4 * k)
@@ -100,13 +99,14 @@ STAGED: tuple[Patch, ...] = (
                     asked += 1
         if asked > 0:
             call_reader(cache, asked)
-        return asked
+        tally(step, lane, LINE_ASKED, asked)
 
-    @register_jitable
-    def expect(""",
+    def run(record, step, lane):
+""",
     ),
+    COUNTS,
 )
-SERIAL = (NOT_AHEAD, NOT_YET, ONE_BY_ONE)
+SERIAL = (NOT_AHEAD, NOT_YET, ONE_BY_ONE, COUNTS)
 STAGES: dict[str, tuple[Patch, ...]] = {
     "demand reads": (*SERIAL, *APART, FORGETFUL),
     "bundles": (*SERIAL, FORGETFUL),
