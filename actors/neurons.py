@@ -55,6 +55,7 @@ class NeuronUnit:
         arena.numpy(buffers.sums)[:] = sums
         uring = set_up_engine(engine, DEPTH, None)
         self.engine = "preadv" if uring is None else "io_uring"
+        self.depth = READERS if uring is None else DEPTH  # reads in flight at most
         readers = READERS if uring is None else 0
         fd = os.dup(fd)
         self._fill_reader(fd, abort, readers)
@@ -131,7 +132,7 @@ class NeuronUnit:
             control[word] = value
 
     def describe(self) -> dict[str, Any]:
-        return {"unit": "neurons", "runtime": self.engine, "engine": self.engine, "depth": DEPTH, "real": True}
+        return {"unit": "neurons", "runtime": self.engine, "engine": self.engine, "depth": self.depth, "real": True}
 
     @property
     def in_flight(self) -> int:

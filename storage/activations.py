@@ -85,8 +85,13 @@ class Activations:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises UsageError where it cannot be written."""
+        data = encode_table(self.table()).to_pybytes()
+        if len(data) > LARGEST_FILE:
+            raise UsageError(
+                f"{path} would have {len(data) >> 20} MiB, {LARGEST_FILE >> 20} at most; use fewer batch sizes"
+            )
         try:
-            replace_file(path, encode_table(self.table()).to_pybytes())
+            replace_file(path, data)
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}") from None
 

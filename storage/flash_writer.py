@@ -314,6 +314,8 @@ def _sweep(folder: Path) -> None:
     for note in folder.glob("*.source"):
         with suppress(OSError, ModelError):
             origin, _, name = note.read_bytes().partition(b" ")
+            if not name:  # an older Coterie's
+                continue
             with open_source(os.fsdecode(name)) as source:
                 if source.origin().hex().encode() != origin:
                     note.with_suffix(".coterie").unlink(missing_ok=True)

@@ -175,6 +175,25 @@ def test_a_growing_batch_takes_room_from_what_was_used_least(gated: Path) -> Non
         assert np.count_nonzero(owners > 0) == engine.plan.slots == owners.size
 
 
+@pytest.mark.parametrize("kind", ["gated", "predicted"])
+def test_what_a_layer_uses_is_not_given_away(kind: str, request: pytest.FixtureRequest) -> None:
+    """Every live neuron's slot carries the layer's tick, whenever it was asked for and however late it came: what has
+    the present tick is never a victim."""
+    with streaming(request.getfixturevalue(kind), 0.45, counting=True) as engine:
+        assert engine.layout.shared.uses is not None
+        uses, last = engine.arena.numpy(engine.layout.shared.uses), len(engine.spec.layers) - 1
+        buffers, sequence = reader_of(engine).buffers, engine.sequence()
+        control, stamps = engine.arena.numpy(buffers.control), engine.arena.numpy(buffers.stamps)
+        first, size = engine.arena.address(buffers.slots), buffers.slots.shape[1]
+        for token in some_tokens(N):
+            before = uses[last].copy()
+            engine.decode([sequence], [token])
+            at = addresses_of(engine, last)[uses[last] != before]
+            assert at.size > 0
+            assert within(engine, "neurons", at).all()
+            assert (stamps[(at - first) // size] == control[c.TICK]).all()
+
+
 # --- the pipeline ------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ class Meter:
     def report(self, plan: Plan) -> dict[str, Any]:
         """Bytes read a generated token, planned and measured; bytes/s while reading; the shares of the steps' time in
         which flash read and lanes waited for it; the share of a token's weights that were in memory; how long steps
-        took, and of sparse models how many neurons were live, and what share of them had to be read."""
+        took, and of sparse models how many neurons were live, and how many were asked for, of these and in vain."""
         now = self._flash.counters()
         read, busy = now["bytes"] - self._begun["bytes"], now["busy"] - self._begun["busy"]
         per_token = self._decode_bytes / self._tokens if self._tokens else 0.0

@@ -39,6 +39,21 @@ def packed_dir() -> Path:
     return _made(cache_dir() / "packed")
 
 
+def check_place(path: Path) -> None:
+    """Raise UsageError where no file can be written: for what takes long before it writes one."""
+    if path.is_dir() or not _writable_folder(path.parent):
+        raise UsageError(f"cannot write {path}: name a file in a folder that can be written")
+
+
+def _writable_folder(folder: Path) -> bool:
+    """Whether a file can really be made there: mode bits say too little of mounts and of root."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, and durably. Raises OSError."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -88,9 +103,8 @@ def _temporary() -> Path:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether a file can really be made there: mode bits say too little of mounts and of root."""
+    """The same of a folder that is made if it is not there."""
     try:
-        with tempfile.TemporaryFile(dir=_made(folder)):
-            return True
+        return _writable_folder(_made(folder))
     except OSError:
         return False

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from coterie.commands import terminal
 from coterie.commands.options import read_text
 from coterie.errors import UsageError
+from coterie.paths import check_place
 
 if TYPE_CHECKING:
     from coterie.storage.activations import Activations
@@ -25,17 +26,34 @@ def count(
     what was found, for people and programs."""
     if text is None:
         raise UsageError("which text shall the model read? give -f FILE")
+    if wanted["memory"] == "auto":
+        raise UsageError("--memory auto changes while counts are taken; give a size")
     sizes, content = _sizes(batches), read_text(text)
 
     from coterie import fetch
     from coterie.engine import Engine
-    from coterie.opening import open_to_run
+    from coterie.kernels.shapes import SPAN
+    from coterie.models.load import read_spec
+    from coterie.opening import open_file, open_to_run
     from coterie.recording import record
+    from coterie.scheduler.layout import BATCH
     from coterie.scheduler.plan import Wishes
     from coterie.storage.activations import activations_of
+    from coterie.storage.arena import round_up
 
-    wishes = Wishes(context=steps * max(sizes), counting=True, **wanted)
-    model = open_to_run(fetch.resolve(name, progress), wishes, progress)
+    if not 1 <= sizes[0] <= sizes[-1] <= BATCH:
+        raise UsageError(f"--batches {batches}: give numbers from 1 to {BATCH}")
+    check_place(counts)
+    context = max(sizes) * round_up(steps, SPAN)  # sequences take whole blocks of the KV cache
+    wishes = Wishes(context=context, counting=True, **wanted)
+    path = fetch.resolve(name, progress)
+    with open_file(path) as file:
+        most = read_spec(file).context
+    if context > most:
+        raise UsageError(
+            f"-n {steps} in {max(sizes)} sequences takes {context} positions, the model has {most}; lower one"
+        )
+    model = open_to_run(path, wishes, progress)
     known = activations_of(counts, model.spec, model.file) if counts.exists() else None
     engine = Engine(model, wishes, progress=progress)
     try:

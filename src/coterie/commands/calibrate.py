@@ -197,9 +197,10 @@ def check(model: "Model", context: int) -> None:
 
 def cut(model: "Model", text: str, context: int) -> list[list[int]]:
     """The text in chunks of tokens, each begun as the model wants it."""
+    from coterie.models.tokenizer import chunks_of
+
     tokens, begin = model.tokenizer.encode(text), model.tokenizer.encode("")[:1]
-    starts = range(0, len(tokens) - context + 1, context)
-    return [begin + tokens[start + len(begin) : start + context] for start in starts]
+    return chunks_of(tokens, begin, context)
 
 
 def oracle(model: "Model") -> "Forward":

@@ -9,11 +9,12 @@ import typer
 from coterie.commands import terminal
 from coterie.commands.options import Activation, Counts, Json, ModelArgument, ModelOption, pick_model, read_text
 from coterie.commands.perplexity import chunk_losses, estimate
-from coterie.errors import UsageError
+from coterie.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
     from coterie.models.load import Model
     from coterie.models.predictor import Figures, Trained
+    from coterie.models.spec import ModelSpec
 
 LOSSY = "lossy: predictors decide which neurons are computed"
 
@@ -66,6 +67,7 @@ def train_predictor(
             p.check_trainable(spec, wanted)
             chunks = p.cut(opened.tokenizer.encode(text)[:tokens], opened.tokenizer.encode("")[:1])
             check_place(output, progress)
+            _check_memory(spec, len(chunks))
             trained = p.train(source, spec, chunks, wanted, progress)
             predicted = understand(p.with_predictors(source, spec, trained.predictors))
             facts = _facts(predicted, trained) | _perplexities(opened, trained, chunks, progress)
@@ -77,6 +79,19 @@ def train_predictor(
         terminal.write_json(facts)
     else:
         terminal.write(f"{output}\n")
+
+
+def _check_memory(spec: "ModelSpec", chunks: int) -> None:
+    """Raises PlanError where what is recorded of a layer does not fit."""
+    from coterie.models.predictor import CHUNK
+    from coterie.storage.available import available_memory
+
+    needed = chunks * CHUNK * (4 * 4 * spec.dim + 2 * spec.ffn_dim)
+    if needed > available_memory():
+        raise PlanError(
+            f"{chunks * CHUNK} tokens take {terminal.size_text(needed)} to record, more memory than is free; lower "
+            "--tokens"
+        )
 
 
 def _facts(model: "Model", trained: "Trained") -> dict[str, Any]:

@@ -12,10 +12,10 @@ from numba.extending import register_jitable
 
 from coterie.kernels import cache as c
 from coterie.kernels import tape as t
-from coterie.kernels.atomics import FUTEX_CALL, FUTEX_WAKE, acquire, cycles, fetch_add, libc_syscall, release
+from coterie.kernels.atomics import FUTEX_CALL, FUTEX_WAKE, acquire, cycles, fence, fetch_add, libc_syscall, release
 from coterie.kernels.checksum import checksum_at
 from coterie.kernels.compiler import kernel
-from coterie.kernels.flash import count_busy, count_up, engine_of, put, settle, try_again
+from coterie.kernels.flash import EBUSY, count_busy, count_up, engine_of, give_up, put, settle, try_again
 from coterie.kernels.lane import write_event
 from coterie.kernels.pread import LEAVE, queue
 from coterie.kernels.record import Opcode
@@ -114,6 +114,10 @@ def show(control, cache, request):
             wanted & 0xFFFFFFFF, READ_OPCODE | (wanted >> 32) << 16, word(request, t.LENGTH),
         )  # fmt: skip
     release(entry, word(request, t.TO) + place_of(cache, wanted) - word(request, t.FROM))
+    fence()  # a lane that came too early to find it has written the tick before it looked
+    tick = acquire(cache + 8 * c.TICK)
+    if wanted >> 32 == tick % word(cache, c.LAYER_COUNT):
+        release(word(cache, c.STAMPS) + 8 * slot, tick)
 
 
 @kernel
@@ -137,13 +141,15 @@ def neuron_lane(engine: str) -> Callable[..., Any]:
             if wanted == NOTHING:
                 break
             entry, tick = entry_of(cache, wanted), acquire(cache + 8 * c.TICK)
-            if acquire(entry) > c.PENDING:  # it was about to be dropped when it was asked for, and stayed
+            if acquire(entry) != c.PENDING:  # it was about to be dropped when it was asked for, and stayed
                 c.drop_demand(cache)
                 met += 1
                 continue
             slot, ahead = c.victim(cache, tick), wanted >> 32 != tick % word(cache, c.LAYER_COUNT)
-            if slot == NOTHING and not ahead:
-                break  # a layer's own neurons find room as soon as reads for another one have come
+            if slot == NOTHING and not ahead:  # there is room as soon as reads for another layer have come
+                if word(control, t.IN_FLIGHT) == 0:
+                    give_up(control, t.ENGINE, wanted, EBUSY)
+                break
             c.drop_demand(cache)
             if slot == NOTHING:  # if it is live, it will be asked for again
                 release(entry, 0)

@@ -15,7 +15,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from coterie.kernels import operands as o
-from coterie.kernels.atomics import acquire, release
+from coterie.kernels.atomics import acquire, fence, release
 from coterie.kernels.cache import PENDING, TICK, call_reader, demand, touch
 from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import FORMATS
@@ -254,6 +254,7 @@ def neuron_gate(gate_name: str, up_name: str, activation: str, tokens: str, scor
             prepare(record, step, lane)
             if cache != 0:
                 release(cache + 8 * TICK, tick)
+                fence()  # against the reader, which shows a neuron and then looks at the tick
         waiting = np.int64(-1)  # the cluster whose Up rows are on their way from memory
         while piece >= 0:
             cluster = cluster_of(record, piece)

@@ -154,8 +154,9 @@ def _template(settings: Json) -> str | None:
     """The chat template, of several the one named default."""
     value = settings.get("chat_template")
     if isinstance(value, list):
-        named = {each.get("name"): each.get("template") for each in value if isinstance(each, dict)}
-        value = named.get("default")
+        value = next(
+            (each.get("template") for each in value if isinstance(each, dict) and each.get("name") == "default"), None
+        )
     return value if isinstance(value, str) else None
 
 

@@ -19,6 +19,7 @@ from coterie.models.llama import Floats, Weights
 from coterie.models.predictor_training import Predictor, Recorded, Training, train_layer
 from coterie.models.source import Bytes, DerivedModel, Made, WeightSource
 from coterie.models.spec import ModelSpec
+from coterie.models.tokenizer import chunks_of
 
 CHUNK = 256  # tokens that see each other
 HELD = 10  # one chunk in so many is not trained on
@@ -93,9 +94,11 @@ def check_trainable(spec: ModelSpec, training: Training) -> None:
 
 def cut(tokens: list[int], begin: list[int]) -> list[list[int]]:
     """A text's chunks, each begun with `begin` (BOS, or nothing); UsageError for a text that has not two of them."""
-    chunks = [begin + tokens[at + len(begin) : at + CHUNK] for at in range(0, len(tokens) - CHUNK + 1, CHUNK)]
+    chunks = chunks_of(tokens, begin, CHUNK)
     if len(chunks) < 2:
-        raise UsageError(f"the text has {len(tokens)} tokens, training needs {2 * CHUNK} at least; give more text")
+        raise UsageError(
+            f"there are {len(tokens)} tokens, training needs {2 * CHUNK} at least; give more text, or a larger --tokens"
+        )
     return chunks
 
 
@@ -186,4 +189,4 @@ def with_predictors(source: WeightSource, spec: ModelSpec, predictors: list[Pred
 
 
 def _rows_of(raw: Bytes) -> Callable[[range], Bytes]:
-    return lambda rows: raw[rows.start : rows.stop]
+    return lambda rows: raw[rows.start : rows.stop].copy()

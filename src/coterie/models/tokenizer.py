@@ -296,3 +296,10 @@ def _flag(metadata: dict[str, Any], name: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise ModelError(f"metadata 'tokenizer.ggml.{name}' is {str(value)[:40]!r}, not true or false")
     return value
+
+
+def chunks_of(tokens: list[int], begin: list[int], size: int) -> list[list[int]]:
+    """A text's chunks of `size` tokens, what is left over dropped; each begins with `begin` (BOS, or nothing), which
+    takes the place of its first tokens."""
+    starts = range(0, len(tokens) - size + 1, size)
+    return [begin + tokens[start + len(begin) : start + size] for start in starts]
