@@ -37,12 +37,6 @@ NOT_YET: Patch = (
             if acquire""",
     "            if acquire",
 )
-ONE_BY_ONE: Patch = (  # they are asked for all the same when a lane comes to them; here that is counted
-    "kernels/sparse_late.py",
-    "            call_reader(cache, 1)\n",
-    "            call_reader(cache, 1)\n            tally(step, lane, LINE_ASKED, 1)\n",
-)
-COUNTS: Patch = ("kernels/sparse_late.py", "ABORT, LINE_STALLED, NAP", "ABORT, LINE_ASKED, LINE_STALLED, NAP")
 APART: tuple[Patch, ...] = (
     (
         "kernels/neuron_lane.py",
@@ -104,9 +98,8 @@ STAGED: tuple[Patch, ...] = (
     def run(record, step, lane):
 """,
     ),
-    COUNTS,
 )
-SERIAL = (NOT_AHEAD, NOT_YET, ONE_BY_ONE, COUNTS)
+SERIAL = (NOT_AHEAD, NOT_YET)  # neurons are asked for all the same when a lane comes to them
 STAGES: dict[str, tuple[Patch, ...]] = {
     "demand reads": (*SERIAL, *APART, FORGETFUL),
     "bundles": (*SERIAL, FORGETFUL),
