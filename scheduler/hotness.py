@@ -34,7 +34,7 @@ class Activity:
         """For people."""
         took = "" if self.read_seconds is None else f", {1e3 * self.read_seconds:.0f} ms"
         hot = f"{self.hot:,} hot ({self.hot_bytes / 1e6:.1f} MB)"
-        read = f"at most {self.missing:,.0f} read ({self.read_bytes / 1e6:.1f} MB{took})"
+        read = f"{self.missing:,.0f} read ({self.read_bytes / 1e6:.1f} MB{took}) if steps are independent"
         return f"batch {self.batch}: {self.live:,.0f} neurons live a step, {hot}, {read}"
 
 

@@ -80,9 +80,6 @@ class Plan:
             seconds["memory"] = self.bytes_per_token / memory_bandwidth
         if self.streamed_per_token and self.flash is not None and self.flash.bytes_per_s:
             seconds["flash"] = self.streamed_per_token / self.flash.bytes_per_s
-        for activity in self.activity[:1]:
-            if activity.read_seconds:
-                seconds["flash"] = seconds.get("flash", 0.0) + activity.read_seconds
         bottleneck = max(seconds, key=lambda unit: seconds[unit], default=None)
         if self.streamed_per_token and "flash" not in seconds:
             bottleneck = None  # the slower one is not known
