@@ -12,6 +12,9 @@ from packed_models import streaming
 from coterie import stream
 from coterie.actors.flash import FlashUnit
 from coterie.engine import Engine
+from coterie.kernels import library
+from coterie.scheduler import planner
+from coterie.scheduler.profile import FlashChoice
 
 Reader = Callable[[int, int, int, int], int]
 PREAD = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
@@ -35,3 +38,13 @@ def faulty(path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch, share: f
     monkeypatch.setattr(stream, "FlashUnit", functools.partial(FlashUnit, reader=address))
     with streaming(path, share) as engine:
         yield engine
+
+
+def use_reader(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all reads of engines made from now on go through `reader(fd, address, bytes, offset)`."""
+    function = PREAD(reader)
+    KEPT.append(function)
+    address, own = library.address, ctypes.cast(function, ctypes.c_void_p).value
+    monkeypatch.setattr(library, "address", lambda name: own if name == "flash_pread" else address(name))
+    choice = FlashChoice(1 << 20, 8, None, "profile", "preadv")
+    monkeypatch.setattr(planner, "flash_choice", lambda profile, path: choice)
