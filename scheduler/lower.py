@@ -360,13 +360,15 @@ class Lowering:
     def _sparse_ffn(
         self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft | None, sparse: SparseLowering
     ) -> None:
-        layers, ahead = self.weights.layers, None
+        layers, ahead, given = self.weights.layers, None, ready
         if sparse.units is not None:
-            given = ready
             ready = self._predict(b, i, i, given, sparse)
-            following = layers[i + 1].ffn if i + 1 < len(layers) else None
-            if sparse.cache and isinstance(following, SparseFFN) and self.weights.stays(following.deciding):
-                ahead = following, self._predict(b, i, i + 1, given, sparse)
+        following = layers[i + 1].ffn if i + 1 < len(layers) else None
+        wanted = sparse.decode and sparse.cache is not None
+        if wanted and isinstance(following, SparseFFN) and self.weights.stays(following.deciding):
+            seen = given if sparse.units is None else self._predict(b, i, i + 1, given, sparse)
+            assert seen is not None
+            ahead = following, seen
         sparse.add(b, i, ffn, ready, self.z, self.width, ahead)
 
     def _predict(self, b: ProgramBuilder, i: int, of: int, ready: Draft | None, sparse: SparseLowering) -> Draft:

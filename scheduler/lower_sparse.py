@@ -16,6 +16,7 @@ from coterie.scheduler.program import Draft, Operand, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.weights import PINNED, NeuronSpan, SparseFFN, Weights
 
+BUSY = 32  # reads that take as long as deciding a layer of a 7B by its Gates does
 DOWN_PIECES = 2  # a lane of Down, at least, if there are superblocks enough
 
 
@@ -168,10 +169,11 @@ class SparseLowering:
     def ask(self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft) -> None:
         """Append what asks for neurons of the next layer, number `i`."""
         layout = ffn.layout
-        assert layout.scores is not None
-        operands = self._neurons(i, ffn, self._all(ffn))
-        operands[o.N_SCORE_X] = self.score_at + self.score_bytes
-        name = kernel_name("neuron_ask", layout.scores.name, self.tile)
+        deciding = layout.scores or layout.gate
+        operands = self._neurons(i, ffn, self._all(ffn)) | {o.N_BUSY: 0 if layout.scores else BUSY}
+        if layout.scores:
+            operands[o.N_SCORE_X] = self.score_at + self.score_bytes
+        name = kernel_name("neuron_ask", deciding.name, self.tile)
         b.add(name, Opcode.FFN_ASK, operands, layer=i, prepare=ready)
 
     def _down(

@@ -39,7 +39,7 @@ def packed_dir() -> Path:
     return _made(cache_dir() / "packed")
 
 
-def check_place(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raise UsageError where no file can be written: for what takes long before it writes one."""
     if path.is_dir() or not _writable_folder(path.parent):
         raise UsageError(f"cannot write {path}: name a file in a folder that can be written")

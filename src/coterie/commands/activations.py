@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from coterie.commands import terminal
 from coterie.commands.options import read_text
 from coterie.errors import UsageError
-from coterie.paths import check_place
+from coterie.paths import check_writable
 
 if TYPE_CHECKING:
     from coterie.storage.activations import Activations
@@ -43,7 +43,7 @@ def count(
 
     if not 1 <= sizes[0] <= sizes[-1] <= BATCH:
         raise UsageError(f"--batches {batches}: give numbers from 1 to {BATCH}")
-    check_place(counts)
+    check_writable(counts)
     context = max(sizes) * round_up(steps, SPAN)  # sequences take whole blocks of the KV cache
     wishes = Wishes(context=context, counting=True, **wanted)
     path = fetch.resolve(name, progress)

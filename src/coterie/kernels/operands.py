@@ -158,6 +158,7 @@ from coterie.kernels.record import OPERANDS
     N_SCORE_SUPERS,
     N_ASCENDING,  # 1: clusters in the order in which their weights arrive; 0: the coldest, which miss most, first
 ) = range(OPERANDS, OPERANDS + 20)
+N_BUSY = N_UP  # `neuron_ask`: demands that must be waiting for a cluster to be worth its time
 N_BUNDLE = N_LIVE  # `neuron_all`: bytes from one bundle to the next
 
 # `weave`

@@ -8,7 +8,7 @@ from numba.extending import register_jitable
 
 from coterie.kernels import operands as o
 from coterie.kernels.atomics import acquire
-from coterie.kernels.cache import call_reader, demand
+from coterie.kernels.cache import DEMANDED, SERVED, call_reader, demand
 from coterie.kernels.compiler import kernel
 from coterie.kernels.formats import FORMATS
 from coterie.kernels.mathematics import relu
@@ -24,9 +24,10 @@ from coterie.kernels.vector import f32_at, floats_at, i64_at
 
 @kernel
 def neuron_ask(score_name: str, tokens: str) -> Callable[..., Any]:
-    """Ask for neurons of the next layer that its predictor takes for live on this layer's input, which changes little
-    from layer to layer (Deja Vu, section 4.3): flash reads while this layer's Down and the next one's attention are
-    computed. What is asked for in vain costs a read, nothing else."""
+    """Ask for neurons of the next layer that its predictor, or its Gate, takes for live on this layer's input, which
+    changes little from layer to layer (Deja Vu, section 4.3): flash reads while this layer's Down and the next one's
+    attention are computed. What is asked for in vain costs a read, nothing else. Gates take time, so they are computed
+    only while the reader has enough to do for lanes to have nothing better."""
     tile_tokens = int(tokens)
     together = tile_groups(tile_tokens)
     score_rows = product_op(score_name, tile_tokens, together)
@@ -40,31 +41,34 @@ def neuron_ask(score_name: str, tokens: str) -> Callable[..., Any]:
             top = max(top, f32_at(scratch + (i * tile_tokens + t) * 4))
         return top > np.float32(0)
 
-    def run(record, step, lane):
+    @register_jitable
+    def ask(record, step, lane, cluster):
         n, cache = word(step, TOKENS), word(record, o.N_CACHE)
         x = word(record, o.N_X) + lane * word(record, o.N_X_LANE) + word(record, o.N_SCORE_X)
         scratch = word(record, o.N_SCRATCH) + lane * word(record, o.N_SCRATCH_LANE)
         supers, row = word(record, o.N_SCORE_SUPERS), word(record, o.N_ROW)
-        total = word(record, o.N_COUNT)
-        pieces = 0
+        w, asked = i64_at(word(record, o.N_TABLE) + cluster * NEURON_ROW + NEURON_SCORES), 0
+        for tile in range((n + tile_tokens - 1) // tile_tokens):
+            for i in range(0, CLUSTER, together):
+                at = scratch + i * tile_tokens * 4
+                score_rows(w + i * row, row, x + tile * supers * score_super, at, supers, AHEAD)
+            for i in range(CLUSTER):
+                entry = word(record, o.N_ADDRESSES) + 8 * (cluster * CLUSTER + i)
+                absent = wanted(scratch, i, n - tile * tile_tokens) and acquire(entry) == 0
+                if absent and demand(cache, entry, layer_of(record), cluster * CLUSTER + i):
+                    asked += 1
+        if asked > 0:
+            call_reader(cache, asked)
+            tally(step, lane, LINE_ASKED, asked)
+
+    def run(record, step, lane):
+        cache, total, pieces = word(record, o.N_CACHE), word(record, o.N_COUNT), 0
         piece = claim(record, step, lane, total)
         if piece >= 0:
             prepare(record, step, lane)
         while piece >= 0:
-            w = i64_at(word(record, o.N_TABLE) + piece * NEURON_ROW + NEURON_SCORES)
-            asked = 0
-            for tile in range((n + tile_tokens - 1) // tile_tokens):
-                for i in range(0, CLUSTER, together):
-                    at = scratch + i * tile_tokens * 4
-                    score_rows(w + i * row, row, x + tile * supers * score_super, at, supers, AHEAD)
-                for i in range(CLUSTER):
-                    entry = word(record, o.N_ADDRESSES) + 8 * (piece * CLUSTER + i)
-                    absent = wanted(scratch, i, n - tile * tile_tokens) and acquire(entry) == 0
-                    if absent and demand(cache, entry, layer_of(record), piece * CLUSTER + i):
-                        asked += 1
-            if asked > 0:
-                call_reader(cache, asked)
-                tally(step, lane, LINE_ASKED, asked)
+            if acquire(cache + DEMANDED) - acquire(cache + SERVED) >= word(record, o.N_BUSY):
+                ask(record, step, lane, piece)
             pieces += 1
             piece = claim(record, step, lane, total)
         return finish(record, step, pieces, total)
