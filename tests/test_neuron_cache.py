@@ -4,7 +4,6 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from exact_models import decoded, prefilled, some_tokens
 from faulty_disk import faulty, honest, use_reader
 from harness import until
-from packed_models import small_extents, streaming
+from packed_models import streaming
 from reference import same_bits
 from sparse_models import addresses_of, reader_of, write_gated, write_predicted
 
@@ -31,19 +30,16 @@ from coterie.storage.weights import SparseFFN
 N = 24  # tokens
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_extents() -> Iterator[None]:
-    with small_extents():
-        yield
+pytestmark = pytest.mark.usefixtures("many_extents")
 
 
 @pytest.fixture(scope="module")
-def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gated(many_extents: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gated(tmp_path_factory.mktemp("cache") / "gated.gguf")
 
 
 @pytest.fixture(scope="module")
-def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def predicted(many_extents: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_predicted(tmp_path_factory.mktemp("cache") / "predicted.gguf")
 
 

@@ -13,7 +13,7 @@ from exact_models import decoded, prefilled, some_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from packed_models import pack, small_extents
+from packed_models import pack
 from reference import same_bits
 from tiny_models import write_tiny
 
@@ -36,19 +36,11 @@ TOKENS = 20
 CEILINGS = st.integers(1, 20 << 20)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_extents() -> Iterator[None]:
-    with small_extents():
-        yield
+pytestmark = pytest.mark.usefixtures("many_extents")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("plans")
-
-
-@pytest.fixture(scope="module")
-def packed(folder: Path) -> Path:
+def packed(many_extents: None, folder: Path) -> Path:
     """Weights of about 4 MiB."""
     path = folder / "tiny.gguf"
     return pack(write_tiny(path, dim=256, ffn=768, layers=6, formats="Q8_0", context=CONTEXT))

@@ -2,14 +2,13 @@
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from exact_models import CASES, CONTEXT, Floats, decoded, opened, prefilled, some_tokens
-from packed_models import packed, small_extents, smallest, streaming, write_model
+from packed_models import packed, smallest, streaming, write_model
 from reference import same_bits
 
 from coterie.engine import Engine
@@ -29,20 +28,7 @@ N = 24
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_extents() -> Iterator[None]:
-    with small_extents():
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("streaming")
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> Path:
-    return packed(folder, "llama Q4_0")
+pytestmark = pytest.mark.usefixtures("many_extents")
 
 
 def batched(engine: Engine, tokens: list[int]) -> Floats:

@@ -5,7 +5,6 @@ import errno
 import gc
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from exact_models import CONTEXT, decoded, some_tokens
 from faulty_disk import Reader, faulty, honest
 from harness import until
-from packed_models import packed, small_extents, streaming
+from packed_models import packed, streaming
 from reference import same_bits
 
 from coterie import stream
@@ -27,20 +26,7 @@ from coterie.sizes import Share
 N = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_extents() -> Iterator[None]:
-    with small_extents():
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> Path:
-    return packed(folder, "llama Q4_0")
+pytestmark = pytest.mark.usefixtures("many_extents")
 
 
 def test_passing_faults_cost_only_retries(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
