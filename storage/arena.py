@@ -201,6 +201,13 @@ class Arena(Ledger):
         self._bytes[place.offset + keep : place.offset + first] = 0
         place.used = min(place.used, keep)
 
+    def discard(self, region: str) -> None:
+        """Take other memory, of zeros, for a region and what is cut from it: a read that still lands in the old one is
+        not seen."""
+        place = self._region(region)
+        self._mapping.drop(place.offset, place.size)
+        self._mapping.back(place.offset, place.backed)
+
     def use_small_pages(self, region: str) -> None:
         """A region of which little is used takes what it uses, and not whole huge pages."""
         place = self._region(region)
@@ -239,4 +246,3 @@ def _item_bytes(dtype: str) -> int:
     except TypeError:
         return 0
     return kind.itemsize if kind.kind in "biuf" else 0
-

@@ -37,7 +37,7 @@ class Mapping(Protocol):
     base: int
 
     def back(self, offset: int, size: int) -> None:
-        """Have physical memory for these bytes, or say now that there is none. Raises PlanError."""
+        """Have physical memory for these pages, or say now that there is none. Raises PlanError."""
 
     def drop(self, offset: int, size: int) -> None:
         """Give whole pages back; they hold zeros again."""
@@ -98,10 +98,12 @@ class SharedMapping:
         self._close_fd = weakref.finalize(self, os.close, self.fd)
         memory = (ctypes.c_uint8 * size).from_address(self.base)
         weakref.finalize(memory, _libc().munmap, ctypes.c_void_p(self.base), ctypes.c_size_t(size)).atexit = False
-        self.bytes: Bytes = np.frombuffer(memory, np.uint8)
+        self.bytes: Bytes = np.ctypeslib.as_array(memory)
         _libc().madvise(ctypes.c_void_p(self.base), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)  # where it is granted
 
     def back(self, offset: int, size: int) -> None:
+        if size == 0:
+            return
         if size > available_memory():
             raise PlanError(f"{size >> 20} MiB of shared memory are more than there is; lower --memory")
         # Touching takes huge pages where the kernel grants them on advice; a kernel before 5.14 cannot do it at once.

@@ -16,7 +16,8 @@ from coterie.engine import Engine
 from coterie.errors import PlanError
 from coterie.opening import open_model
 from coterie.scheduler.plan import Wishes
-from coterie.storage.arena import HUGE, LINE, Arena, Ledger
+from coterie.storage.arena import LINE, Arena, Ledger
+from coterie.storage.mapping import HUGE
 
 REGIONS = {"weights": 3 * HUGE, "state": 5000}
 

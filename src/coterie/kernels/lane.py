@@ -17,6 +17,7 @@ from coterie.kernels.record import (
     EVENT,
     HEADER_WORDS,
     KERNEL,
+    LINE_PROGRESS,
     NAP,
     NEVER,
     OPCODE,
@@ -30,7 +31,7 @@ from coterie.kernels.record import (
     TRACE_STRIDE,
     WAIT,
 )
-from coterie.kernels.sync import give_way, post, reached, sleep_on, wait_flag, word
+from coterie.kernels.sync import give_way, post, reached, sleep_on, tally, wait_flag, word
 from coterie.kernels.vector import i64_at, set_i32, set_i64
 
 EVENT_BYTES = EVENT.itemsize
@@ -85,7 +86,9 @@ def run_program(step, lane, first, deadline):
             return ABANDONED
         give_way(step)
         start = cycles() if tracing else waiting
+        tally(step, lane, LINE_PROGRESS, 1)
         pieces = call_kernel(word(instruction, KERNEL), instruction, step, lane)
+        tally(step, lane, LINE_PROGRESS, 1)
         if tracing and pieces > 0:
             record_event(step, lane, instruction, waiting, start, pieces)
     return count
@@ -155,20 +158,13 @@ def lane_part() -> Callable[..., Any]:
 
 
 @kernel
-def lane_wait() -> Callable[..., Any]:
-    """1 when the flag has come to `value`, 0 when the step was abandoned first."""
-
-    def run(flag, value, spin, abort, nap):
-        return 1 if wait_flag(flag, value, spin, abort, nap) else 0
-
-    return run
-
-
-@kernel
 def lane_watch() -> Callable[..., Any]:
-    """1 when the flag has come to `value`; 0 after a nap, or less, in which it did not."""
+    """1 when the flag has come to `value`; 0 after `spin` cycles and a nap, or less, in which it did not."""
 
-    def run(flag, value, nap):
+    def run(flag, value, spin, nap):
+        start = cycles()
+        while not reached(acquire(flag), value) and cycles() - start < spin:
+            pause()
         if not reached(acquire(flag), value):
             sleep_on(flag, value, nap)
         return 1 if reached(acquire(flag), value) else 0
