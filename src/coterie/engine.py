@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
-from coterie.actors.host import Actor, Host, ThreadHost, UnitLost
+from coterie.actors.host import Actor, Host, ThreadActor, ThreadHost, UnitLost
 from coterie.actors.neurons import neuron_kernels
 from coterie.errors import UnitError, UsageError
 from coterie.kernels import library
@@ -342,6 +342,14 @@ class Engine:
         """An actor for a unit."""
         return self.host.start(unit, self.arena, self._buffers.pulse(UNITS.index(unit)))
 
+    def _replace(self, unit: str) -> Actor:
+        """Another actor for a unit; threads of this process where its host has none to give any more."""
+        try:
+            return self._start(unit)
+        except UnitError as error:
+            self._progress(f"{error}; it goes on as threads of this process")
+            return ThreadActor(self.arena)
+
     def _surely(self, action: Callable[[], None]) -> None:
         """Do something that can be done again, until no unit is lost in it."""
         while True:
@@ -363,14 +371,14 @@ class Engine:
         flash_lost = stream is not None and (loss.unit != "cpu" or stream.unit.actor.lost() is not None)
         if loss.unit == "cpu" or self.unit.actor.lost() is not None:
             self.unit.actor.fence()
-            self.unit.revive(self._start("cpu"))
+            self.unit.revive(self._replace("cpu"))
         if stream is not None:
             if flash_lost:
                 stream.unit.actor.fence()
             neurons = stream.neurons is not None
             stream.end_neurons()  # lanes that were killed may have left half a demand in its queue
             if flash_lost:
-                stream.revive(self._start("flash"))
+                stream.revive(self._replace("flash"))
             stream.lose()
             if neurons:
                 self._fill_tables()
@@ -490,6 +498,7 @@ class Engine:
             self._write_trace(self._trace)
         self.model.close()
         self.arena.close()
+        self.host.close()
 
     def _write_trace(self, path: Path) -> None:
         rings = [("cpu", self.unit.buffers.rings)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from coterie.kernels.atomics import acquire, call_kernel, cycles, fence, pause, release
+from coterie.kernels.atomics import acquire, call_kernel, cycles, fence, fetch_add, pause, release
 from coterie.kernels.compiler import kernel
 from coterie.kernels.record import (
     ABORT,
@@ -17,6 +17,7 @@ from coterie.kernels.record import (
     EVENT,
     HEADER_WORDS,
     KERNEL,
+    LINE,
     LINE_PROGRESS,
     NAP,
     NEVER,
@@ -168,6 +169,21 @@ def lane_watch() -> Callable[..., Any]:
         if not reached(acquire(flag), value):
             sleep_on(flag, value, nap)
         return 1 if reached(acquire(flag), value) else 0
+
+    return run
+
+
+@kernel
+def lane_pulse() -> Callable[..., Any]:
+    """Count the flag at `line` up, and again after every nap, while the flag behind it is not posted; the nap's length
+    is that flag's third and fourth word. So another process sees that this one lives (docs/supervision.md)."""
+
+    def run(line):
+        stop = line + LINE
+        while acquire(stop) == 0:
+            fetch_add(line, 1)
+            sleep_on(stop, 1, stop + 16)
+        return acquire(line)
 
     return run
 
