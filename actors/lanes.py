@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from coterie.errors import UnitError
 from coterie.kernels import library
 from coterie.kernels import record as r
 from coterie.storage.arena import Arena, BufferRef
@@ -43,6 +44,9 @@ class Lanes:
         lanes: int,
         seen: int,
     ) -> None:
+        copies, _ = steps.shape
+        if not 0 <= first <= lanes <= copies - 1 or control.shape != (CONTROL_LINES + lanes, r.LINE // 8):
+            raise UnitError(f"lanes {first} to {lanes} do not fit their buffers")
         self.arena, self.threads = arena, list[threading.Thread]()
         cores = sorted(os.sched_getaffinity(0))
         spinning = lanes <= len(cores)  # more spinners than cores would only hold each other up
@@ -63,7 +67,10 @@ class Lanes:
         """Put this process's addresses of kernels into a program's records, which have their numbers in `kernels`."""
         addresses = np.array([library.address(name) for name in kernels], np.int64)
         words = self.arena.numpy(table)
-        words[:, r.KERNEL] = addresses[words[:, r.KERNEL]]
+        numbers = words[:, r.KERNEL]
+        if table.shape[1:] != (r.WORDS,) or not 0 <= numbers.min() <= numbers.max() < len(kernels):
+            raise UnitError("a program's records do not name their kernels")
+        numbers[:] = addresses[numbers]
 
     def close(self) -> None:
         """Wait for lanes that have been told to leave."""

@@ -121,6 +121,8 @@ class RayActor:
             while not ray.wait([asked], timeout=LOOK)[0]:
                 if reason := self.lost():
                     raise UnitLost(self.unit, reason)
+                if time.monotonic() > end and self._hello is None:
+                    raise UnitLost(self.unit, f"its process has not answered for {START_LIMIT:.0f} s")
                 if time.monotonic() > end:
                     raise UnitError(f"Ray has not started unit {self.unit} for {START_LIMIT:.0f} s{self._wanting()}")
             answer: dict[str, Any] = unpack(ray.get(asked))

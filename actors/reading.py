@@ -19,6 +19,8 @@ from coterie.kernels import tape as t
 from coterie.storage.arena import Arena, BufferRef
 
 ENGINES = ("io_uring", "preadv")
+LANES = ("flash_lane", "neuron_lane")
+DEEPEST = 4096  # reads in flight
 READERS = 8  # threads of "preadv" at most
 LAST_WAIT = 2.0  # seconds that close waits for a disk that does not answer
 SLICE_NANOSECONDS = 100_000  # of processor time: the shortest slice there is
@@ -46,6 +48,8 @@ class ReadingLane:
         depth: int,
         reader: int = 0,
     ) -> None:
+        if lane not in LANES or control.nbytes != 8 * t.CONTROL_WORDS or not 1 <= depth <= DEEPEST:
+            raise UnitError(f"there is no lane {lane!r:.40} with {depth} reads in flight")
         words: npt.NDArray[np.int64] = arena.numpy(control)
         uring = _set_up(engine, depth, reader)
         self.engine = "preadv" if uring is None else "io_uring"

@@ -57,6 +57,7 @@ class Plan:
     numerics: str = "exact"
     version: int = VERSION
     units: dict[str, str] = field(default_factory=lambda: {"cpu": "everything"})
+    host: str = "threads"  # what the units are: threads of this process, or actors of "ray"
     activity: tuple[Activity, ...] = ()  # what a sparse model's steps are expected to use, by batch size
 
     @property
@@ -121,6 +122,11 @@ class Plan:
             f"MiB), {rest:.0f} MiB else; Python beside it, up to {OVERHEAD // 10**6} MB"
             + (f" [{said}]" if said else "")
         )
+        if self.host == "ray":
+            lines.append(
+                f"host Ray: actors {' and '.join(self.units)}; a lost one is replaced, where Ray is gone by threads of "
+                "this process"
+            )
         return lines + [activity.line() for activity in self.activity]
 
     def _residency(self) -> str:
@@ -143,9 +149,9 @@ class Plan:
 @dataclass(frozen=True)
 class Wishes:
     """What the user wants of a plan; None is for us to choose. `memory` is a ceiling in bytes, a share of the weights,
-    or "auto". `tracing` records events, `counting` in how many steps a sparse model's neurons were live; `activations`
-    are such counts, by which the plan says what it expects. What follows `sources` comes from a plan file: extents
-    pinned, bytes of the ring, neurons in the cache, how flash is read, and of which packed model."""
+    or "auto"; `host` as of Plan. `tracing` records events, `counting` in how many steps a sparse model's neurons were
+    live; `activations` are such counts, by which the plan says what it expects. What follows `sources` comes from a
+    plan file: extents pinned, bytes of the ring, neurons in the cache, how flash is read, and of which packed model."""
 
     threads: int | None = None
     context: int | None = None
@@ -154,6 +160,7 @@ class Wishes:
     tracing: bool = False
     counting: bool = False
     activations: Activations | None = None
+    host: str = "threads"
     sources: Mapping[str, str] = field(default_factory=dict)
     pinned: int | None = None
     ring: int | None = None

@@ -288,6 +288,7 @@ class _Draft:
             regions=regions,
             sources={name: _source(name, value, wishes.sources) for name, value in given.items()},
             memory=ceiling,
+            host=wishes.host,
             flash=flash,
             numerics="lossy: predictors decide which neurons are computed" if self.spec.predictor else "exact",
             units={"cpu": "everything"}

@@ -29,7 +29,9 @@ FRONT_DOOR = {
     "engine",
     "llm",
     "opening",
+    "hosts",
     "stream",
+    "supervision",
     "meter",
     "pressure",
     "recording",
@@ -39,7 +41,7 @@ MAY_IMPORT = {
     "errors": set(),
     "paths": {"errors"},
     "startup": {"errors"},
-    "configs": set(),
+    "configs": {"errors"},
     "trace": {"errors", "kernels"},
     "kernels": {"errors", "paths"},
     "sizes": {"errors"},
@@ -47,7 +49,7 @@ MAY_IMPORT = {
     "models": {"errors", "kernels"},
     "fetch": {"errors", "paths"},
     "generation": {"errors", "sampling"},
-    "actors": {"errors", "kernels", "scheduler", "storage"},  # of the scheduler, what a program is
+    "actors": {"configs", "errors", "kernels", "paths", "scheduler", "storage"},  # of the scheduler, what a program is
     "scheduler": {"errors", "kernels", "models", "paths", "sizes", "storage"},
     "sampling": {"errors"},
 }

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
-from coterie.actors.host import Actor, Host, ThreadActor, ThreadHost, UnitLost
+from coterie.actors.host import Host, ThreadHost, UnitLost
 from coterie.actors.neurons import neuron_kernels
-from coterie.errors import UnitError, UsageError
+from coterie.errors import UsageError
 from coterie.kernels import library
 from coterie.kernels.operands import PROBE_BYTES
 from coterie.meter import Meter
@@ -39,6 +39,7 @@ from coterie.storage.tables import fill_tables
 from coterie.storage.unit import lay_out_unit
 from coterie.storage.weights import Residency
 from coterie.stream import Stream
+from coterie.supervision import Supervisor
 from coterie.trace.chrome import write_chrome_trace
 
 
@@ -59,16 +60,6 @@ class Rows(NamedTuple):
     outputs: npt.ArrayLike
 
 
-class Loss(NamedTuple):
-    """A unit that was lost and replaced: which, why, and the seconds that took once it was known."""
-
-    unit: str
-    reason: str
-    seconds: float
-
-
-UNITS = ("cpu", "flash")
-MOST_LOSSES = 5  # without a step in between
 Floats = npt.NDArray[np.float32]
 Progress = Callable[..., None]  # progress(label, done=0, total=0)
 
@@ -109,9 +100,10 @@ class Engine:
                 self.arena.use_small_pages(region)
         buffers = lay_out_unit(self.arena, plan.lanes, plan.chunk, tracing=self._wishes.tracing)
         self.cache = KVCache(self.arena, KVLayout.of(self.spec), plan.context, BATCH + 1)
-        self._buffers = buffers
+        self.supervisor = Supervisor(self.host, self.arena, buffers, self._progress)
         detached = self._packed is not None or self.host.shared
-        self.unit = CpuUnit(self.arena, plan.lanes, buffers, detached=detached, actor=self._start("cpu"))
+        actor = self.supervisor.start("cpu")
+        self.unit = CpuUnit(self.arena, plan.lanes, buffers, detached=detached, actor=actor)
         self.stream: Stream | None = None
         self.meter: Meter | None = None
         self._lock = RLock()  # held while a step runs, or the ceiling changes
@@ -120,8 +112,6 @@ class Engine:
         self._urgent = True
         self._ropes: dict[Rope, BufferRef] | None = None
         self._loaded: set[str] = set()
-        self.losses: list[Loss] = []
-        self._lost_in_a_row = 0
         self._closed = False
         self._follower: Follower | None = None
         try:
@@ -149,7 +139,7 @@ class Engine:
             depth=plan.flash.depth,
             tracing=self._wishes.tracing,
         )
-        stream = Stream(self.arena, file, plan, buffers, self.unit.abort_address, self._start("flash"))
+        stream = Stream(self.arena, file, plan, buffers, self.unit.abort_address, self.supervisor.start("flash"))
         self.unit.connect(stream.unit.arrived, stream.unit.freed)
         assert self.flash is not None
         self.flash = replace(self.flash, engine=stream.unit.engine)
@@ -208,7 +198,7 @@ class Engine:
                 if name == "head":
                     raise _Again from None
                 continue
-            self._lost_in_a_row = 0
+            self.supervisor.done()
             return
 
     def _step(self, name: str, rows: Rows, more: bool) -> None:
@@ -235,6 +225,17 @@ class Engine:
             stream.watch()  # if the flash unit complains, that is the reason
             raise
         meter.stop(ids.size if name in ("decode", "batch") else 0)
+
+    def _recover(self, loss: UnitLost) -> None:
+        self.supervisor.recover(loss, self.unit, self.stream, self._fill_tables)
+
+    def _surely(self, action: Callable[[], None]) -> None:
+        """Do something that can be done again, until no unit is lost in it."""
+        while True:
+            try:
+                return action()
+            except UnitLost as loss:
+                self._recover(loss)
 
     def _embeddings(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Addresses of the groups of rows in which the ids' embeddings lie."""
@@ -335,54 +336,6 @@ class Engine:
                 self._surely(lambda: self.unit.run("probe", [0], [0], [0], ()))
                 seconds.append(time.perf_counter() - start)
             return float(self.layout.programs["probe"].words[0, PROBE_BYTES] / min(seconds))
-
-    # --- units that are lost --------------------------------------------------------------------------
-
-    def _start(self, unit: str) -> Actor:
-        """An actor for a unit."""
-        return self.host.start(unit, self.arena, self._buffers.pulse(UNITS.index(unit)))
-
-    def _replace(self, unit: str) -> Actor:
-        """Another actor for a unit; threads of this process where its host has none to give any more."""
-        try:
-            return self._start(unit)
-        except UnitError as error:
-            self._progress(f"{error}; it goes on as threads of this process")
-            return ThreadActor(self.arena)
-
-    def _surely(self, action: Callable[[], None]) -> None:
-        """Do something that can be done again, until no unit is lost in it."""
-        while True:
-            try:
-                return action()
-            except UnitLost as loss:
-                self._recover(loss)
-
-    def _recover(self, loss: UnitLost) -> None:
-        """Have the lost unit's work done by another actor: fence first, so that what wakes up late writes nowhere; then
-        go on. Raises UnitError where nothing can take over."""
-        begun, stream = time.perf_counter(), self.stream
-        self._lost_in_a_row += 1
-        if self._lost_in_a_row > MOST_LOSSES:
-            raise UnitError(f"{loss}; that was {MOST_LOSSES} times in one step") from None
-        if loss.hangs and not self.host.shared:
-            raise UnitError(f"{loss}; a thread cannot be replaced, so end this process") from None
-        self._progress(f"unit {loss.unit} was lost ({loss.reason}); having another one")
-        flash_lost = stream is not None and (loss.unit != "cpu" or stream.unit.actor.lost() is not None)
-        if loss.unit == "cpu" or self.unit.actor.lost() is not None:
-            self.unit.actor.fence()
-            self.unit.revive(self._replace("cpu"))
-        if stream is not None:
-            if flash_lost:
-                stream.unit.actor.fence()
-            neurons = stream.neurons is not None
-            stream.end_neurons()  # lanes that were killed may have left half a demand in its queue
-            if flash_lost:
-                stream.revive(self._replace("flash"))
-            stream.lose()
-            if neurons:
-                self._fill_tables()
-        self.losses.append(Loss(loss.unit, loss.reason, time.perf_counter() - begun))
 
     # --- the ceiling ----------------------------------------------------------------------------------
 

@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from coterie.actors.host import Host
 from coterie.engine import Engine
 from coterie.errors import UsageError
 from coterie.fetch import resolve
 from coterie.generation import Sampler, TextStream
+from coterie.hosts import check_host, open_host
 from coterie.models.header import ModelHeader
 from coterie.models.template import ChatTemplate
 from coterie.opening import open_to_run
@@ -44,7 +46,10 @@ class LLM:
     use. `plan` is a plan file to follow. `progress(label, done, total)` is told of slow things; `sources` says where
     values came from ("flag", "config"), for the plan to show.
 
-    Raises FetchError, ModelError, PlanError, UsageError.
+    `host` says what the units are: "threads" of this process, or "ray" actors, of a Ray that is started for this model
+    or of the one at `ray_address` ("auto": what coterie cluster started). Tokens are the same.
+
+    Raises FetchError, ModelError, PlanError, UnitError, UsageError.
     """
 
     def __init__(
@@ -58,20 +63,30 @@ class LLM:
         trace: str | Path | None = None,
         progress: Callable[..., None] | None = None,
         sources: Mapping[str, str] | None = None,
+        host: str = "threads",
+        ray_address: str | None = None,
     ) -> None:
+        check_host(host, ray_address)
         for name, value in (("threads", threads), ("context", context)):
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} is {value!r}: give a whole number above 0, or None to have it chosen")
         start = time.perf_counter()
-        wanted = Wishes(threads, context, None, _ceiling(memory), trace is not None, sources=dict(sources or {}))
+        wanted = Wishes(
+            threads, context, None, _ceiling(memory), trace is not None, sources=dict(sources or {}), host=host
+        )
         if plan is not None:
             wanted = read_plan(Path(plan), wanted)
         opened = open_to_run(resolve(model, progress), wanted, progress or (lambda label, done=0, total=0: None))
         _forget_vocabulary(opened.file.metadata)
+        keeper: Host | None = None
         try:
-            self._engine = Engine(opened, wanted, trace=None if trace is None else Path(trace), progress=progress)
+            keeper = open_host(host, ray_address, progress)
+            file = None if trace is None else Path(trace)
+            self._engine = Engine(opened, wanted, trace=file, progress=progress, host=keeper)
         except BaseException:
             opened.close()
+            if keeper is not None:
+                keeper.close()
             raise
         self._model = opened
         _return_free_memory()
@@ -200,6 +215,14 @@ class LLM:
     def flash(self) -> dict[str, Any] | None:
         """What streaming has done so far (None: everything is in memory): see Engine.flash_report."""
         return self._engine.flash_report()
+
+    def losses(self) -> list[dict[str, Any]]:
+        """Units that were lost and replaced: "unit", "reason", and the "seconds" it took."""
+        return [loss._asdict() for loss in self._engine.supervisor.losses]
+
+    def host(self) -> dict[str, Any]:
+        """What keeps the units alive; of Ray its address, and bytes of its own processes by name."""
+        return self._engine.host.describe()
 
     def bench(self, n_prompt: int, n_gen: int, repetitions: int = 5) -> list[dict[str, Any]]:
         """Time prefill of `n_prompt` random tokens, or decoding of `n_gen`, as llama-bench does: a warm-up, then

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from coterie.commands import terminal
-from coterie.commands.options import Json, Memory, ModelArgument, ModelOption, Threads, pick_model, value_sources
+from coterie.commands.options import (
+    Host,
+    Json,
+    Memory,
+    ModelArgument,
+    ModelOption,
+    RayAddress,
+    Threads,
+    pick_model,
+    value_sources,
+)
 from coterie.errors import UsageError
 
 
@@ -31,6 +41,8 @@ def bench(
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Times each.")] = 5,
     threads: Threads = None,
     memory: Memory = None,
+    host: Host = None,
+    ray_address: RayAddress = None,
     output: Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")] = Output.md,
     as_json: Json = False,
 ) -> None:
@@ -46,7 +58,14 @@ def bench(
     with (
         terminal.Progress() as progress,
         LLM(
-            name, threads=threads, context=context, memory=memory, progress=progress, sources=value_sources(command)
+            name,
+            threads=threads,
+            context=context,
+            memory=memory,
+            progress=progress,
+            sources=value_sources(command),
+            host=host or ("ray" if ray_address else "threads"),
+            ray_address=ray_address,
         ) as llm,
     ):
         progress.say(llm.plan.lines())

@@ -41,6 +41,18 @@ Memory = Annotated[
         help="Ceiling, as 64MiB or 2G; 50%: room for half of the weights; auto: what the machine can spare.",
     ),
 ]
+Host = Annotated[
+    Literal["threads", "ray"] | None,
+    typer.Option("--host", envvar="COTERIE_HOST", help="What units are: threads of this process, or Ray actors."),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Join this Ray; auto: coterie cluster start's.",
+    ),
+]
 Activation = Annotated[
     Literal["relu", "relu2", "drelu"] | None,
     typer.Option("--activation", help="What a ReLU model was trained with, if its file does not say."),
@@ -57,7 +69,7 @@ SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "
 
 def value_sources(command: typer.Context) -> dict[str, str]:
     """Where the values that shape a plan came from, for the plan to show."""
-    found = {name: command.get_parameter_source(name) for name in ("threads", "context", "memory")}
+    found = {name: command.get_parameter_source(name) for name in ("threads", "context", "memory", "host")}
     given = {name: SOURCES[source.name] for name, source in found.items() if source and source.name in SOURCES}
     return {"context": "automatic"} | given  # a command may work out how much it needs
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +11,12 @@ import typer
 from coterie.commands import terminal
 from coterie.commands.options import (
     Context,
+    Host,
     Json,
     Memory,
     ModelArgument,
     ModelOption,
+    RayAddress,
     Threads,
     pick_model,
     read_stdin,
@@ -63,6 +66,8 @@ def run(
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome/Perfetto trace.")
     ] = None,
+    host: Host = None,
+    ray_address: RayAddress = None,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt: the answer goes to stdout, plan and timings to stderr."""
@@ -97,6 +102,8 @@ def run(
             trace=trace,
             progress=progress,
             sources=value_sources(command),
+            host=host or ("ray" if ray_address else "threads"),
+            ray_address=ray_address,
         ) as llm,
     ):
         forecast = llm.forecast()
@@ -115,6 +122,8 @@ def run(
                     "timings": generation.timings,
                     "memory": llm.memory(),
                     "flash": llm.flash(),
+                    "host": llm.host(),
+                    "losses": llm.losses(),
                     "plan": llm.plan.as_dict() | {"forecast": forecast},
                 }
             )
@@ -178,5 +187,9 @@ def _summary(generation: "Generation", llm: "LLM", options: SamplingOptions) -> 
             f"flash {flash['read_bytes_per_token'] / 1e6:.0f} MB/token at {flash['bandwidth'] / 1e9:.2f} GB/s, "
             f"hit rate {100 * flash['hit_rate']:.0f} %, stalled {100 * flash['stall_share']:.0f} %"
         )
+    for unit, count in Counter(loss["unit"] for loss in llm.losses()).items():
+        parts.append(f"unit {unit} lost and replaced {count} time{'s' * (count > 1)}")
+    if "memory" in (found := llm.host()):
+        parts.append(f"Ray's own memory {terminal.size_text(found['memory'].get('sum', 0))}")
     parts.append(f"peak memory {terminal.size_text(memory['peak_rss'])}")
     return " · ".join(parts)

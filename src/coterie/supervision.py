@@ -1,0 +1,76 @@
+"""Units that are lost and replaced, so that a generation outlives them (docs/supervision.md)."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from coterie.actors.cpu import CpuUnit
+from coterie.actors.host import Actor, Host, ThreadActor, UnitLost
+from coterie.errors import UnitError
+from coterie.storage.arena import Arena
+from coterie.storage.unit import UnitBuffers
+from coterie.stream import Stream
+
+UNITS = ("cpu", "flash")
+MOST_LOSSES = 5  # without a step in between
+
+
+class Loss(NamedTuple):
+    """A unit that was lost and replaced: which, why, and the seconds that took once it was known."""
+
+    unit: str
+    reason: str
+    seconds: float
+
+
+class Supervisor:
+    """Has units' actors started, and others in place of those that are lost."""
+
+    def __init__(self, host: Host, arena: Arena, buffers: UnitBuffers, progress: Callable[..., None]) -> None:
+        self.host, self.losses = host, list[Loss]()
+        self._arena, self._buffers, self._progress = arena, buffers, progress
+        self._in_a_row = 0
+
+    def start(self, unit: str) -> Actor:
+        """An actor for a unit. Raises UnitError."""
+        return self.host.start(unit, self._arena, self._buffers.pulse(UNITS.index(unit)))
+
+    def done(self) -> None:
+        """A step was done, so there is no end of losses to fear."""
+        self._in_a_row = 0
+
+    def recover(self, loss: UnitLost, cpu: CpuUnit, stream: Stream | None, fill_tables: Callable[[], None]) -> None:
+        """Have the lost unit's work done by another actor, between two tries of a step: fence first, so that what wakes
+        up late writes nowhere. `fill_tables` opens a neuron cache anew. Raises UnitError where nothing can take over.
+        """
+        begun = time.perf_counter()
+        self._in_a_row += 1
+        if self._in_a_row > MOST_LOSSES:
+            raise UnitError(f"{loss}; that was {MOST_LOSSES} times in one step") from None
+        if loss.hangs and not self.host.shared:
+            raise UnitError(f"{loss}; a thread cannot be replaced, so end this process") from None
+        self._progress(f"unit {loss.unit} was lost ({loss.reason}); having another one")
+        if loss.unit == "cpu" or cpu.actor.lost() is not None:
+            cpu.actor.fence()
+            cpu.revive(self._replace("cpu"))
+        if stream is not None:
+            flash = stream.unit.actor
+            lost = loss.unit != "cpu" or flash.lost() is not None
+            if lost:
+                flash.fence()
+            neurons = stream.neurons is not None
+            stream.end_neurons()  # lanes that were killed may have left half a demand in its queue
+            if lost:
+                stream.revive(self._replace("flash"))
+            stream.lose()
+            if neurons:
+                fill_tables()
+        self.losses.append(Loss(loss.unit, loss.reason, time.perf_counter() - begun))
+
+    def _replace(self, unit: str) -> Actor:
+        """Another actor; threads of this process where the host has none to give any more."""
+        try:
+            return self.start(unit)
+        except UnitError as error:
+            self._progress(f"{error}; it goes on as threads of this process")
+            return ThreadActor(self._arena)
