@@ -124,21 +124,27 @@ class RayActor:
                 if time.monotonic() > end and self._hello is None:
                     raise UnitLost(self.unit, f"its process has not answered for {START_LIMIT:.0f} s")
                 if time.monotonic() > end:
-                    raise UnitError(f"Ray has not started unit {self.unit} for {START_LIMIT:.0f} s{self._wanting()}")
+                    raise self._unplaced()
             answer: dict[str, Any] = unpack(ray.get(asked))
         except CoterieError:
             raise
         except Exception as error:
+            if isinstance(error, ray.exceptions.ActorUnschedulableError):
+                raise self._unplaced() from None
             if isinstance(error, ray.exceptions.RayActorError):
                 raise UnitLost(self.unit, "its process has ended") from None
             raise UnitError(f"Ray: {' '.join(str(error).split())[:200]}") from None
         raise_complaint(answer)
         return answer
 
-    def _wanting(self) -> str:
+    def _unplaced(self) -> UnitError:
         """What there is to be had, for who asked for something else."""
-        have = {name: value for name, value in self._ray.available_resources().items() if name.startswith("coterie")}
-        return f"; free are {have}; configs/placement.toml says what is asked for"
+        wanted = placement()[self.unit]
+        have = {name: count for name, count in self._ray.available_resources().items() if name in wanted}
+        return UnitError(
+            f"Ray has no place for unit {self.unit}, which asks for {wanted}: free are {have or 'none of these'}; start "
+            "Ray with these --resources, or change placement.toml"
+        )
 
     # --- supervision ----------------------------------------------------------------------------------
 

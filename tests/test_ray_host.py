@@ -285,7 +285,7 @@ def test_an_actor_that_cannot_be_had_is_an_error(
     (tmp_path / "placement.toml").write_text("[cpu]\nnobody_has_this = 1\n")
     monkeypatch.setenv("COTERIE_PLACEMENT", str(tmp_path / "placement.toml"))
     monkeypatch.setattr(ray_host, "START_LIMIT", 1.0)
-    with pytest.raises(UnitError, match=r"^Ray has not started unit cpu for 1 s; free are .*placement.toml"):  # noqa: SIM117
+    with pytest.raises(UnitError, match=r"^Ray has no place for unit cpu, which asks for .*nobody.*placement.toml"):  # noqa: SIM117
         with on_ray(session, whole):
             pass
 
