@@ -258,6 +258,8 @@ class CpuUnit:
             self._stop()
             self._header[r.STOP], self._epoch = 0, int(self._header[r.EPOCH])
             self._forget_pieces()
+            self._lines[:, 0] = self._epoch  # parked: the new lanes were in no step
+            self._counts[:, r.LINE_PROGRESS] = 0
             self.actor, self._hung = actor, False
             self._open_lanes()
             for program, table in self._programs.values():

@@ -142,7 +142,7 @@ class RayActor:
         wanted = placement()[self.unit]
         have = {name: count for name, count in self._ray.available_resources().items() if name in wanted}
         return UnitError(
-            f"Ray has no place for unit {self.unit}, which asks for {wanted}: free are {have or 'none of these'}; start "
+            f"Ray has no place for unit {self.unit}, which asks for {wanted}: free are {have}; start "
             "Ray with these --resources, or change placement.toml"
         )
 
