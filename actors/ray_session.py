@@ -61,7 +61,7 @@ class RaySession:
     def memory(self) -> dict[str, int]:
         """PSS, bytes, of Ray's own processes by name (keeper, gcs, raylet, head, agents) and their "sum"; workers, and
         processes of other machines, are not in it. Empty for a Ray that is not Coterie's."""
-        return processes_memory(session_processes(self._folder)) if self._folder is not None else {}
+        return processes_memory(session_processes(self._folder)[0]) if self._folder is not None else {}
 
     def close(self) -> None:
         """Disconnect; end Ray if it was started here. Nothing of it is left when this returns."""

@@ -17,6 +17,7 @@ import coterie
 from coterie.commands import models
 from coterie.commands.bench import bench
 from coterie.commands.calibrate import calibrate
+from coterie.commands.cluster import cluster
 from coterie.commands.doctor import doctor
 from coterie.commands.inspect import inspect
 from coterie.commands.pack import pack, verify
@@ -150,6 +151,7 @@ for command in (
     models.ls,
 ):
     app.command()(command)
+app.add_typer(cluster, name="cluster")
 
 
 def main() -> None:
