@@ -4,15 +4,22 @@ import contextlib
 import os
 import select
 import signal
+import socket
 from typing import Any
 
 from coterie.actors import ray_folder, ray_session
-from coterie.errors import UnitError
+from coterie.errors import UnitError, UsageError
 
 
 def start(port: int) -> dict[str, Any]:
     """Start it on 127.0.0.1:`port` (0: any), and say what its keeper says. Raises UnitError where it runs already, or
-    Ray does not start."""
+    Ray does not start, UsageError for a port that is taken."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UsageError(f"--port {port}: {error.strerror}; name another, or none") from None
     keeper = ray_session.start_keeper("cluster", port)
     try:
         found = ray_session.keeper_answer(keeper)

@@ -27,6 +27,7 @@ from coterie.commands.profile import profile
 from coterie.commands.run import run
 from coterie.commands.terminal import printable
 from coterie.commands.train_predictor import train_predictor
+from coterie.commands.units import units
 from coterie.errors import CoterieError, PlanError, UsageError
 
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
@@ -146,6 +147,7 @@ for command in (
     train_predictor,
     inspect,
     profile,
+    units,
     doctor,
     models.pull,
     models.ls,

@@ -60,7 +60,7 @@ def _facts(session: dict[str, Any]) -> dict[str, Any]:
     """Address, processes, uptime in seconds, memory (PSS) in bytes."""
     from pathlib import Path
 
-    from coterie.actors.ray_memory import processes_memory, pss, session_processes
+    from coterie.actors.ray_memory import processes_memory, session_processes
 
     own, workers = session_processes(Path(session["folder"]))
     return {
@@ -69,10 +69,16 @@ def _facts(session: dict[str, Any]) -> dict[str, Any]:
         "folder": session["folder"],
         "token": session["token"],
         "uptime_s": time.time() - session["started"],
-        "pids": {name: pid for pid, name in own.items()},
         "memory": processes_memory(own),
-        "workers": [{"pid": pid, "name": name, "memory": pss(pid)} for pid, name in workers.items()],
+        "processes": _processes(own),
+        "workers": _processes(workers),
     }
+
+
+def _processes(names: dict[int, str]) -> list[dict[str, Any]]:
+    from coterie.actors.ray_memory import pss
+
+    return [{"pid": pid, "name": name, "memory": pss(pid)} for pid, name in names.items()]
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
