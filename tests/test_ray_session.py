@@ -24,13 +24,13 @@ from coterie.errors import UnitError, UsageError
 
 __all__ = ["runtime_folder"]  # a fixture
 
-RAY_OWN = Path("/tmp/ray"), Path.home() / ".ray"
+RAY_OWN = "/tmp/ray/", str(Path.home() / ".ray/")
 
 
 def surroundings() -> tuple[object, ...]:
-    """What Ray changes of a process and of a machine, left alone."""
+    """What Ray changes of a process, left alone."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return environment, signal.getsignal(signal.SIGTERM), [path.exists() for path in RAY_OWN]
+    return environment, signal.getsignal(signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -93,23 +93,26 @@ def test_its_memory_is_named(session: RaySession) -> None:
     assert memory["sum"] < 200e6
 
 
-def listening(pids: set[int]) -> list[str]:
-    """Addresses on which these processes listen, as /proc/net/tcp* has them."""
-    inodes = set()
-    for pid in pids:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            link = os.readlink(entry)
-            if link.startswith("socket:["):
-                inodes.add(link[8:-1])
-    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
-    return [words[1].partition(":")[0] for words in lines if words[3] == "0A" and words[9] in inodes]
+def links(session: RaySession) -> list[str]:
+    """What the descriptors of all its processes are."""
+    found = known(session)
+    pids = {*found["pids"].values(), *ray_folder.members(Path(found["folder"]))}
+    return [os.readlink(entry) for pid in pids for entry in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+def test_its_files_are_in_its_folder(session: RaySession, manners: object) -> None:
+    files = links(session)
+    assert any(file.startswith(known(session)["folder"]) for file in files)
+    assert not [file for file in files if file.startswith(RAY_OWN)]
+    assert all(file.endswith(" (deleted)") for file in files if file.startswith("/dev/shm/"))
 
 
 def test_it_listens_on_this_machine_only(session: RaySession, manners: object) -> None:
-    found = known(session)
-    addresses = listening({*found["pids"].values(), *ray_folder.members(Path(found["folder"]))})
+    inodes = {link[8:-1] for link in links(session) if link.startswith("socket:[")}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    addresses = {words[1].partition(":")[0] for words in lines if words[3] == "0A" and words[9] in inodes}
     assert addresses
-    assert set(addresses) <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
 def test_workers_run_as_this_process_does(manners: tuple[int, int, bytes]) -> None:
@@ -147,7 +150,6 @@ def test_nothing_is_left_whoever_is_killed(session: RaySession, victim: str) -> 
             assert out == '{"alive": false}\n'
             assert err == ""
     assert len(sessions()) == 1
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith(("plasma", "ray"))]
     assert session.alive()
 
 
