@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from coterie.actors import ray_folder
 
@@ -24,11 +25,16 @@ def session_processes(folder: Path) -> tuple[dict[int, str], dict[int, str]]:
     return own, workers
 
 
-def processes_memory(processes: dict[int, str]) -> dict[str, int]:
-    """PSS, bytes, by name, and their sum."""
-    sizes = dict.fromkeys(processes.values(), 0)
-    for pid, name in processes.items():
-        sizes[name] += pss(pid)
+def measure(names: dict[int, str]) -> list[dict[str, Any]]:
+    """Each of these processes with its memory (PSS, bytes)."""
+    return [{"pid": pid, "name": name, "memory": pss(pid)} for pid, name in names.items()]
+
+
+def by_name(processes: list[dict[str, Any]]) -> dict[str, int]:
+    """What was measured, by name, and its "sum"."""
+    sizes = dict.fromkeys((process["name"] for process in processes), 0)
+    for process in processes:
+        sizes[process["name"]] += process["memory"]
     return sizes | {"sum": sum(sizes.values())}
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from coterie.actors import ray_folder
-from coterie.actors.ray_memory import processes_memory, session_processes
+from coterie.actors.ray_memory import by_name, measure, session_processes
 from coterie.errors import UnitError, UsageError
 
 ANSWER_SECONDS = 10.0  # a Ray that runs already answers within these
@@ -76,7 +76,7 @@ class RaySession:
     def memory(self) -> dict[str, int]:
         """PSS, bytes, of Ray's own processes by name (keeper, gcs, raylet, head, agents) and their "sum"; workers, and
         processes of other machines, are not in it. Empty for a Ray that is not Coterie's."""
-        return processes_memory(session_processes(self._folder)[0]) if self._folder is not None else {}
+        return by_name(measure(session_processes(self._folder)[0])) if self._folder is not None else {}
 
     def close(self) -> None:
         """Disconnect; end Ray if it was started here. Nothing of it is left when this returns."""

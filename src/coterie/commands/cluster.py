@@ -60,25 +60,19 @@ def _facts(session: dict[str, Any]) -> dict[str, Any]:
     """Address, processes, uptime in seconds, memory (PSS) in bytes."""
     from pathlib import Path
 
-    from coterie.actors.ray_memory import processes_memory, session_processes
+    from coterie.actors.ray_memory import by_name, measure, session_processes
 
-    own, workers = session_processes(Path(session["folder"]))
+    own, workers = map(measure, session_processes(Path(session["folder"])))
     return {
         "running": True,
         "address": session["address"],
         "folder": session["folder"],
         "token": session["token"],
         "uptime_s": time.time() - session["started"],
-        "memory": processes_memory(own),
-        "processes": _processes(own),
-        "workers": _processes(workers),
+        "memory": by_name(own),
+        "processes": own,
+        "workers": workers,
     }
-
-
-def _processes(names: dict[int, str]) -> list[dict[str, Any]]:
-    from coterie.actors.ray_memory import pss
-
-    return [{"pid": pid, "name": name, "memory": pss(pid)} for pid, name in names.items()]
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
