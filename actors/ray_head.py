@@ -29,7 +29,6 @@ def environment(folder: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as Ray calls it: this machine's address is 127.0.0.1
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_memory_monitor_refresh_ms": "0",  # else it kills units when memory, which we fill, runs low
         "RAY_worker_oom_score_adjustment": "0",  # 1000 by default: units would be the kernel's first choice

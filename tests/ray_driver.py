@@ -3,6 +3,7 @@
 Says on stdout, a line of JSON each: "starting"; what processes there are; and, once stdin has a line, how it ended.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -13,15 +14,19 @@ from coterie.actors import ray_folder
 from coterie.actors.greeting import greeting
 from coterie.actors.ray_session import open_session
 
+PR_GET_PDEATHSIG = 2
+
 
 class Worker:
     def pid(self) -> int:
         return os.getpid()
 
-    def manners(self) -> tuple[int, int, bytes]:
-        """Niceness, what the OOM killer adds, greeting."""
+    def manners(self) -> tuple[int, int, int, bytes]:
+        """Niceness, what the OOM killer adds, the signal it gets when its parent dies, greeting."""
+        death = ctypes.c_int()
+        ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(death))
         with open("/proc/self/oom_score_adj", encoding="ascii") as file:
-            return os.nice(0), int(file.read()), greeting()
+            return os.nice(0), int(file.read()), death.value, greeting()
 
 
 def workers(ray: Any, count: int) -> list[Any]:

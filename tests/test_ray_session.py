@@ -48,10 +48,10 @@ def session(runtime_folder: Path) -> Iterator[RaySession]:
 
 
 @pytest.fixture(scope="module")
-def manners(session: RaySession) -> tuple[int, int, bytes]:
-    """Of a worker: niceness, what the OOM killer adds, greeting."""
+def manners(session: RaySession) -> tuple[int, int, int, bytes]:
+    """Of a worker (ray_driver.Worker)."""
     [worker] = workers(session.ray, 1)
-    answer: tuple[int, int, bytes] = session.ray.get(worker.manners.remote(), timeout=SECONDS)
+    answer: tuple[int, int, int, bytes] = session.ray.get(worker.manners.remote(), timeout=SECONDS)
     return answer
 
 
@@ -115,22 +115,25 @@ def test_it_listens_on_this_machine_only(session: RaySession, manners: object) -
     assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
-def test_workers_run_as_this_process_does(manners: tuple[int, int, bytes]) -> None:
-    nice, oom_score, _ = manners
+def test_workers_run_as_this_process_does(manners: tuple[int, int, int, bytes]) -> None:
+    nice, oom_score, _, _ = manners
     assert nice == os.nice(0)
     assert oom_score == int(Path("/proc/self/oom_score_adj").read_text())
 
 
-def test_a_worker_greets_as_this_process_does(manners: tuple[int, int, bytes]) -> None:
-    theirs = check_greeting(greeting(), manners[2])
+def test_a_worker_greets_as_this_process_does(manners: tuple[int, int, int, bytes]) -> None:
+    theirs = check_greeting(greeting(), manners[3])
     assert same_kernel(read_greeting(greeting()), theirs)
     assert theirs["pid"] != os.getpid()
 
 
-def test_workers_die_with_the_raylet_even_if_stopped(session: RaySession) -> None:
-    """What PR_SET_PDEATHSIG was set to cannot be read from outside; that our starter was used can."""
-    raylet = Path(f"/proc/{known(session)['pids']['raylet']}/cmdline").read_bytes()
-    assert b"actors/ray_worker.py" in raylet
+def test_rays_memory_monitor_is_off(session: RaySession) -> None:
+    log = Path(known(session)["folder"], "r", "s", "logs", "raylet.out").read_text()
+    assert "MemoryMonitor disabled" in log
+
+
+def test_the_kernel_kills_workers_with_the_raylet(manners: tuple[int, int, int, bytes]) -> None:
+    assert manners[2] == signal.SIGKILL
 
 
 # who is killed
