@@ -1,80 +1,86 @@
-"""The CPU unit: lanes of compiled code. The thread that asks for a step is lane 0; the others are its own."""
+"""The CPU unit: programs run by lanes of compiled code. Its lanes are an actor's; this is the scheduler's side of it,
+which meets them at flags in the arena only."""
 
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from coterie.actors.host import Actor, ThreadActor, UnitLost
+from coterie.actors.lanes import NAP, cycles_per_second
 from coterie.errors import UnitError
 from coterie.kernels import library, target
 from coterie.kernels import record as r
 from coterie.scheduler.program import Program
 from coterie.storage.arena import Arena, BufferRef
-from coterie.storage.unit import CONTROL_LINES, TRACE_EVENTS, UnitBuffers
+from coterie.storage.unit import CONTROL_LINES, ENDED, TRACE_EVENTS, UnitBuffers
 
 SLICE = 0.1  # seconds of a step after which lane 0 looks for signals, between two instructions
 SPIN = 0.002  # seconds a lane spins inside a step; instructions take microseconds to milliseconds
-IDLE_SPIN = 0.0005  # seconds a lane spins for the next step: longer than Python needs between two tokens
-NAP = 50_000_000  # nanoseconds
-
-
-@cache
-def cycles_per_second() -> float:
-    """The rate of the cycle counter, measured for some milliseconds."""
-    cycles = library.function("lane_cycles", 0)
-    count, start = cycles(), time.perf_counter()
-    while time.perf_counter() - start < 0.005:
-        pass
-    return (cycles() - count) / (time.perf_counter() - start)
+HUNG = 20.0  # seconds in one instruction, waits for weights not counted, after which a lane counts as hung
 
 
 class CpuUnit:
-    """Runs programs in `arena` with `lanes` lanes; `buffers` are its own.
+    """Runs programs in `arena` with `lanes` lanes, which live in `actor` (by default, threads of this process);
+    `buffers` are the unit's own.
 
-    The thread that asks for a step is lane 0, unless the unit is `detached`: then all lanes are threads of its own, and
-    the caller only watches, so that it can still be interrupted while lanes wait for weights.
+    The thread that asks for a step is lane 0, unless the unit is `detached`: then all lanes are the actor's, and the
+    caller only watches, so that it can still be interrupted while lanes wait for weights, or are no more.
     """
 
-    def __init__(self, arena: Arena, lanes: int, buffers: UnitBuffers, *, detached: bool = False) -> None:
+    def __init__(
+        self, arena: Arena, lanes: int, buffers: UnitBuffers, *, detached: bool = False, actor: Actor | None = None
+    ) -> None:
         self.arena, self.lanes, self.buffers, self.detached = arena, lanes, buffers, detached
-        self._worker, self._part = library.function("lane_worker", 7), library.function("lane_part", 4)
-        self._begin, self._wait = library.function("lane_begin", 3), library.function("lane_wait", 5)
-        self._watch = library.function("lane_watch", 3)
+        self.actor = actor or ThreadActor(arena)
+        self._part, self._begin = library.function("lane_part", 4), library.function("lane_begin", 3)
+        self._watch = library.function("lane_watch", 4)
         self._cycles = library.function("lane_cycles", 0)
-        self._programs: dict[str, tuple[Program, int]] = {}
+        self._programs: dict[str, tuple[Program, BufferRef]] = {}
         self._lock = threading.Lock()
         self._epoch = 0
-        self._closed = False
+        self._closed = self._hung = False
         # The header that is published is lane 0's copy, or where that is another thread's, one behind all lanes'.
         self._own = self._step(lanes if detached else 0)
         self._header: npt.NDArray[np.int64] = arena.numpy(buffers.steps)[lanes if detached else 0]
+        self._lines: npt.NDArray[np.int64] = arena.numpy(buffers.control)[CONTROL_LINES:]
+        self._counts: npt.NDArray[np.int64] = arena.numpy(buffers.counts)
         self._rows = {word: arena.numpy(ref) for word, ref in buffers.rows.items()}
         self._header_address = arena.address(buffers.header)
         self._fill_header()
-        self._threads = [self._lane_thread(lane) for lane in range(0 if detached else 1, lanes)]
-        # Threads know the arena's memory, not the unit: one that is dropped without close() stops them all the same.
+        self._open_lanes()
+
+    @property
+    def _first(self) -> int:
+        """The first lane that is the actor's."""
+        return 0 if self.detached else 1
+
+    def _open_lanes(self) -> None:
+        """Have the actor's lanes, which serve steps from the next one on."""
         publish = self._begin, self._header_address, self._own, self._go
-        self._stop = weakref.finalize(self, _stop_lanes, self._header, publish, self._threads)
-        for thread in self._threads:
-            thread.start()
+        # A unit that is dropped without close() stops them all the same, also those whose start was interrupted.
+        self._stop = weakref.finalize(self, _stop_lanes, self._header, publish, self.actor)
+        buffers, seen = self.buffers, self._epoch
+        self.actor.open(
+            "cpu", header=buffers.header, steps=buffers.steps, control=buffers.control,
+            first=self._first, lanes=self.lanes, seen=seen,
+        )  # fmt: skip
 
     def _fill_header(self) -> None:
         arena, buffers, header = self.arena, self.buffers, self._header
         control = arena.address(buffers.control)
         self._go, self._abort, self._never = (control + i * r.LINE for i in range(CONTROL_LINES))
-        self._parked = [control + (CONTROL_LINES + i) * r.LINE for i in range(self.lanes)]
         self._abort_word = arena.numpy(buffers.control)[1]
         arena.numpy(buffers.nap)[:] = 0, NAP
         self._nap = arena.address(buffers.nap)
         # More spinners than cores would only hold each other up.
-        self._spinning = self.lanes <= len(os.sched_getaffinity(0))
-        self._spin = int(SPIN * cycles_per_second()) if self._spinning else 0
+        spinning = self.lanes <= len(os.sched_getaffinity(0))
+        self._spin = int(SPIN * cycles_per_second()) if spinning else 0
         header[r.LANES_COUNT], header[r.ABORT], header[r.NEVER] = self.lanes, self._abort, self._never
         header[r.SPIN], header[r.NAP] = self._spin, self._nap
         header[r.COUNTS] = arena.address(buffers.counts)
@@ -84,13 +90,6 @@ class CpuUnit:
             arena.numpy(buffers.rings)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS
             header[r.TRACE], header[r.TRACE_STRIDE] = arena.address(buffers.rings), buffers.rings.shape[1]
         arena.numpy(buffers.header)[:] = header
-
-    def _lane_thread(self, lane: int) -> threading.Thread:
-        idle = int(IDLE_SPIN * cycles_per_second()) if self._spinning else 0
-        core = sorted(os.sched_getaffinity(0))[lane] if self._spinning else None
-        call = self._header_address, self._step(lane), lane, self._go, self._parked[lane], 0, idle
-        arguments = self._header, self._worker, call, core
-        return threading.Thread(target=_serve, args=arguments, name=f"coterie-lane-{lane}", daemon=True)
 
     def _step(self, lane: int) -> int:
         return self.arena.address(self.buffers.steps) + lane * r.HEADER_BYTES
@@ -126,15 +125,19 @@ class CpuUnit:
         return self._count(r.LINE_LIVE), self._count(r.LINE_ASKED)
 
     def _count(self, what: int) -> int:
-        return int(self.arena.numpy(self.buffers.counts)[:, what].sum())
+        return int(self._counts[:, what].sum())
 
     def load(self, program: Program) -> None:
-        """Link, or first compile, what the program needs, and put its records into the arena."""
-        kernels = {name: library.address(name) for name in program.kernels}
-        table = self.arena.allocate("programs", program.words.shape, np.int64)
-        address = self.arena.address(table)
-        self.arena.numpy(table)[:] = program.bound(self.arena.base, address, kernels)
-        self._programs[program.name] = program, address
+        """Put a program's records into the arena; the actor links, or first compiles, what it needs."""
+        if program.name not in self._programs:  # else an actor was lost while it did this
+            table = self.arena.allocate("programs", program.words.shape, np.int64)
+            self._programs[program.name] = program, table
+        self._bind(*self._programs[program.name])
+
+    def _bind(self, program: Program, table: BufferRef) -> None:
+        kernels = list(dict.fromkeys(program.kernels))
+        self.arena.numpy(table)[:] = program.bound(self.arena.base, self.arena.address(table), kernels)
+        self.actor.load(table, kernels)
 
     def run(
         self,
@@ -153,14 +156,18 @@ class CpuUnit:
         that want logits; embeddings: int64[rows], addresses of the groups that hold the ids' embeddings; tape: the
         number of the read that stands for tape position 0. A detached unit calls `watch` some times a second; what it
         raises ends the step. A KeyboardInterrupt takes effect between two instructions; the step is then abandoned
-        (docs/flags.md says what may be run again). Raises UnitError if a kernel complains, or without rows.
+        (docs/flags.md says what may be run again). Raises UnitError if a kernel complains, or without rows; UnitLost
+        where lanes have gone, until `revive`.
         """
         with self._lock:
             if self._closed:
                 raise UnitError("this model has been closed")
+            self.check()
+            if self._hung:
+                raise UnitError("a lane of this model hangs; end this process")
             if self._abort_word[0]:  # a second interrupt cut an abandonment short
                 self._abandon()
-            program, address = self._programs[name]
+            program, table = self._programs[name]
             if np.size(ids) == 0 or (program.outputs and np.size(outputs) == 0):
                 raise UnitError(f"program {name} was given no rows to work on")
             header = self._header
@@ -176,7 +183,7 @@ class CpuUnit:
                 if word == r.IDS:
                     header[r.TOKENS] = array.size
             header[r.OUTPUTS], header[r.LAST] = np.size(outputs), np.max(positions, initial=0)
-            header[r.PROGRAM], header[r.RECORDS], header[r.TAPE] = address, program.length, tape
+            header[r.PROGRAM], header[r.RECORDS], header[r.TAPE] = self.arena.address(table), program.length, tape
             try:
                 self._epoch += 1
                 self._publish()
@@ -196,11 +203,26 @@ class CpuUnit:
 
     def _look_on(self, program: Program, watch: Callable[[], None]) -> None:
         """Wait until the step is done; Python's signal handlers run between looks."""
-        flag = self.arena.base + program.done
-        while not self._watch(flag, self._epoch, self._nap):
+        flag, lanes = self.arena.base + program.done, _Progress(self._counts)
+        while not self._watch(flag, self._epoch, 0, self._nap):
             watch()
+            self.check(lanes)
             if self._abort_word[0]:
                 raise UnitError("the step was abandoned")
+
+    def check(self, lanes: "_Progress | None" = None) -> None:
+        """Raise UnitLost where the actor, or one of its lanes, has gone, or a lane hangs."""
+        self._check_actor(lanes)
+        ended = np.flatnonzero(self._lines[self._first :, ENDED])
+        if ended.size:
+            raise UnitLost("cpu", f"lane {ended[0] + self._first} has ended")
+
+    def _check_actor(self, lanes: "_Progress | None") -> None:
+        if reason := self.actor.lost():
+            raise UnitLost("cpu", reason)
+        if lanes is not None and (lane := lanes.hung()) is not None:
+            self._hung = True
+            raise UnitLost("cpu", f"lane {lane} has been in one instruction for {HUNG:.0f} seconds", hangs=True)
 
     def _take_part(self, program: Program) -> None:
         """Be lane 0 until the step is done; Python's signal handlers run between slices."""
@@ -210,23 +232,44 @@ class CpuUnit:
             at = self._part(step, 0, at, self._cycles() + length)
             if at < 0:
                 raise UnitError("the step was abandoned")
-        if not self._wait(self.arena.base + program.done, self._epoch, self._spin, self._abort, self._nap):
-            raise UnitError("the step was abandoned")
+        flag, lanes = self.arena.base + program.done, _Progress(self._counts)
+        while not self._watch(flag, self._epoch, self._spin, self._nap):
+            self.check(lanes)
+            if self._abort_word[0]:
+                raise UnitError("the step was abandoned")
 
     def _abandon(self) -> None:
         """Call the lanes off, and make the counters ready for another try."""
         self._abort_word[0] = 1
         self._publish()  # an interrupt may have come before the lanes heard of the step
         self._park()
+        self._forget_pieces()
+
+    def _forget_pieces(self) -> None:
+        """No lane works on a step: its finished pieces do not count for the next one."""
         for program, _ in self._programs.values():
             for offset in program.words[: program.length, r.DONE]:
                 self._word(int(offset))[0] = 0
         self._abort_word[0] = 0
 
+    def revive(self, actor: Actor) -> None:
+        """Go on with the lanes of another actor, after `fence` of this one; or of this one, where lanes have ended."""
+        with self._lock:
+            self._stop()
+            self._header[r.STOP], self._epoch = 0, int(self._header[r.EPOCH])
+            self._forget_pieces()
+            self.actor, self._hung = actor, False
+            self._open_lanes()
+            for program, table in self._programs.values():
+                self._bind(program, table)
+
     def _park(self) -> None:
-        """Wait until every lane has left the last step."""
-        for lane in range(0 if self.detached else 1, self.lanes):
-            self._wait(self._parked[lane], self._epoch, 0, self._never, self._nap)
+        """Wait until every lane has left the last step, or for good. Raises UnitLost where that will not be."""
+        lanes = _Progress(self._counts)
+        for lane in range(self._first, self.lanes):
+            line = self._go + (CONTROL_LINES + lane) * r.LINE
+            while not self._watch(line, self._epoch, 0, self._nap) and not self._lines[lane, ENDED]:
+                self._check_actor(lanes)
 
     def unload(self) -> None:
         """Forget all programs, once no lane can look at one any more."""
@@ -249,27 +292,32 @@ class CpuUnit:
         """Stop the lanes; a second call does nothing."""
         with self._lock:
             self._closed = True
+            if self._hung:
+                self._stop.detach()  # nobody can end that lane, but for the end of its process
             self._stop()
 
 
-def _serve(memory: npt.NDArray[np.int64], worker: Callable[..., int], call: tuple[int, ...], core: int | None) -> None:
-    """A lane's thread: pinned to its core if there are enough, and never back in Python until the end. Meanwhile it
-    holds a view of the arena's memory."""
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-    worker(*call)
+class _Progress:
+    """Notices a lane that does not come out of an instruction. Only time counts in which it was looked at: this process
+    may have been stopped meanwhile."""
+
+    def __init__(self, counts: npt.NDArray[np.int64]) -> None:
+        self._counts, self._looked = counts, time.monotonic()
+        self._seen, self._stuck = counts[:, r.LINE_PROGRESS].copy(), np.zeros(len(counts))
+
+    def hung(self) -> int | None:
+        """A lane that has been inside of one instruction, without waiting for weights, for HUNG seconds."""
+        now, progress = time.monotonic(), self._counts[:, r.LINE_PROGRESS].copy()
+        waited, self._looked = min(now - self._looked, 1.0), now
+        inside = (progress == self._seen) & (progress % 2 == 1)
+        self._stuck, self._seen = np.where(inside, self._stuck + waited, 0), progress
+        return int(self._stuck.argmax()) if self._stuck.max() > HUNG else None
 
 
-def _stop_lanes(
-    header: npt.NDArray[np.int64],
-    publish: tuple[Callable[..., int], int, int, int],
-    threads: list[threading.Thread],
-) -> None:
+def _stop_lanes(header: npt.NDArray[np.int64], publish: tuple[Callable[..., int], int, int, int], actor: Actor) -> None:
     """Publish a last step that tells the lanes to leave."""
     header[r.STOP] = 1
     header[r.EPOCH] += 1
     begin, *addresses = publish
     begin(*addresses)
-    for thread in threads:
-        if thread.is_alive():  # an interrupt may have come before all were started
-            thread.join()
+    actor.close("cpu")

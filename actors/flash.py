@@ -1,10 +1,7 @@
-"""The flash unit: one thread of compiled code that reads weights from the flash file into the arena."""
+"""The flash unit: one lane of compiled code that reads weights from the flash file into the arena."""
 
-import ctypes
 import fcntl
 import os
-import platform
-import struct
 import threading
 import time
 import weakref
@@ -14,21 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coterie.actors.cpu import NAP, cycles_per_second
-from coterie.actors.uring import Uring
+from coterie.actors.host import Actor, ThreadActor, UnitLost
+from coterie.actors.lanes import NAP, cycles_per_second
 from coterie.errors import ModelError, UnitError, UsageError
 from coterie.kernels import library
 from coterie.kernels import tape as t
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.flash_buffers import REGION, TRACE_EVENTS, WINDOW, FlashBuffers
 
-ENGINES = ("io_uring", "preadv")
-READERS = 8  # threads of "preadv" at most
 PATIENCE = 30.0  # seconds without a read that was asked for: then the disk counts as dead
 SLICE = 0.1  # seconds after which a wait looks for signals
-SLICE_NANOSECONDS = 100_000  # of processor time: the shortest slice there is
-SCHED_SETATTR = 274 if platform.machine() == "aarch64" else 314
-LAST_WAIT = 2.0  # seconds that close waits for a disk that does not answer
 LARGEST = 1 << 30  # bytes of one read
 CODES = {t.IO: "io", t.SHORT: "short", t.CHECKSUMS: "checksum", t.ENGINE: "engine"}
 
@@ -50,7 +42,8 @@ class ReadFailure(NamedTuple):
 
 
 class FlashUnit:
-    """Reads the file `fd` (a duplicate of it) into `arena`; `buffers` are its own.
+    """Reads the file `fd` into `arena`; `buffers` are its own. Its lane lives in `actor` (by default, a thread of this
+    process), which takes a duplicate of `fd`, now and when it is revived.
 
     depth: requests in flight; block: bytes up to which neighbours are read as one; ring: memory that is used again and
     again, and is written only when the reads there before are freed; abort: address of a word that is set to 1
@@ -73,11 +66,12 @@ class FlashUnit:
         patience: float = PATIENCE,
         reader: int | None = None,
         unchecked: bool = False,
+        actor: Actor | None = None,
     ) -> None:
         if not 1 <= depth <= buffers.slots.shape[0] // WINDOW or block < t.PAGE:
             raise UsageError(f"a flash unit cannot have depth {depth} and blocks of {block} bytes")
         self.arena, self.buffers, self.depth, self.block, self.ring = arena, buffers, depth, block, ring
-        self.patience = patience
+        self.patience, self.actor = patience, actor or ThreadActor(arena)
         self._control: npt.NDArray[np.int64] = arena.numpy(buffers.control)
         self._address = arena.address(buffers.control)
         self._tape: npt.NDArray[Any] = arena.numpy(buffers.tape).reshape(-1).view(t.READ)
@@ -87,21 +81,30 @@ class FlashUnit:
         self._announce = library.function("flash_announce", 2)
         self._lock = threading.Lock()
         self._closed = False
-        uring = set_up_engine(engine, depth, reader)
-        self.engine = "preadv" if uring is None else "io_uring"
-        readers = min(depth, READERS) if uring is None else 0
-        fd = os.dup(fd)
         self._direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
         self._file_bytes = os.fstat(fd).st_size
-        self._fill_control(fd, abort, reader, readers, uring)
-        self._control[t.UNCHECKED] = unchecked
-        lane = library.function(f"flash_lane:{self.engine}", 1)
-        self._threads = lane_threads("coterie-flash", self._control, lane, (self._address,), fd, uring, readers)
-        self._stop = weakref.finalize(self, _stop_lane, self._control, self._announce, self._threads)
-        for thread in self._threads:
-            thread.start()
+        self._abort, self._unchecked = abort, unchecked
+        self._wanted = {"file": (os.getpid(), fd), "engine": engine, "depth": depth, "reader": reader or 0}
+        self._open_lane()
 
-    def _fill_control(self, fd: int, abort: int | None, reader: int | None, readers: int, uring: Uring | None) -> None:
+    def _open_lane(self) -> None:
+        """Have a lane, with nothing announced and no read in flight."""
+        self._fill_control()
+        self._stop = weakref.finalize(self, _stop_lane, self._control, self._announce, self.actor)
+        found = self.actor.open("flash", lane="flash_lane", control=self.buffers.control, **self._wanted)
+        self.engine, self._readers = str(found["engine"]), int(found["readers"])
+
+    def revive(self, actor: Actor) -> None:
+        """Go on with the lane of another actor, after `fence` of this one, or with another of this one, where it has
+        ended. What was in the ring is lost: reads of the lost lane may land there as long as the disk likes."""
+        with self._lock:
+            self._stop()
+            if self.ring is not None:
+                self.arena.discard(self.ring.region)
+            self.actor = actor
+            self._open_lane()
+
+    def _fill_control(self) -> None:
         arena, buffers, control = self.arena, self.buffers, self._control
         control[:] = 0
         self._owners[:] = 0
@@ -113,11 +116,10 @@ class FlashUnit:
             t.SLOT_COUNT: WINDOW * self.depth,
             t.DEPTH: self.depth,
             t.BLOCK: self.block,
-            t.FD: fd,
-            t.ABORT: abort or self._address + 8 * t.NOBODY,
+            t.ABORT: self._abort or self._address + 8 * t.NOBODY,
             t.NAP: self._address + 8 * t.SECONDS,
             t.NANOSECONDS: NAP,
-            t.READERS: readers,
+            t.UNCHECKED: int(self._unchecked),
         }
         if self.ring is not None:
             if self.ring.offset % t.PAGE or self.ring.nbytes % t.PAGE or self.ring.nbytes // t.PAGE > self._owners.size:
@@ -126,10 +128,6 @@ class FlashUnit:
         if buffers.trace is not None:
             arena.numpy(buffers.trace)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS
             words[t.TRACE] = arena.address(buffers.trace)
-        if uring is None:
-            words[t.READER] = reader or library.address("flash_pread")
-        else:
-            words |= uring.words
         for word, value in words.items():
             control[word] = value
 
@@ -200,7 +198,7 @@ class FlashUnit:
 
     def describe(self) -> dict[str, Any]:
         way = "O_DIRECT" if self._direct else "buffered"
-        threads = f"{len(self._threads) - 1} threads with " if self.engine == "preadv" else ""
+        threads = f"{self._readers} threads with " if self._readers else ""
         return {
             "unit": "flash",
             "runtime": f"{threads}{self.engine}, {way}",
@@ -262,9 +260,16 @@ class FlashUnit:
     def _check_alive(self) -> None:
         if self._closed:
             raise UnitError("this model has been closed")
-        if not self._threads[0].is_alive():
+        self.check()
+
+    def check(self) -> None:
+        """Raise UnitLost where the actor, or its lane, has gone."""
+        reason = self.actor.lost()
+        if reason is None and self._control[t.ENDED]:
             failure = self.failure()
-            raise UnitError(f"the flash unit has stopped: {failure.reason if failure else 'its lane has ended'}")
+            reason = failure.reason if failure else "its lane has ended"
+        if reason is not None:
+            raise UnitLost("flash", reason)
 
     def _wait_flag(self, flag: int, value: int, end: int, seconds: float) -> bool:
         deadline = self._cycles() + int(seconds * cycles_per_second())
@@ -277,20 +282,6 @@ class FlashUnit:
             self._check_alive()
             if time.monotonic() > end:
                 raise UnitError(f"the disk has not answered for {self.patience:.0f} seconds")
-
-
-def set_up_engine(engine: str | None, depth: int, reader: int | None) -> Uring | None:
-    """A ring, or None for readers."""
-    if engine not in (None, *ENGINES) or (engine == "io_uring" and reader):
-        raise UsageError(f"there is no flash engine {engine} here; there are {', '.join(ENGINES)}")
-    if engine == "preadv" or reader:
-        return None
-    try:
-        return Uring(depth)
-    except OSError as error:
-        if engine == "io_uring":
-            raise UnitError(f"io_uring cannot be used here: {error.strerror or error}") from None
-        return None
 
 
 def _announce(
@@ -325,51 +316,7 @@ def _continues(expected: tuple[int, int], ranges: tuple[int, ...]) -> bool:
     return at == stop
 
 
-def lane_threads(
-    name: str,
-    control: npt.NDArray[np.int64],
-    lane: Callable[..., int],
-    arguments: tuple[int, ...],
-    fd: int,
-    uring: Uring | None,
-    readers: int,
-) -> list[threading.Thread]:
-    """The lane's thread, and those of its readers, which work on `control`, the first of the lane's `arguments`."""
-    serve = control, lane, arguments, fd, uring
-    threads = [threading.Thread(target=_serve, args=serve, name=name, daemon=True)]
-    for i in range(readers):
-        read = control, library.function("flash_reader", 1), arguments[0]
-        threads.append(threading.Thread(target=_read, args=read, name=f"{name}-{i}", daemon=True))
-    return threads
-
-
-def _serve(
-    memory: npt.NDArray[np.int64], lane: Callable[..., int], arguments: tuple[int, ...], fd: int, uring: Uring | None
-) -> None:
-    """The lane's thread. While it runs, it holds a view of the arena's memory; then it closes what only it uses."""
-    _be_prompt()
-    lane(*arguments)
-    if uring is not None:
-        uring.close()
-    os.close(fd)
-
-
-def _be_prompt() -> None:
-    """Ask the scheduler for short slices for this thread: it then gets a core soon after a read has landed, though
-    lanes keep all cores busy. Linux 6.12 and later do this for anybody; others take no notice."""
-    attributes = struct.pack("<IIQiIQQQ", 48, 0, 0, 0, 0, SLICE_NANOSECONDS, 0, 0)
-    ctypes.CDLL(None).syscall(SCHED_SETATTR, 0, attributes, 0)
-
-
-def _read(memory: npt.NDArray[np.int64], reader: Callable[[int], int], control: int) -> None:
-    """A reader's thread, which holds such a view as well."""
-    reader(control)
-
-
-def _stop_lane(control: npt.NDArray[np.int64], announce: Callable[..., int], threads: list[threading.Thread]) -> None:
+def _stop_lane(control: npt.NDArray[np.int64], announce: Callable[..., int], actor: Actor) -> None:
     """Tell the lane to leave, and wait a little."""
     _announce(announce, control, (0, 0, 0, 0), True, stop=True)
-    end = time.monotonic() + LAST_WAIT
-    for thread in threads:
-        if thread.is_alive():  # an interrupt may have come before all were started
-            thread.join(max(0.0, end - time.monotonic()))
+    actor.close("flash")

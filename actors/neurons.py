@@ -1,8 +1,6 @@
-"""The neuron unit: one thread of compiled code that reads single neurons into a cache as lanes ask for them."""
+"""The neuron unit: one lane of compiled code that reads single neurons into a cache as the CPU's lanes ask for them."""
 
 import os
-import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coterie.actors.cpu import NAP, cycles_per_second
-from coterie.actors.flash import CODES, LAST_WAIT, READERS, ReadFailure, lane_threads, set_up_engine
-from coterie.errors import UnitError
+from coterie.actors.flash import CODES, ReadFailure
+from coterie.actors.host import Actor, ThreadActor, UnitLost
+from coterie.actors.lanes import NAP, cycles_per_second
 from coterie.kernels import cache as c
 from coterie.kernels import library
 from coterie.kernels import tape as t
@@ -30,7 +28,8 @@ def neuron_kernels(engine: str) -> list[str]:
 
 
 class NeuronUnit:
-    """Reads bundles of the file `fd` (a duplicate of it) into the cache in `buffers`.
+    """Reads bundles of the file `fd` into the cache in `buffers`. Its lane lives in `actor` (by default, a thread of
+    this process), which takes a duplicate of `fd`.
 
     sums: uint64, checksums of all bundles, in the order of the file; sector: bytes that reads are multiples of; abort:
     address of a word that is set to 1 when reading has failed; engine: as of FlashUnit.
@@ -48,34 +47,28 @@ class NeuronUnit:
         sector: int,
         abort: int,
         engine: str | None = None,
+        actor: Actor | None = None,
     ) -> None:
-        self.arena, self.buffers = arena, buffers
+        self.arena, self.buffers, self.actor = arena, buffers, actor or ThreadActor(arena)
         self._cache: npt.NDArray[np.int64] = arena.numpy(buffers.control)
         self._reader: npt.NDArray[np.int64] = arena.numpy(buffers.reader)
         arena.numpy(buffers.sums)[:] = sums
-        uring = set_up_engine(engine, DEPTH, None)
-        self.engine = "preadv" if uring is None else "io_uring"
-        self.depth = READERS if uring is None else DEPTH  # reads in flight at most
-        readers = READERS if uring is None else 0
-        fd = os.dup(fd)
-        self._fill_reader(fd, abort, readers)
-        if uring is not None:
-            for word, value in uring.words.items():
-                self._reader[word] = value
+        self._fill_reader(abort)
         self._fill_cache(runs, weights, sector)
-        lane = library.function(f"neuron_lane:{self.engine}", 2)
-        arguments = self._address, arena.address(buffers.control)
-        self._threads = lane_threads("coterie-neurons", self._reader, lane, arguments, fd, uring, readers)
         wake = library.function("neuron_wake", 1)
-        self._stop = weakref.finalize(self, _stop_lane, self._cache, wake, self._threads)
-        for thread in self._threads:
-            thread.start()
+        self._stop = weakref.finalize(self, _stop_lane, self._cache, wake, self.actor)
+        found = self.actor.open(
+            "neurons", lane="neuron_lane", control=buffers.reader, more=(buffers.control,),
+            file=(os.getpid(), fd), engine=engine, depth=DEPTH,
+        )  # fmt: skip
+        self.engine = str(found["engine"])
+        self.depth = int(found["readers"]) or DEPTH  # reads in flight at most
 
     @property
     def _address(self) -> int:
         return self.arena.address(self.buffers.reader)
 
-    def _fill_reader(self, fd: int, abort: int, readers: int) -> None:
+    def _fill_reader(self, abort: int) -> None:
         arena, buffers, control = self.arena, self.buffers, self._reader
         control[:] = 0
         arena.numpy(buffers.requests)[:] = 0
@@ -84,12 +77,9 @@ class NeuronUnit:
             t.QUEUE: arena.address(buffers.queue),
             t.SLOT_COUNT: DEPTH,
             t.DEPTH: DEPTH,
-            t.FD: fd,
             t.ABORT: abort,
             t.NAP: self._address + 8 * t.SECONDS,
             t.NANOSECONDS: NAP,
-            t.READERS: readers,
-            t.READER: library.address("flash_pread") if readers else 0,
         }
         if buffers.trace is not None:
             arena.numpy(buffers.trace)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS
@@ -151,10 +141,15 @@ class NeuronUnit:
         return ReadFailure(CODES[code], int(self._reader[t.FAILED_POSITION]), int(self._reader[t.FAILED_ERRNO]))
 
     def forgive(self) -> None:
-        """Forget a failure: the next step tries again. Raises UnitError where the unit has stopped."""
-        if not self._threads[0].is_alive():
-            raise UnitError("the neuron unit has stopped; open the model again")
+        """Forget a failure: the next step tries again. Raises UnitLost as `check` does."""
+        self.check()
         self._reader[t.FAILED] = 0
+
+    def check(self) -> None:
+        """Raise UnitLost where the actor, or its lane, has gone."""
+        reason = self.actor.lost() or ("its lane has ended" if self._reader[t.ENDED] else None)
+        if reason is not None:
+            raise UnitLost("neurons", reason)
 
     def counters(self) -> dict[str, float]:
         """Since the unit was made: bytes and requests read, retries, seconds with a read in flight (busy) and checking
@@ -170,11 +165,8 @@ class NeuronUnit:
         self._stop()
 
 
-def _stop_lane(cache: npt.NDArray[np.int64], wake: Callable[..., int], threads: list[threading.Thread]) -> None:
+def _stop_lane(cache: npt.NDArray[np.int64], wake: Callable[..., int], actor: Actor) -> None:
     """Tell the lane to leave, and wait a little."""
     cache[c.STOP] = 1
     wake(cache.ctypes.data)
-    end = time.monotonic() + LAST_WAIT
-    for thread in threads:
-        if thread.is_alive():
-            thread.join(max(0.0, end - time.monotonic()))
+    actor.close("neurons")

@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coterie.configs import placement
+
+OFFERED = 64  # of each resource that units ask for: so many can run side by side
 OBJECT_STORE = 75 << 20  # bytes: Ray's least; nothing of ours is larger than a message
 SESSION = "s"  # Ray's own name is 44 letters long, and socket paths are limited
 LOG_BYTES = 1 << 20
@@ -76,6 +79,7 @@ def start(folder: Path, port: int) -> dict[str, Any]:
         temp_dir=str(folder / "r"),
         session_name=SESSION,
         object_store_memory=OBJECT_STORE,
+        resources={name: OFFERED for wanted in placement().values() for name in wanted},
         num_cpus=len(os.sched_getaffinity(0)),
         num_gpus=0,
         include_log_monitor=False,

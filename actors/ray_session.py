@@ -234,11 +234,13 @@ def check_versions(ray: Any, theirs: dict[str, str]) -> None:
 
 def _connect(ray: Any, found: dict[str, Any]) -> None:
     """ray.init, without what it changes in this process beside: environment, SIGTERM, logging."""
-    from ray._private import ray_constants
+    from ray._private import ray_constants, worker
     from ray._raylet import AuthenticationTokenLoader, Config
 
     loopback = found["address"].startswith("127.")
     clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, not loopback
+    listen = worker.listen_error_messages
+    worker.listen_error_messages = lambda worker, stopped: None  # it prints to stdout, where only answers belong
     try:
         with _environment(PATIENCE | _credentials(found)), _quiet():
             Config.initialize("")  # read the environment again
@@ -252,7 +254,7 @@ def _connect(ray: Any, found: dict[str, Any]) -> None:
     except Exception as error:  # ray's own are of many kinds
         raise UnitError(f"cannot connect to Ray at {found['address']}: {' '.join(str(error).split())[:200]}") from None
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        ray_constants.ENABLE_RAY_CLUSTER, worker.listen_error_messages = clusters, listen
 
 
 def _credentials(found: dict[str, Any]) -> dict[str, str]:

@@ -37,11 +37,11 @@ class Program:
         """Bytes of the loaded table, rounded up to lines."""
         return -(-self.words.nbytes // r.LINE) * r.LINE
 
-    def bound(self, base: int, address: int, kernel_addresses: dict[str, int]) -> npt.NDArray[np.int64]:
-        """The records as lanes read them: for an arena mapped at `base` and a table at `address`."""
+    def bound(self, base: int, address: int, kernels: list[str]) -> npt.NDArray[np.int64]:
+        """The records for an arena mapped at `base` and a table at `address`, with the numbers of their kernels in
+        `kernels`: whose lanes run them puts in where those lie in its process."""
         words = self.words + np.where(self.relocate, base, 0)
-        for i, name in enumerate(self.kernels):
-            words[i, r.KERNEL] = kernel_addresses[name]
+        words[:, r.KERNEL] = [kernels.index(name) for name in self.kernels]
         prepared = words[:, r.PREPARE] != 0
         words[prepared, r.PREPARE] = address + self.words[prepared, r.PREPARE] * r.RECORD_BYTES
         return words

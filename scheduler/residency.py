@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.errors import PlanError
-from coterie.storage.arena import HUGE, round_up
+from coterie.storage.arena import round_up
+from coterie.storage.mapping import HUGE
 from coterie.storage.neuron_buffers import bundle_runs, layer_neurons, slot_bytes
 from coterie.storage.runs import PAGE, Extents, Run
 from coterie.storage.weights import PARTS, Residency

@@ -8,7 +8,6 @@ anything is allocated. Buffers are Arrow buffers over the mapping; nothing is co
 import mmap
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.errors import PlanError
-from coterie.storage.available import available_memory
+from coterie.storage.mapping import HUGE, PrivateMapping, SharedMapping
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 LINE = 64  # bytes: alignment of every buffer
-HUGE = 2 << 20  # bytes of a huge page, the step in which regions grow and shrink
+BACKED = 64 << 10  # bytes: the step in which a shared region is given memory
 
 
 def round_up(n: int, to: int) -> int:
@@ -54,11 +53,12 @@ class BufferRef:
 
 @dataclass
 class Region:
-    """A part of the arena: `used` of `size` bytes are cut into buffers."""
+    """A part of the arena: `used` of `size` bytes are cut into buffers, `backed` of a shared one have memory."""
 
     offset: int
     size: int
     used: int = 0
+    backed: int = 0
 
 
 class Ledger:
@@ -95,11 +95,11 @@ class Ledger:
 class Arena(Ledger):
     """Regions of the given sizes (bytes) in one mapping.
 
-    `shared` makes it a memfd that other processes attach to by `Arena.attach`. Raises PlanError where the
+    `shared` makes it a memfd that other processes attach to by what `describe` says. Raises PlanError where the
     memory cannot be had.
     """
 
-    def __init__(self, regions: Mapping[str, int], *, shared: bool = False, _fd: int = -1) -> None:
+    def __init__(self, regions: Mapping[str, int], *, shared: bool = False) -> None:
         super().__init__()
         at = 0
         for name, size in regions.items():
@@ -107,42 +107,63 @@ class Arena(Ledger):
             at = round_up(at, step)
             self.regions[name] = Region(at, round_up(size, step))
             at += self.regions[name].size
-        self.size = round_up(at, HUGE)
-        self.fd = _fd
-        if shared and _fd < 0 and self.size > available_memory():
-            raise PlanError(f"a shared arena of {self.size >> 20} MiB is more memory than there is")
-        try:
-            if shared and _fd < 0:
-                self.fd = os.memfd_create("coterie", os.MFD_CLOEXEC)
-                os.posix_fallocate(self.fd, 0, self.size)
-            self._map = self._mapped()
-        except OSError as error:
-            self._close_fd()
-            raise PlanError(f"cannot have {self.size >> 20} MiB of memory: {error.strerror}") from None
-        whole = np.frombuffer(self._map, np.uint8)
-        start = -whole.ctypes.data % HUGE if self.fd < 0 else 0
-        self._bytes = whole[start : start + self.size]
-        self.base = self._bytes.ctypes.data
+        self._adopt(round_up(at, HUGE), shared)
 
-    def _mapped(self) -> mmap.mmap:
-        if self.fd >= 0:
-            if os.fstat(self.fd).st_size < self.size:
-                self._close_fd()
-                raise PlanError("the shared arena is smaller than its regions")
-            mapping = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED)
-        else:
-            noreserve = 0x4000  # pages count when they are touched; the plan has checked the budget
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve
-            mapping = mmap.mmap(-1, self.size + HUGE, flags)
-        with suppress(OSError):  # a kernel without huge pages is slower, not wrong
-            mapping.madvise(mmap.MADV_HUGEPAGE)  # before the first touch
-        return mapping
+    def _adopt(self, size: int, shared: bool, fd: int = -1, base: int = 0) -> None:
+        self.size, self.shared = size, shared
+        try:
+            self._mapping: SharedMapping | PrivateMapping = (
+                SharedMapping(size, fd, base) if shared else PrivateMapping(size)
+            )
+        except OSError as error:
+            raise PlanError(f"cannot have {size >> 20} MiB of memory: {error.strerror}") from None
+        self.base = self._mapping.base
+
+    def describe(self) -> dict[str, Any]:
+        """What another process of this machine needs to attach to a shared arena; plain values, for a message."""
+        assert isinstance(self._mapping, SharedMapping)
+        regions = {name: (region.offset, region.size) for name, region in self.regions.items()}
+        inode = os.fstat(self._mapping.fd).st_ino
+        where = {"pid": os.getpid(), "fd": self._mapping.fd, "inode": inode}
+        return where | {"base": self.base, "size": self.size, "regions": regions}
 
     @classmethod
-    def attach(cls, fd: int, regions: Mapping[str, int]) -> "Arena":
-        """Map a shared arena that another process made with the same `regions`; `fd` is taken over. Raises PlanError
-        where it is smaller."""
-        return cls(regions, shared=True, _fd=fd)
+    def attach(cls, description: Mapping[str, Any]) -> "Arena":
+        """Map the shared arena that another process described, through that process, at the same address. Raises
+        PlanError where it is gone, another one, or smaller."""
+        path = f"/proc/{int(description['pid'])}/fd/{int(description['fd'])}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise PlanError(f"cannot open the shared arena {path}: {error.strerror}") from None
+        if os.fstat(fd).st_ino != description["inode"]:
+            os.close(fd)
+            raise PlanError(f"{path} is not the arena that was announced; its owner has gone")
+        arena = cls.__new__(cls)
+        Ledger.__init__(arena)
+        size = int(description["size"])
+        for name, (offset, length) in description["regions"].items():
+            if not 0 <= offset <= offset + length <= size:
+                os.close(fd)
+                raise PlanError(f"region {name} lies outside of the shared arena")
+            arena.regions[str(name)] = Region(int(offset), int(length))
+        arena._adopt(size, True, fd, int(description["base"]))
+        return arena
+
+    def allocate(
+        self, region: str, shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.uint8, align: int = LINE
+    ) -> BufferRef:
+        ref = super().allocate(region, shape, dtype, align)
+        if self.shared:
+            self._back(self._region(region))
+        return ref
+
+    def _back(self, place: Region) -> None:
+        """Have memory for what is cut: a full machine says so here, and not by a signal later."""
+        if place.used > place.backed:
+            end = min(place.size, round_up(place.used, BACKED))
+            self._mapping.back(place.offset + place.backed, end - place.backed)
+            place.backed = end
 
     def numpy(self, ref: BufferRef) -> npt.NDArray[Any]:
         """The buffer as a writable array, without a copy. Raises PlanError for a ref outside of its region."""
@@ -175,21 +196,22 @@ class Arena(Ledger):
         place = self._region(region)
         first = min(place.size, round_up(place.offset + keep, HUGE) - place.offset) if keep else 0
         if first < place.size:
-            if self.fd >= 0:
-                _punch_hole(self.fd, place.offset + first, place.size - first)
-            else:
-                start = self.base - np.frombuffer(self._map, np.uint8).ctypes.data
-                self._map.madvise(mmap.MADV_DONTNEED, start + place.offset + first, place.size - first)
+            self._mapping.drop(place.offset + first, place.size - first)
+            place.backed = min(place.backed, first)
         self._bytes[place.offset + keep : place.offset + first] = 0
         place.used = min(place.used, keep)
+
+    def discard(self, region: str) -> None:
+        """Take other memory, of zeros, for a region and what is cut from it: a read that still lands in the old one is
+        not seen."""
+        place = self._region(region)
+        self._mapping.drop(place.offset, place.size)
+        self._mapping.back(place.offset, place.backed)
 
     def use_small_pages(self, region: str) -> None:
         """A region of which little is used takes what it uses, and not whole huge pages."""
         place = self._region(region)
-        if self.fd < 0:
-            start = self.base - np.frombuffer(self._map, np.uint8).ctypes.data
-            with suppress(OSError):  # a kernel without huge pages
-                self._map.madvise(mmap.MADV_NOHUGEPAGE, start + place.offset, place.size)
+        self._mapping.use_small_pages(place.offset, place.size)
 
     def rewind(self, region: str) -> None:
         """Cut a region anew from its start; it keeps its bytes."""
@@ -197,14 +219,11 @@ class Arena(Ledger):
 
     def close(self) -> None:
         """Forget the mapping; it goes when the last view of it does. A second call does nothing."""
-        self._close_fd()
-        self._bytes = np.empty(0, np.uint8)
-        vars(self).pop("_map", None)
+        self._mapping.close()
 
-    def _close_fd(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+    @property
+    def _bytes(self) -> npt.NDArray[np.uint8]:
+        return self._mapping.bytes
 
     def _region(self, name: str) -> Region:
         if name not in self.regions:
@@ -227,18 +246,3 @@ def _item_bytes(dtype: str) -> int:
     except TypeError:
         return 0
     return kind.itemsize if kind.kind in "biuf" else 0
-
-
-def _punch_hole(fd: int, offset: int, size: int) -> None:
-    import ctypes
-
-    keep_size, punch = 1, 2
-    libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (
-        ctypes.c_int(fd),
-        ctypes.c_int(keep_size | punch),
-        ctypes.c_long(offset),
-        ctypes.c_long(size),
-    )
-    if libc.fallocate(*arguments) != 0:
-        raise PlanError(f"cannot shrink shared memory: {os.strerror(ctypes.get_errno())}")

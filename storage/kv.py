@@ -8,7 +8,8 @@ import numpy.typing as npt
 from coterie.errors import PlanError, UsageError
 from coterie.kernels.shapes import SPAN
 from coterie.models.spec import ModelSpec
-from coterie.storage.arena import HUGE, Arena, BufferRef, round_up
+from coterie.storage.arena import Arena, BufferRef, round_up
+from coterie.storage.mapping import HUGE
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from coterie.kernels.formats import FORMATS, ROWS
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import LINE, Opcode
 from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN
-from coterie.kernels.sync import post
+from coterie.kernels.sync import post, wait_flag
 from coterie.kernels.vector import floats_at, set_floats
 from coterie.scheduler.program import Draft, Operand, ProgramBuilder
 from coterie.storage.arena import Arena, BufferRef, round_up
@@ -152,6 +152,12 @@ class Machine:
 def post_flag(flag, value):  # type: ignore[no-untyped-def]
     post(flag, value)
     return value
+
+
+@cfunc(types.int64(types.int64, types.int64, types.int64, types.int64))
+def wait_on(flag, wanted, abort, nap):  # type: ignore[no-untyped-def]
+    """Sleep on a flag at once; 1 when it was posted, 0 when the word at `abort` was set."""
+    return 1 if wait_flag(flag, wanted, 0, abort, nap) else 0
 
 
 def until(done: Callable[[], Any]) -> Any:

@@ -16,7 +16,8 @@ from coterie.engine import Engine
 from coterie.errors import PlanError
 from coterie.opening import open_model
 from coterie.scheduler.plan import Wishes
-from coterie.storage.arena import HUGE, LINE, Arena, Ledger
+from coterie.storage.arena import LINE, Arena, Ledger
+from coterie.storage.mapping import HUGE
 
 REGIONS = {"weights": 3 * HUGE, "state": 5000}
 
@@ -178,12 +179,14 @@ CHILD = """
 import sys
 import numpy as np
 from coterie.storage.arena import Arena, BufferRef
-regions, offset = eval(sys.argv[2]), int(sys.argv[3])
-arena = Arena.attach(int(sys.argv[1]), regions)
-array = arena.numpy(BufferRef("weights", offset, 32, "<i8", (4,)))
+description, offset = eval(sys.argv[1]), int(sys.argv[2])
+arena = Arena.attach(description)
+ref = BufferRef("weights", offset, 32, "<i8", (4,))
+array = arena.numpy(ref)
 assert array.tolist() == [1, 2, 3, 4], array
+assert arena.buffer(ref).address == arena.address(ref)
 array[:] = array * 10
-print(arena.base)
+print(arena.address(ref))
 """
 
 
@@ -192,23 +195,61 @@ def test_another_process_attaches_and_both_see_all_writes() -> None:
     arena.allocate("weights", 1000)
     ref = arena.allocate("weights", 4, np.int64)
     arena.numpy(ref)[:] = [1, 2, 3, 4]
-    offset = ref.offset
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-c", CHILD, str(arena.fd), repr(REGIONS), str(offset)]
-    done = subprocess.run(command, env=env, pass_fds=[arena.fd], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", CHILD, repr(arena.describe()), str(ref.offset)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == arena.address(ref)  # so tables of addresses hold in both
     assert arena.numpy(ref).tolist() == [10, 20, 30, 40]
     arena.close()
 
 
 def test_attaching_to_something_smaller_is_refused() -> None:
+    arena = Arena(REGIONS, shared=True)
+    before = len(os.listdir("/proc/self/fd"))
     for size in (0, 4096, 3 * HUGE + 8192):
         fd = os.memfd_create("small")
         os.ftruncate(fd, size)
+        small = arena.describe() | {"fd": fd, "inode": os.fstat(fd).st_ino}
         with pytest.raises(PlanError, match="smaller than its regions"):
-            Arena.attach(fd, REGIONS)
-        with pytest.raises(OSError, match="Bad file descriptor"):  # the descriptor was taken over
-            os.fstat(fd)
+            Arena.attach(small)
+        os.close(fd)
+    arena.close()
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+def test_attaching_to_something_else_is_refused() -> None:
+    arena = Arena(REGIONS, shared=True)
+    good = arena.describe()
+    with pytest.raises(PlanError, match="its owner has gone"):
+        Arena.attach(good | {"inode": good["inode"] + 1})
+    with pytest.raises(PlanError, match="cannot open"):
+        Arena.attach(good | {"fd": 9999})
+    with pytest.raises(PlanError, match="cannot lie at"):  # where the owner's own mapping lies
+        Arena.attach(good)
+    with pytest.raises(PlanError, match="outside"):
+        Arena.attach(good | {"regions": {"weights": (0, good["size"] + 4096)}})
+    arena.close()
+
+
+def test_two_shared_arenas_lie_apart() -> None:
+    first, second = Arena(REGIONS, shared=True), Arena(REGIONS, shared=True)
+    ref = first.allocate("state", 8, np.int64)
+    first.numpy(ref)[:] = 1
+    assert not second.numpy(second.allocate("state", 8, np.int64)).any()
+    assert abs(first.base - second.base) >= first.size
+    first.close()
+    second.close()
+
+
+def test_a_shared_arena_takes_memory_for_what_is_cut_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena({"weights": 1 << 40, "state": 5000}, shared=True)
+    arena.allocate("weights", 3 * HUGE)
+    assert 3 * HUGE <= resident(arena) <= 4 * HUGE
+    monkeypatch.setattr("coterie.storage.mapping.available_memory", lambda: HUGE)
+    with pytest.raises(PlanError, match="more than there is"):
+        arena.allocate("weights", 2 * HUGE)
+    arena.close()
 
 
 def test_nothing_is_left_behind() -> None:

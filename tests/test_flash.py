@@ -17,8 +17,10 @@ import numpy.typing as npt
 import pytest
 from harness import post_flag, until
 
-from coterie.actors import flash
-from coterie.actors.flash import ENGINES, FlashUnit, ReadFailure
+from coterie.actors import reading
+from coterie.actors.flash import FlashUnit, ReadFailure
+from coterie.actors.host import ThreadActor
+from coterie.actors.reading import ENGINES
 from coterie.actors.uring import Uring
 from coterie.errors import ModelError, UnitError, UsageError
 from coterie.kernels import tape as t
@@ -448,17 +450,23 @@ def test_a_file_that_is_removed_in_use_stays_readable(desk: Callable[..., Desk],
 # --- ends -------------------------------------------------------------------------------------------
 
 
+def threads_of(d: Desk) -> list[threading.Thread]:
+    actor = d.unit.actor
+    assert isinstance(actor, ThreadActor)
+    return actor.lanes["flash"].threads
+
+
 def test_closing_does_not_wait_for_a_dead_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash, "LAST_WAIT", 0.05)
+    monkeypatch.setattr(reading, "LAST_WAIT", 0.05)
     gate = threading.Event()
     reader = Reader(lambda call, offset: gate.wait() and None)
     d = Desk(path, reader=reader.function)
     d.set(range(0, 16, 2), range(8))
     d.unit.begin(0, 8)
     until(lambda: len(reader.calls) == 4)
+    threads = threads_of(d)
     d.unit.close()
     d.arena.close()
-    threads = d.unit._threads
     assert threads[0].is_alive()
     with pytest.raises(UnitError, match=r"^this model has been closed$"):
         d.unit.begin(0, 1)
@@ -471,7 +479,7 @@ def test_a_dropped_unit_stops(path: Path, engine: str) -> None:
     d = Desk(path, engine=engine)
     d.set(range(8), range(8))
     d.unit.begin(0, 8, ahead=(0, 8))
-    threads = d.unit._threads
+    threads = threads_of(d)
     del d
     gc.collect()
     assert not any(thread.is_alive() for thread in threads)
@@ -534,7 +542,7 @@ def test_the_engine_is_chosen_once(desk: Callable[..., Desk], monkeypatch: pytes
     def refuse(entries: int) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(flash, "Uring", refuse)
+    monkeypatch.setattr(reading, "Uring", refuse)
     assert desk(engine=None).unit.describe()["runtime"] == "4 threads with preadv, O_DIRECT"
     with pytest.raises(UnitError, match=r"^io_uring cannot be used here: Operation not permitted$"):
         desk(engine="io_uring")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import PATIENCE, Machine, machine, post_flag, until
+from harness import PATIENCE, Machine, machine, post_flag, until, wait_on
 from numba import cfunc, types
 
 from coterie.actors.cpu import CpuUnit
@@ -155,7 +155,8 @@ def header_copy(m: Machine) -> Any:
 def test_a_late_lane_finds_nothing(m: Machine) -> None:
     """A lane that wakes up after its step, or after later ones, claims no piece and counts none."""
     name, tallies = chain(m)
-    program, table = m.unit._programs[name]
+    program, ref = m.unit._programs[name]
+    table = m.arena.address(ref)
     for _ in range(3):
         m.step(name)
         late = m.put(header_copy(m), "state")
@@ -177,7 +178,8 @@ def test_a_late_lane_finds_nothing(m: Machine) -> None:
 def test_a_late_lane_takes_nothing_from_a_step_that_has_begun(m: Machine, ahead: int) -> None:
     name, _ = chain(m)
     m.step(name)
-    program, table = m.unit._programs[name]
+    program, ref = m.unit._programs[name]
+    table = m.arena.address(ref)
     late = m.put(header_copy(m), "state")
     flags = m.arena._bytes.view(np.int64)
     for record in range(program.length):
@@ -205,7 +207,7 @@ def test_attention_s_pieces_do_not_follow_the_next_step_s_rows() -> None:
         m.look(m.unit.buffers.rows[r.POSITIONS])[0] = 600  # as the next step's header will say
         attend = library.function(kernel_name("attend_one"), 3)
         for lane in range(2):
-            assert attend(m.unit._programs[name][1], m.arena.address(late), lane) == 0
+            assert attend(m.arena.address(m.unit._programs[name][1]), m.arena.address(late), lane) == 0
 
 
 # --- programs ------------------------------------------------------------------------------------------
@@ -244,10 +246,10 @@ def test_records_are_relocated_to_where_the_arena_is() -> None:
         add_tally(m, b, 3)
         b.add("tally", Opcode.FFN_UP, {TOTAL: 5, STAMPS: buffer, BEFORE: 0.5}, layer=7, prepare=ready)
         program = b.build()
-        kernels = {"tally": 111, "count_lane": 222}
+        kernels = ["count_lane", "tally"]
         here, there = (program.bound(base, base + 4096, kernels) for base in (1 << 30, 1 << 40))
         assert (here.shape, program.length, program.kernels) == ((3, r.WORDS), 2, ["tally", "tally", "count_lane"])
-        assert here[:, r.KERNEL].tolist() == [111, 111, 222]
+        assert here[:, r.KERNEL].tolist() == [1, 1, 0]
         assert here[1, STAMPS] == (1 << 30) + buffer.offset
         assert here[1, TOTAL] == there[1, TOTAL] == 5
         assert np.int32(here[1, BEFORE]).view(np.float32) == 0.5
@@ -278,7 +280,7 @@ def test_a_closed_unit_says_so() -> None:
         m.step(name)
         m.unit.close()
         m.unit.close()
-        assert not any(thread.is_alive() for thread in m.unit._threads)
+        assert not any(thread.name.startswith("coterie-lane") for thread in threading.enumerate())
         with pytest.raises(UnitError, match="closed"):
             m.step(name)
 
@@ -295,9 +297,8 @@ def waiter(
     m: Machine, flag: BufferRef, abort: BufferRef, nap: BufferRef, wanted: int
 ) -> tuple[threading.Thread, list[int]]:
     """A thread that sleeps on a flag at once; its result."""
-    wait, results = library.function("lane_wait", 5), list[int]()
-    at = [m.arena.address(ref) for ref in (flag, abort, nap)]
-    thread = threading.Thread(target=lambda: results.append(wait(at[0], wanted, 0, at[1], at[2])))
+    results, at = list[int](), [m.arena.address(ref) for ref in (flag, abort, nap)]
+    thread = threading.Thread(target=lambda: results.append(wait_on.ctypes(at[0], wanted, at[1], at[2])))
     thread.start()
     return thread, results
 
@@ -343,11 +344,9 @@ def test_an_abandoned_wait_ends() -> None:
 CHILD = """
 import sys
 from coterie.kernels import library
-from coterie.storage.arena import Arena, BufferRef
-from coterie.storage.unit import CONTROL_LINES
-arena = Arena.attach(int(sys.argv[1]), {"state": 4096})
-flag, abort, nap = (arena.base + 64 * i for i in range(3))
-sys.exit(0 if library.function("lane_wait", 5)(flag, 3, 0, abort, nap) == 1 else 1)
+from coterie.storage.arena import Arena
+arena = Arena.attach(eval(sys.argv[1]))
+sys.exit(0 if library.function("lane_watch", 4)(arena.base, 3, 0, arena.base + 128) == 1 else 1)
 """
 
 
@@ -356,7 +355,7 @@ def test_a_post_wakes_another_process() -> None:
     words = arena.numpy(arena.allocate("state", 512, np.int64))
     words[16] = 1000  # seconds of a nap
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    with subprocess.Popen([sys.executable, "-c", CHILD, str(arena.fd)], env=env, pass_fds=[arena.fd]) as child:
+    with subprocess.Popen([sys.executable, "-c", CHILD, repr(arena.describe())], env=env) as child:
         until(lambda: words[SLEEPERS // 8] == 1 or child.poll() is not None)
         post_flag.ctypes(arena.base, 3)
         assert child.wait(PATIENCE) == 0

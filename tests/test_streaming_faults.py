@@ -16,7 +16,7 @@ from packed_models import packed, streaming
 from reference import same_bits
 
 from coterie import stream
-from coterie.actors import flash
+from coterie.actors import reading
 from coterie.engine import Engine
 from coterie.errors import CoterieError, ModelError, UnitError
 from coterie.opening import open_model
@@ -120,7 +120,7 @@ def test_a_model_may_be_closed_and_forgotten_while_the_disk_hangs(llama: Path, m
         return honest(*call)
 
     monkeypatch.setattr(stream, "PATIENCE", 0.2)
-    monkeypatch.setattr(flash, "LAST_WAIT", 0.1)
+    monkeypatch.setattr(reading, "LAST_WAIT", 0.1)
     with faulty(llama, reader, monkeypatch) as engine:
         decoded(engine, some_tokens(2))
         stalled = True

@@ -28,6 +28,7 @@ from coterie.commands.run import run
 from coterie.commands.terminal import printable
 from coterie.commands.train_predictor import train_predictor
 from coterie.commands.units import units
+from coterie.configs import user_folder
 from coterie.errors import CoterieError, PlanError, UsageError
 
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
@@ -96,8 +97,7 @@ def config_path() -> Path:
     """$COTERIE_CONFIG, else coterie/config.toml in the user's configuration folder."""
     if given := os.environ.get("COTERIE_CONFIG"):
         return Path(given)
-    folder = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    return (folder if folder.is_absolute() else Path(os.path.expanduser("~/.config"))) / "coterie" / "config.toml"
+    return user_folder() / "config.toml"
 
 
 def read_config(context: typer.Context) -> dict[str, dict[str, Any]]:

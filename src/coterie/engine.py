@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
+from coterie.actors.host import Actor, Host, ThreadActor, ThreadHost, UnitLost
 from coterie.actors.neurons import neuron_kernels
-from coterie.errors import UsageError
+from coterie.errors import UnitError, UsageError
 from coterie.kernels import library
 from coterie.kernels.operands import PROBE_BYTES
 from coterie.meter import Meter
@@ -45,6 +46,10 @@ class _Yield(Exception):
     """The step under way makes room for a new ceiling."""
 
 
+class _Again(Exception):
+    """The chunk under way must be computed again."""
+
+
 class Rows(NamedTuple):
     """The rows of a step: token ids, positions, addresses of block tables, and which of them want logits."""
 
@@ -54,6 +59,16 @@ class Rows(NamedTuple):
     outputs: npt.ArrayLike
 
 
+class Loss(NamedTuple):
+    """A unit that was lost and replaced: which, why, and the seconds that took once it was known."""
+
+    unit: str
+    reason: str
+    seconds: float
+
+
+UNITS = ("cpu", "flash")
+MOST_LOSSES = 5  # without a step in between
 Floats = npt.NDArray[np.float32]
 Progress = Callable[..., None]  # progress(label, done=0, total=0)
 
@@ -72,6 +87,7 @@ class Engine:
         *,
         trace: Path | None = None,
         progress: Progress | None = None,
+        host: Host | None = None,
     ) -> None:
         self.model, self.spec, self._trace = model, model.spec, trace
         self._progress: Progress = progress or (lambda label, done=0, total=0: None)
@@ -85,13 +101,17 @@ class Engine:
         self.plan, self._residency = make_plan(model.file, model.spec, self._wishes, self.flash)
         check_free(self.plan, 0)
         plan, self.runs = self.plan, lay_out_runs(model.file.tensors, model.spec)
-        self.arena = Arena(plan.regions if self._packed is None else plan.regions | room_for(self.runs, plan))
+        self.host: Host = host or ThreadHost()
+        regions = plan.regions if self._packed is None else plan.regions | room_for(self.runs, plan)
+        self.arena = Arena(regions, shared=self.host.shared)
         if self._packed is not None:
             for region in SCRATCH_ROOM:
                 self.arena.use_small_pages(region)
         buffers = lay_out_unit(self.arena, plan.lanes, plan.chunk, tracing=self._wishes.tracing)
         self.cache = KVCache(self.arena, KVLayout.of(self.spec), plan.context, BATCH + 1)
-        self.unit = CpuUnit(self.arena, plan.lanes, buffers, detached=self._packed is not None)
+        self._buffers = buffers
+        detached = self._packed is not None or self.host.shared
+        self.unit = CpuUnit(self.arena, plan.lanes, buffers, detached=detached, actor=self._start("cpu"))
         self.stream: Stream | None = None
         self.meter: Meter | None = None
         self._lock = RLock()  # held while a step runs, or the ceiling changes
@@ -100,6 +120,8 @@ class Engine:
         self._urgent = True
         self._ropes: dict[Rope, BufferRef] | None = None
         self._loaded: set[str] = set()
+        self.losses: list[Loss] = []
+        self._lost_in_a_row = 0
         self._closed = False
         self._follower: Follower | None = None
         try:
@@ -127,7 +149,7 @@ class Engine:
             depth=plan.flash.depth,
             tracing=self._wishes.tracing,
         )
-        stream = Stream(self.arena, file, plan, buffers, self.unit.abort_address)
+        stream = Stream(self.arena, file, plan, buffers, self.unit.abort_address, self._start("flash"))
         self.unit.connect(stream.unit.arrived, stream.unit.freed)
         assert self.flash is not None
         self.flash = replace(self.flash, engine=stream.unit.engine)
@@ -150,10 +172,15 @@ class Engine:
         if stream is not None:
             assert plan.flash is not None
             stream.adopt(self.layout, self._residency.pinned, plan.flash.block, self._progress)
+        self._fill_tables()
+
+    def _fill_tables(self) -> None:
+        """Tell kernels where weights are, with nothing in the neuron cache."""
+        stream, plan = self.stream, self.plan
         for weights in (self.layout.whole, self.layout.weights):
             fill_tables(self.arena, weights, 0 if stream is None else stream.unit.arrived)
         if stream is not None and self.layout.neurons is not None:
-            stream.open_neurons(self.layout.neurons, sector)
+            stream.open_neurons(self.layout.neurons, plan.flash.sector if plan.flash else PAGE)
 
     def _pack(self, file: WeightSource) -> None:
         total = self.plan.weight_bytes
@@ -167,15 +194,21 @@ class Engine:
 
     def _run(self, name: str, rows: Rows, *, more: bool = False) -> None:
         """Run a program for one step; `more`: logits of this chunk's rows are wanted after it. A step that a new
-        ceiling cuts short is run again; but not `head`, which cannot be."""
+        ceiling cuts short, or that loses a unit, is run again; but not `head`, which cannot be: then the chunk is."""
         while True:
-            if name != "head":
-                self._apply_ceiling()
-            self.ready(name)
             try:
+                if name != "head":
+                    self._apply_ceiling()
+                self.ready(name)
                 self._step(name, rows, more)
             except _Yield:
                 continue
+            except UnitLost as loss:
+                self._recover(loss)
+                if name == "head":
+                    raise _Again from None
+                continue
+            self._lost_in_a_row = 0
             return
 
     def _step(self, name: str, rows: Rows, more: bool) -> None:
@@ -250,13 +283,14 @@ class Engine:
             ids = tokens[first : first + self.plan.chunk]
             here = wanted[(wanted >= first) & (wanted < first + len(ids))] - first
             with self._lock:
-                self._chunk(sequence, ids, here, logits[done : done + here.size])
+                while not self._chunk(sequence, ids, here, logits[done : done + here.size]):
+                    sequence.length -= len(ids)
             done += here.size
             self._progress("prompt", first + len(ids), len(tokens))
         return logits
 
-    def _chunk(self, sequence: KVSequence, ids: Sequence[int], wanted: npt.NDArray[np.int64], logits: Floats) -> None:
-        """Append a chunk's tokens; logits of the rows `wanted`."""
+    def _chunk(self, sequence: KVSequence, ids: Sequence[int], wanted: npt.NDArray[np.int64], logits: Floats) -> bool:
+        """Append a chunk's tokens; logits of the rows `wanted`. False if it must be computed again."""
         self._check_open()
         positions = sequence.length + np.arange(len(ids))
         tables = np.full(len(ids), sequence.table_address)
@@ -264,8 +298,12 @@ class Engine:
         sequence.length += len(ids)
         for first in range(0, wanted.size, OUTPUT_ROWS):
             outputs = wanted[first : first + OUTPUT_ROWS]
-            self._run("head", Rows(ids, positions, tables, outputs), more=first + OUTPUT_ROWS < wanted.size)
+            try:
+                self._run("head", Rows(ids, positions, tables, outputs), more=first + OUTPUT_ROWS < wanted.size)
+            except _Again:
+                return False
             logits[first : first + outputs.size] = self._logits[: outputs.size]
+        return True
 
     def decode(self, sequences: Sequence[KVSequence], tokens: Sequence[int]) -> Floats:
         """Append one token to each of up to BATCH different sequences; logits float32[n, vocab], maybe a view that the
@@ -294,9 +332,57 @@ class Engine:
             seconds = []
             for _ in range(2):
                 start = time.perf_counter()
-                self.unit.run("probe", [0], [0], [0], ())
+                self._surely(lambda: self.unit.run("probe", [0], [0], [0], ()))
                 seconds.append(time.perf_counter() - start)
             return float(self.layout.programs["probe"].words[0, PROBE_BYTES] / min(seconds))
+
+    # --- units that are lost --------------------------------------------------------------------------
+
+    def _start(self, unit: str) -> Actor:
+        """An actor for a unit."""
+        return self.host.start(unit, self.arena, self._buffers.pulse(UNITS.index(unit)))
+
+    def _replace(self, unit: str) -> Actor:
+        """Another actor for a unit; threads of this process where its host has none to give any more."""
+        try:
+            return self._start(unit)
+        except UnitError as error:
+            self._progress(f"{error}; it goes on as threads of this process")
+            return ThreadActor(self.arena)
+
+    def _surely(self, action: Callable[[], None]) -> None:
+        """Do something that can be done again, until no unit is lost in it."""
+        while True:
+            try:
+                return action()
+            except UnitLost as loss:
+                self._recover(loss)
+
+    def _recover(self, loss: UnitLost) -> None:
+        """Have the lost unit's work done by another actor: fence first, so that what wakes up late writes nowhere; then
+        go on. Raises UnitError where nothing can take over."""
+        begun, stream = time.perf_counter(), self.stream
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row > MOST_LOSSES:
+            raise UnitError(f"{loss}; that was {MOST_LOSSES} times in one step") from None
+        if loss.hangs and not self.host.shared:
+            raise UnitError(f"{loss}; a thread cannot be replaced, so end this process") from None
+        self._progress(f"unit {loss.unit} was lost ({loss.reason}); having another one")
+        flash_lost = stream is not None and (loss.unit != "cpu" or stream.unit.actor.lost() is not None)
+        if loss.unit == "cpu" or self.unit.actor.lost() is not None:
+            self.unit.actor.fence()
+            self.unit.revive(self._replace("cpu"))
+        if stream is not None:
+            if flash_lost:
+                stream.unit.actor.fence()
+            neurons = stream.neurons is not None
+            stream.end_neurons()  # lanes that were killed may have left half a demand in its queue
+            if flash_lost:
+                stream.revive(self._replace("flash"))
+            stream.lose()
+            if neurons:
+                self._fill_tables()
+        self.losses.append(Loss(loss.unit, loss.reason, time.perf_counter() - begun))
 
     # --- the ceiling ----------------------------------------------------------------------------------
 
@@ -345,7 +431,7 @@ class Engine:
             self._ceiling, self._urgent = (new, residency), urgent
         if urgent:
             with self._lock:
-                self._apply_ceiling()
+                self._surely(self._apply_ceiling)
 
     @property
     def wishes(self) -> Wishes:
@@ -412,6 +498,7 @@ class Engine:
             self._write_trace(self._trace)
         self.model.close()
         self.arena.close()
+        self.host.close()
 
     def _write_trace(self, path: Path) -> None:
         rings = [("cpu", self.unit.buffers.rings)]

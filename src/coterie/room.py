@@ -4,8 +4,8 @@ from coterie.errors import PlanError
 from coterie.scheduler.layout import lookup_room
 from coterie.scheduler.plan import Plan
 from coterie.scheduler.residency import SLOT_METADATA, region_bytes, ring_room, slot_cost
-from coterie.storage.arena import HUGE
 from coterie.storage.available import available_memory
+from coterie.storage.mapping import HUGE
 from coterie.storage.neuron_buffers import bundle_runs, layer_neurons
 from coterie.storage.runs import PAGE, Extents, Run
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.flash import PATIENCE, FlashUnit
+from coterie.actors.host import Actor
 from coterie.actors.neurons import NeuronUnit
 from coterie.errors import UnitError
 from coterie.kernels.tape import READ
@@ -40,6 +41,7 @@ class Stream:
         plan: Plan,
         buffers: FlashBuffers,
         abort: int,
+        actor: Actor,
     ) -> None:
         assert plan.flash is not None
         self.arena, self.file = arena, file
@@ -52,6 +54,7 @@ class Stream:
             arena, buffers, self._fd,
             depth=plan.flash.depth, block=plan.flash.block, ring=ring, abort=abort, patience=PATIENCE,
             engine="preadv" if plan.flash.engine == "preadv" else None,  # io_uring may have gone since it was measured
+            actor=actor,
         )  # fmt: skip
         self._abort = abort
         self.neurons: NeuronUnit | None = None  # reads the bundles of a sparse model that decode wants
@@ -84,6 +87,7 @@ class Stream:
         self.neurons = NeuronUnit(
             self.arena, buffers, self.file.runs, self._weights, self.file.neuron_sums, self._fd,
             sector=sector, abort=self._abort, engine="preadv" if self.unit.engine == "preadv" else None,
+            actor=self.unit.actor,
         )  # fmt: skip
 
     def _load(self, weights: Weights, numbers: npt.NDArray[np.int64], progress: Progress) -> None:
@@ -112,16 +116,24 @@ class Stream:
     def forget(self, keep: int) -> None:
         """The extents behind the first `keep` pinned ones are no longer in memory, nor is any neuron in the cache."""
         self.unit.halt()
-        self._end_neurons()
+        self.end_neurons()
         self._settle()
         self._pinned = min(self._pinned, keep)
 
-    def _end_neurons(self) -> None:
+    def end_neurons(self) -> None:
+        """Stop reading single neurons, and forget the cache. Raises UnitError when the disk does not answer."""
         neurons, self.neurons = self.neurons, None
         if neurons is not None:
             neurons.close()
             if neurons.in_flight:  # it may still write into memory that others will use
-                raise self._silent()
+                if self.unit.actor.lost() is None:
+                    raise self._silent()
+                self.arena.discard(neurons.buffers.slots.region)
+
+    def revive(self, actor: Actor) -> None:
+        """Go on with the lane of another actor, after `fence` of the one that was lost, and the end of its neurons'."""
+        self.unit.revive(actor)
+        self._lost = True
 
     # --- steps ----------------------------------------------------------------------------------------
 
@@ -156,11 +168,13 @@ class Stream:
         failure = self.unit.failure()
         if failure is not None:
             raise UnitError(f"cannot read {self.file.path}: {failure.reason}")
+        self.unit.check()
         arrived, in_flight = self.unit.arrived_count(), self.unit.in_flight
         if self.neurons is not None:
             failure = self.neurons.failure()
             if failure is not None:
                 raise UnitError(f"cannot read {self.file.path}: {failure.reason}")
+            self.neurons.check()
             arrived, in_flight = arrived + self.neurons.served(), in_flight + self.neurons.in_flight
         if arrived != self._seen or in_flight == 0:
             self._seen, self._since = arrived, time.monotonic()

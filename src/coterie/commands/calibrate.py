@@ -12,6 +12,7 @@ from coterie.commands import terminal
 from coterie.commands.options import Json, ModelArgument, ModelOption, pick_model, read_text
 from coterie.commands.perplexity import chunk_losses, estimate
 from coterie.errors import PlanError, UsageError
+from coterie.paths import check_writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,6 +128,8 @@ def calibrate(
     name = pick_model(model, model_option)
     if file is None:
         raise UsageError("which text? give -f FILE")
+    if output is not None:
+        check_writable(output)
     if thresholds and (output or sparsity):
         raise UsageError("--thresholds are made already: leave out -o and --sparsity")
     text, percents = read_text(file), _percents(sparsity or SPARSITIES)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from coterie.kernels.atomics import acquire, call_kernel, cycles, fence, pause, release
+from coterie.kernels.atomics import acquire, call_kernel, cycles, fence, fetch_add, pause, release
 from coterie.kernels.compiler import kernel
 from coterie.kernels.record import (
     ABORT,
@@ -17,6 +17,8 @@ from coterie.kernels.record import (
     EVENT,
     HEADER_WORDS,
     KERNEL,
+    LINE,
+    LINE_PROGRESS,
     NAP,
     NEVER,
     OPCODE,
@@ -30,7 +32,7 @@ from coterie.kernels.record import (
     TRACE_STRIDE,
     WAIT,
 )
-from coterie.kernels.sync import give_way, post, reached, sleep_on, wait_flag, word
+from coterie.kernels.sync import give_way, post, reached, sleep_on, tally, wait_flag, word
 from coterie.kernels.vector import i64_at, set_i32, set_i64
 
 EVENT_BYTES = EVENT.itemsize
@@ -85,7 +87,9 @@ def run_program(step, lane, first, deadline):
             return ABANDONED
         give_way(step)
         start = cycles() if tracing else waiting
+        tally(step, lane, LINE_PROGRESS, 1)
         pieces = call_kernel(word(instruction, KERNEL), instruction, step, lane)
+        tally(step, lane, LINE_PROGRESS, 1)
         if tracing and pieces > 0:
             record_event(step, lane, instruction, waiting, start, pieces)
     return count
@@ -155,23 +159,31 @@ def lane_part() -> Callable[..., Any]:
 
 
 @kernel
-def lane_wait() -> Callable[..., Any]:
-    """1 when the flag has come to `value`, 0 when the step was abandoned first."""
+def lane_watch() -> Callable[..., Any]:
+    """1 when the flag has come to `value`; 0 after `spin` cycles and a nap, or less, in which it did not."""
 
-    def run(flag, value, spin, abort, nap):
-        return 1 if wait_flag(flag, value, spin, abort, nap) else 0
+    def run(flag, value, spin, nap):
+        start = cycles()
+        while not reached(acquire(flag), value) and cycles() - start < spin:
+            pause()
+        if not reached(acquire(flag), value):
+            sleep_on(flag, value, nap)
+        return 1 if reached(acquire(flag), value) else 0
 
     return run
 
 
 @kernel
-def lane_watch() -> Callable[..., Any]:
-    """1 when the flag has come to `value`; 0 after a nap, or less, in which it did not."""
+def lane_pulse() -> Callable[..., Any]:
+    """Count the flag at `line` up, and again after every nap, while the flag behind it is not posted; the nap's length
+    is that flag's third and fourth word. So another process sees that this one lives (docs/supervision.md)."""
 
-    def run(flag, value, nap):
-        if not reached(acquire(flag), value):
-            sleep_on(flag, value, nap)
-        return 1 if reached(acquire(flag), value) else 0
+    def run(line):
+        stop = line + LINE
+        while acquire(stop) == 0:
+            fetch_add(line, 1)
+            sleep_on(stop, 1, stop + 16)
+        return acquire(line)
 
     return run
 

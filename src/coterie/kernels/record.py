@@ -73,6 +73,7 @@ ARRIVED = 19  # address of the flag that counts reads which have arrived
 FREED = 20  # address of the flag that counts reads whose memory may be used again
 COUNTS = 21  # address of a line a lane, whose words are LINE_...
 LINE_STALLED, LINE_LIVE, LINE_ASKED = range(3)  # cycles spent waiting for weights; neurons live; asked for
+LINE_PROGRESS = 3  # odd while it is inside of an instruction and not waiting for weights; it only grows
 EMBEDDINGS = 22  # int64[rows]: address of the 16-row group that holds each token's embedding
 YIELD = 23  # 1: a unit that reads shares the lanes' cores, and they let it go first between instructions
 HEADER_WORDS = 24

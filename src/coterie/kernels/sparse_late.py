@@ -9,7 +9,7 @@ from coterie.kernels import operands as o
 from coterie.kernels.atomics import acquire, cycles, pause
 from coterie.kernels.cache import PENDING, SERVED, call_reader, demand
 from coterie.kernels.compiler import kernel
-from coterie.kernels.record import ABORT, LINE_ASKED, LINE_STALLED, NAP, TOKENS
+from coterie.kernels.record import ABORT, LINE_ASKED, LINE_PROGRESS, LINE_STALLED, NAP, TOKENS
 from coterie.kernels.shapes import CLUSTER, LIVE_COUNT, LIVE_IDS, LIVE_LATE, LIVE_MISSING, LIVE_ROW
 from coterie.kernels.sparse import cluster_of, layer_of, up_op
 from coterie.kernels.sync import claim, finish, prepare, sleep_on, tally, word
@@ -38,6 +38,7 @@ def await_neuron(record, neuron, step, lane):
             served = acquire(cache + SERVED)
             at = acquire(entry)
             if at == PENDING:
+                tally(step, lane, LINE_PROGRESS, 2)
                 sleep_on(cache + SERVED, served + 1, word(step, NAP))
         at = acquire(entry)
     if looks > 0:

@@ -37,6 +37,7 @@ from coterie.kernels.record import (
     KERNEL,
     LANES_COUNT,
     LINE,
+    LINE_PROGRESS,
     LINE_STALLED,
     NAP,
     ORDERED,
@@ -163,7 +164,9 @@ def await_weights(flag, wanted, step, lane):
     if reached(acquire(flag), wanted):
         return True
     begun = cycles()
+    tally(step, lane, LINE_PROGRESS, 1)
     here = wait_flag(flag, wanted, word(step, SPIN) >> ARRIVAL_SPIN, word(step, ABORT), word(step, NAP))
+    tally(step, lane, LINE_PROGRESS, 1)
     tally(step, lane, LINE_STALLED, cycles() - begun)
     return here
 

@@ -62,6 +62,7 @@ CQ_HEAD, CQ_TAIL, CQ_MASK, CQ_ENTRIES = range(110, 114)
 SECONDS, NANOSECONDS = 120, 121  # of a nap
 NEVER = 122  # stays 0
 NOBODY = 123  # the abort word of a unit that was given none
+ENDED = 124  # 1 when the lane's thread has ended
 CONTROL_WORDS = 128
 
 # Words of a slot, which holds one request: one or more reads that lie side by side in the file and in memory.

@@ -1,0 +1,191 @@
+"""The Ray host: each unit is a Ray actor, a process that shares the arena. Ray places, starts and ends them; what they
+do for a token goes by programs and flags in the arena, without it.
+
+Supervision (docs/supervision.md): an actor that has ended shows by its pidfd, one that was stopped by its pulse. Before
+its work is given away it is killed and reaped: a process that wakes up late must not write into memory that is used
+again.
+"""
+
+import os
+import select
+import signal
+import time
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.actors.greeting import check_greeting, greeting, same_kernel
+from coterie.actors.host import Actor, UnitLost
+from coterie.actors.messages import pack, raise_complaint, unpack
+from coterie.actors.ray_session import RaySession
+from coterie.actors.unit_process import UnitProcess
+from coterie.configs import placement
+from coterie.errors import CoterieError, UnitError
+from coterie.paths import cache_dir
+from coterie.storage.arena import Arena, BufferRef
+
+PULSE_LIMIT = 2.0  # seconds without a pulse, of which there are 20 a second, after which an actor counts as stopped
+START_LIMIT = 60.0  # seconds in which Ray must have started an actor
+REAP_LIMIT = 20.0  # seconds a killed process may take to end; a dead disk can keep it
+LOOK = 0.05  # seconds between two looks for an answer
+
+
+class RayHost:
+    """Starts units as actors of a Ray session, on the machine of this process."""
+
+    shared = True
+
+    def __init__(self, session: RaySession) -> None:
+        self.session = session
+        self._placement = placement()
+        self._actors: list[RayActor] = []
+
+    def start(self, unit: str, arena: Arena, pulse: BufferRef) -> Actor:
+        ray, wanted = self.session.ray, self._placement[unit]
+        if not self.session.alive():
+            raise UnitError(f"Ray has ended, and cannot start unit {unit}")
+        here = ray.get_runtime_context().get_node_id()
+        near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
+        options = {"num_cpus": 0, "resources": wanted, "max_restarts": 0, "max_task_retries": 0}
+        try:
+            handle = ray.remote(UnitProcess).options(scheduling_strategy=near, **options).remote()
+        except Exception as error:  # ray's own are of many kinds
+            raise UnitError(f"Ray cannot start unit {unit}: {' '.join(str(error).split())[:200]}") from None
+        actor = RayActor(unit, ray, handle, arena, pulse)
+        self._actors.append(actor)
+        return actor
+
+    def describe(self) -> dict[str, Any]:
+        return {"host": "ray", "address": self.session.address, "memory": self.session.memory()}
+
+    def close(self) -> None:
+        for actor in self._actors:
+            actor.end()
+        self.session.close()
+
+
+class RayActor:
+    """A crew in a Ray actor."""
+
+    def __init__(self, unit: str, ray: Any, handle: Any, arena: Arena, pulse: BufferRef) -> None:
+        self.unit, self._ray, self._handle = unit, ray, handle
+        self._arena, self._pulse = arena, pulse
+        self._beats: npt.NDArray[np.int64] = arena.numpy(pulse)
+        self._beats[:] = 0
+        message = pack(["attach", {"home": str(cache_dir()), "arena": arena.describe(), "pulse": pulse}])
+        self._hello: Any = handle.handle.remote(message)
+        self._pidfd = -1
+        self._gone: str | None = None
+        self._seen, self._since, self._looked = 0, 0.0, 0.0
+
+    # --- what a crew does -----------------------------------------------------------------------------
+
+    def open(self, kind: str, **arguments: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self._call("open", kind=kind, **arguments)
+        return found
+
+    def load(self, table: BufferRef, kernels: list[str]) -> None:
+        self._call("load", table=table, kernels=kernels)
+
+    def close(self, kind: str) -> None:
+        if self._pidfd >= 0 and self.lost() is None:
+            try:
+                self._call("close", kind=kind)
+            except CoterieError:
+                self.end()
+
+    def _call(self, order: str, **arguments: Any) -> Any:
+        self._meet()
+        return self._answer(self._handle.handle.remote(pack([order, arguments])))["answer"]
+
+    def _meet(self) -> None:
+        """Wait until the process runs, and get hold of it."""
+        if self._hello is None:
+            return
+        mine = greeting()
+        theirs = check_greeting(mine, self._answer(self._hello)["greeting"])
+        if not same_kernel(check_greeting(mine, mine), theirs):
+            raise UnitError(f"Ray started unit {self.unit} where this process's memory cannot be shared")
+        self._hello = None
+        try:
+            self._pidfd = os.pidfd_open(theirs["pid"])
+        except OSError as error:
+            raise UnitLost(self.unit, f"its process has ended ({error.strerror})") from None
+        self._seen, self._since = int(self._beats[0, 0]), time.monotonic()
+
+    def _answer(self, asked: Any) -> dict[str, Any]:
+        ray, end = self._ray, time.monotonic() + START_LIMIT
+        try:
+            while not ray.wait([asked], timeout=LOOK)[0]:
+                if reason := self.lost():
+                    raise UnitLost(self.unit, reason)
+                if time.monotonic() > end:
+                    raise UnitError(f"Ray has not started unit {self.unit} for {START_LIMIT:.0f} s{self._wanting()}")
+            answer: dict[str, Any] = unpack(ray.get(asked))
+        except CoterieError:
+            raise
+        except Exception as error:
+            if isinstance(error, ray.exceptions.RayActorError):
+                raise UnitLost(self.unit, "its process has ended") from None
+            raise UnitError(f"Ray: {' '.join(str(error).split())[:200]}") from None
+        raise_complaint(answer)
+        return answer
+
+    def _wanting(self) -> str:
+        """What there is to be had, for who asked for something else."""
+        have = {name: value for name, value in self._ray.available_resources().items() if name.startswith("coterie")}
+        return f"; free are {have}; configs/placement.toml says what is asked for"
+
+    # --- supervision ----------------------------------------------------------------------------------
+
+    def lost(self) -> str | None:
+        if self._gone or self._pidfd < 0:
+            return self._gone
+        if _readable(self._pidfd):
+            return "its process has ended"
+        # Only time counts in which this process looked: it may have been stopped itself.
+        now, beats = time.monotonic(), int(self._beats[0, 0])
+        if beats != self._seen or now - self._looked > PULSE_LIMIT / 2:
+            self._seen, self._since = beats, now
+        self._looked = now
+        return "its process does not move" if now - self._since > PULSE_LIMIT else None
+
+    def fence(self) -> None:
+        """Kill and reap. Raises UnitError where the kernel cannot end it."""
+        if self._pidfd >= 0:
+            _kill(self._pidfd)
+            end = time.monotonic() + REAP_LIMIT
+            while not _readable(self._pidfd):
+                if time.monotonic() > end:
+                    raise UnitError(f"the process of unit {self.unit} was killed and does not end: a disk keeps it")
+                time.sleep(0.001)
+        self._forget()
+
+    def end(self) -> None:
+        """Have the process gone, as soon as it likes."""
+        if self._pidfd >= 0:
+            _kill(self._pidfd)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._gone = "its process was ended"
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        handle, self._handle = self._handle, None
+        if handle is not None and self._ray.is_initialized():
+            self._ray.kill(handle)
+
+
+def _readable(pidfd: int) -> bool:
+    """Whether the process has ended, with all its threads."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _kill(pidfd: int) -> None:
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
