@@ -4,7 +4,7 @@
 
 `ray start --head` brings a dashboard, a log monitor, an autoscaler, two agents and itself: seven processes, of which
 two do the work. Here those two are started by Ray's own code (`Node`), the rest is left out: docs/ray.md has what each
-costs. Prints one line of JSON: address and processes, or {"error": ...}. Then it execs `sleep`, which keeps the process
+costs. Prints one line of JSON: address and processes, or {"error": ...}. It ends up as `sleep`, which keeps the process
 id on whose end the kernel kills GCS and raylet, and gives back what importing Ray took.
 """
 
@@ -20,6 +20,7 @@ OFFERED = 64  # of each resource that units ask for: so many can run side by sid
 OBJECT_STORE = 75 << 20  # bytes: Ray's least; nothing of ours is larger than a message
 SESSION = "s"  # Ray's own name is 44 letters long, and socket paths are limited
 LOG_BYTES = 1 << 20
+SAY_AND_STAY = 'printf "%s\\n" "$0"; exec sleep infinity >/dev/null'
 # Ports of agents that are not there. Nobody listens at 1 (tcpmux), and nobody is asked to connect.
 NO_PORT = "1"
 NO_AGENT = 'sh -c "exec cat"'  # whatever options the raylet adds
@@ -31,7 +32,6 @@ def environment(folder: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as Ray calls it: this machine's address is 127.0.0.1
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_memory_monitor_refresh_ms": "0",  # else it kills units when memory, which we fill, runs low
         "RAY_worker_oom_score_adjustment": "0",  # 1000 by default: units would be the kernel's first choice
@@ -58,12 +58,10 @@ def main(folder: Path, port: int) -> None:
         session = start(folder, port)
     except Exception as error:  # whatever it is, it is for who asked
         session = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-    sys.stdout.write(json.dumps(session) + "\n")
-    sys.stdout.flush()
-    if "error" not in session:
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 1)
-        os.execvp("sleep", ["sleep", "infinity"])
+    if "error" in session:
+        print(json.dumps(session))
+    else:
+        os.execvp("sh", ["sh", "-c", SAY_AND_STAY, json.dumps(session)])
 
 
 def start(folder: Path, port: int) -> dict[str, Any]:

@@ -11,21 +11,29 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
 from coterie.actors import ray_folder
-from coterie.actors.ray_memory import processes_memory, session_processes
+from coterie.actors.ray_memory import by_name, measure, session_processes
 from coterie.errors import UnitError, UsageError
 
 ANSWER_SECONDS = 10.0  # a Ray that runs already answers within these
 END_SECONDS = 15.0
+RAY_VERSIONS = "2.60."  # ray_head.py builds on their inside
+INSTALL = "pip install 'ray>=2.60,<2.61'"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PATIENCE = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",  # 60 s by default, and then Ray aborts the process
+    "RAY_task_events_shutdown_flush_timeout_ms": "100",  # 5 s by default, where GCS is gone
+}
 
 _open = threading.Lock()  # Ray is one to a process
 
@@ -51,17 +59,24 @@ class RaySession:
         self.close()
 
     def alive(self) -> bool:
-        """Whether Ray is there: a local one is gone as soon as its GCS or raylet is."""
+        """Whether Ray is there: one of Coterie's is gone as soon as its GCS or raylet is; another where it answers."""
         if self._closed or not self.ray.is_initialized():
             return False
         if self._keeper is not None:
             return self._keeper.poll() is None
-        return ray_folder.held(self._folder) if self._folder is not None else True
+        if self._folder is not None:
+            return ray_folder.held(self._folder)
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), 1.0).close()
+        except OSError:
+            return False
+        return True
 
     def memory(self) -> dict[str, int]:
         """PSS, bytes, of Ray's own processes by name (keeper, gcs, raylet, head, agents) and their "sum"; workers, and
         processes of other machines, are not in it. Empty for a Ray that is not Coterie's."""
-        return processes_memory(session_processes(self._folder)) if self._folder is not None else {}
+        return by_name(measure(session_processes(self._folder)[0])) if self._folder is not None else {}
 
     def close(self) -> None:
         """Disconnect; end Ray if it was started here. Nothing of it is left when this returns."""
@@ -111,13 +126,25 @@ def open_session(address: str | None, *, progress: Callable[[str], object] = lam
 
 
 def import_ray() -> Any:
-    """The module. Raises UnitError where it is not installed."""
+    """The module. Raises UnitError where it is not installed, or another version than ours."""
+    installed()
     try:
         with _environment({}), _quiet():
             import ray
     except ImportError as error:
-        raise UnitError(f"Ray cannot be imported ({error}): pip install 'ray>=2.60,<2.61'") from None
+        raise UnitError(f"Ray cannot be imported ({error}): {INSTALL}") from None
     return ray
+
+
+def installed() -> str:
+    """Ray's version, without importing it. Raises UnitError where there is none, or another than ours."""
+    try:
+        version = metadata.version("ray")
+    except metadata.PackageNotFoundError:
+        raise UnitError(f"Ray is not installed: {INSTALL}") from None
+    if not version.startswith(RAY_VERSIONS):
+        raise UnitError(f"Ray {version} is installed, which Coterie does not know: {INSTALL}")
+    return version
 
 
 def start_keeper(kind: str, port: int = 0) -> "subprocess.Popen[bytes]":
@@ -215,7 +242,7 @@ def _connect(ray: Any, found: dict[str, Any]) -> None:
     listen = worker.listen_error_messages
     worker.listen_error_messages = lambda worker, stopped: None  # it prints to stdout, where only answers belong
     try:
-        with _environment(_credentials(found)), _quiet():
+        with _environment(PATIENCE | _credentials(found)), _quiet():
             Config.initialize("")  # read the environment again
             AuthenticationTokenLoader.instance().reset_cache()
             ray.init(

@@ -371,8 +371,9 @@ def test_inspect(model_file: Path) -> None:
 
 def test_doctor() -> None:
     data = json.loads(coterie("doctor", "--json").stdout)
-    assert data["units"]["flash"].startswith(("io_uring", "preadv"))
-    assert data["cpu"]["path"] == data["units"]["cpu"]
+    by_name = {unit["name"]: unit for unit in data["units"]}
+    assert by_name["flash"]["runtime"].startswith(("io_uring", "preadv"))
+    assert by_name["cpu"]["runtime"].endswith(data["cpu"]["path"])
     assert data["folders"]["kernels"]["writable"] is True
     assert data["packages"]["numpy"] == np.__version__
     assert data["memory"]["total_bytes"] > 0

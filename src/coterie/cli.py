@@ -17,6 +17,7 @@ import coterie
 from coterie.commands import models
 from coterie.commands.bench import bench
 from coterie.commands.calibrate import calibrate
+from coterie.commands.cluster import cluster
 from coterie.commands.doctor import doctor
 from coterie.commands.inspect import inspect
 from coterie.commands.pack import pack, verify
@@ -26,6 +27,7 @@ from coterie.commands.profile import profile
 from coterie.commands.run import run
 from coterie.commands.terminal import printable
 from coterie.commands.train_predictor import train_predictor
+from coterie.commands.units import units
 from coterie.configs import user_folder
 from coterie.errors import CoterieError, PlanError, UsageError
 
@@ -145,11 +147,13 @@ for command in (
     train_predictor,
     inspect,
     profile,
+    units,
     doctor,
     models.pull,
     models.ls,
 ):
     app.command()(command)
+app.add_typer(cluster, name="cluster")
 
 
 def main() -> None:

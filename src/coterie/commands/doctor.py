@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import coterie
-from coterie.commands import terminal
+from coterie.commands import terminal, units
 from coterie.commands.options import Json
 
 PACKAGES = (
     *("numpy", "numba", "llvmlite", "pyarrow", "ray", "msgpack"),
     *("gguf", "tokenizers", "jinja2", "typer", "rich"),
 )
-PATHS = {"vnni": "AVX-512 VNNI", "avx2": "AVX2", "dotprod": "ARM dot product"}
 USED_FEATURES = (
     "avx2",
     "fma",
@@ -37,6 +36,7 @@ def doctor(as_json: Json = False) -> None:
         facts = {
             "cpu": _cpu(),
             "memory": _memory(),
+            "sharing": _sharing(),
             "folders": _folders(),
             "packages": {
                 "python": platform.python_version(),
@@ -44,32 +44,12 @@ def doctor(as_json: Json = False) -> None:
                 **{name: _version(name) for name in PACKAGES},
             },
         }
-        facts["units"] = {
-            "cpu": facts["cpu"]["path"],
-            "flash": _flash(),
-            **dict.fromkeys(("gpu", "npu"), "not in this version"),
-        }
+        found = units.describe()
     if as_json:
-        terminal.write_json(facts)
+        terminal.write_json(facts | found)
     else:
+        facts["units"] = units.texts(found)
         terminal.write("\n".join(line for title, part in facts.items() for line in _lines(title, part)) + "\n")
-
-
-def _flash() -> str:
-    """Which engine would read, and what is known of the disk under the packed models."""
-    from coterie.actors.uring import Uring
-    from coterie.paths import packed_dir
-    from coterie.scheduler.profile import flash_choice, load_profile
-
-    try:
-        Uring(1).close()
-        engine = "io_uring"
-    except OSError as error:
-        engine = f"preadv (no io_uring: {error.strerror})"
-    choice = flash_choice(load_profile(), packed_dir())
-    if choice.bytes_per_s is None:
-        return f"{engine}; not measured yet: coterie profile --flash"
-    return f"{engine}, {choice.bytes_per_s / 1e9:.2f} GB/s in pieces of {choice.block >> 10} KiB ({choice.source})"
 
 
 def _cpu() -> dict[str, Any]:
@@ -81,7 +61,7 @@ def _cpu() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     features = cpu_features(cpuinfo)
     try:
-        path = PATHS[target.path()]
+        path = units.PATHS[target.path()]
     except UnitError as error:
         path = f"cannot run: {error}"
     return {
@@ -106,6 +86,40 @@ def _memory() -> dict[str, Any]:
         "huge_pages": _chosen(_read(f"{folder}/enabled")),
         "huge_pages_shared": _chosen(_read(f"{folder}/shmem_enabled")),
     }
+
+
+def _sharing() -> dict[str, Any]:
+    """What processes that share an arena need of the kernel: the arena is a memfd, found through its owner's /proc."""
+    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    facts = {"dev_shm_bytes": shm and shm.total, "dev_shm_free_bytes": shm and shm.free}
+    return facts | {name: _works(check) for name, check in SHARING.items()}
+
+
+def _memfd() -> None:
+    os.close(os.memfd_create("coterie-doctor"))
+
+
+def _proc_fd() -> None:
+    file = os.memfd_create("coterie-doctor")
+    try:
+        os.close(os.open(f"/proc/{os.getpid()}/fd/{file}", os.O_RDWR))
+    finally:
+        os.close(file)
+
+
+def _pidfd() -> None:
+    os.close(os.pidfd_open(os.getpid()))
+
+
+SHARING = {"memfd": _memfd, "proc_fd": _proc_fd, "pidfd": _pidfd}
+
+
+def _works(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except OSError as error:
+        return f"does not work: {error.strerror}"
+    return "works"
 
 
 def _folders() -> dict[str, Any]:
