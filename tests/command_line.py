@@ -38,6 +38,7 @@ class FakeGeneration:
         self.timings = {
             "prompt_tokens": 3,
             "prompt_tokens_per_s": 30.0,
+            "resumed_tokens": 0,
             "generated_tokens": len(pieces),
             "tokens_per_s": np.float64(12.5),
         }
