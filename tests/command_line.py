@@ -1,5 +1,6 @@
 """What tests of the command line share: running it in process, and a stand-in for the engine."""
 
+import json
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -25,6 +26,14 @@ def refused(result: Result, *words: str, code: int = 2) -> None:
     assert result.stderr.count("\n") == 1
     for word in words:
         assert word in result.stderr
+
+
+def answer(*words: str) -> tuple[list[int], str, str, int]:
+    """Tokens, text, finish reason and seed of a run."""
+    result = coterie("run", *words, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    return data["tokens"], data["text"], data["finish_reason"], data["seed"]
 
 
 class FakeGeneration:
