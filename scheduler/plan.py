@@ -11,6 +11,7 @@ from coterie.sizes import Memory
 from coterie.storage.activations import Activations
 
 VERSION = 3
+NUMERICS_VERSION = 1  # of docs/numerics.md: within it, equal inputs give equal bits
 MAX_LANES = 64
 OVERHEAD = 200_000_000  # bytes: Python, its libraries, and before weights are loaded the compiler, beside the ceiling
 
@@ -28,7 +29,7 @@ class Flash(FlashChoice):
 @dataclass(frozen=True)
 class Plan:
     """A decision, and where each value came from: "flag", "environment", "config", "argument" (of the Python API),
-    "plan" or "automatic". Sizes are bytes.
+    "plan", "session" or "automatic". Sizes are bytes.
 
     `memory` is the ceiling over all regions together (None: whatever they need); Python and its libraries take up to
     OVERHEAD beside it. `pinned` counts extents in the order of residency.pin_order.

@@ -109,6 +109,10 @@ class Sequence:
             self._table[len(self._blocks)] = self.cache.arena.address(block)
             self._blocks.append(block)
 
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a block that was reserved, uint8[layout.block]: keys and values of SPAN positions."""
+        return self.cache.arena.numpy(self._blocks[index])
+
     def close(self) -> None:
         """Give everything back; a second call does nothing."""
         if self._ref is not None:

@@ -1,5 +1,6 @@
 """What tests of the command line share: running it in process, and a stand-in for the engine."""
 
+import json
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -27,6 +28,14 @@ def refused(result: Result, *words: str, code: int = 2) -> None:
         assert word in result.stderr
 
 
+def answer(*words: str) -> tuple[list[int], str, str, int]:
+    """Tokens, text, finish reason and seed of a run."""
+    result = coterie("run", *words, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    return data["tokens"], data["text"], data["finish_reason"], data["seed"]
+
+
 class FakeGeneration:
     """Streams `pieces`; an exception among them is raised in its turn."""
 
@@ -38,6 +47,7 @@ class FakeGeneration:
         self.timings = {
             "prompt_tokens": 3,
             "prompt_tokens_per_s": 30.0,
+            "resumed_tokens": 0,
             "generated_tokens": len(pieces),
             "tokens_per_s": np.float64(12.5),
         }

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from packed_models import packed, small_extents
 
+from coterie import paths
+
 
 @pytest.fixture(scope="module")
 def many_extents() -> Iterator[None]:
@@ -24,3 +26,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(many_extents: None, folder: Path) -> Path:
     """A packed model of many extents, beside its GGUF."""
     return packed(folder, "llama Q4_0")
+
+
+@pytest.fixture
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder and a configuration of the test's own; compiled kernels are shared."""
+    kernels = paths.kernels_dir()
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "kernels").symlink_to(kernels)
+    monkeypatch.setenv("COTERIE_HOME", str(home))
+    monkeypatch.setenv("COTERIE_CONFIG", str(tmp_path / "config.toml"))
+    return home

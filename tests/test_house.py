@@ -24,6 +24,7 @@ ROOMS = ("actors", "configs", "scheduler", "storage")
 FRONT_DOOR = {
     "__init__",
     "__main__",
+    "answer",
     "cli",
     "commands",
     "engine",
@@ -36,6 +37,7 @@ FRONT_DOOR = {
     "pressure",
     "recording",
     "room",
+    "session",
 }
 MAY_IMPORT = {
     "errors": set(),

@@ -25,6 +25,7 @@ from coterie.commands.perplexity import perplexity
 from coterie.commands.plan import plan
 from coterie.commands.profile import profile
 from coterie.commands.run import run
+from coterie.commands.sessions import sessions
 from coterie.commands.terminal import printable
 from coterie.commands.train_predictor import train_predictor
 from coterie.commands.units import units
@@ -138,6 +139,7 @@ def _defaults(path: Path, group: TyperGroup, name: str, table: Any) -> dict[str,
 
 for command in (
     run,
+    sessions,
     plan,
     bench,
     perplexity,

@@ -270,9 +270,15 @@ class Engine:
         if wrong:
             raise UsageError(f"token {wrong[0]} does not exist: this model's ids are 0 to {self.spec.vocab - 1}")
 
-    def prefill(self, sequence: KVSequence, tokens: Sequence[int], rows: Sequence[int] | None = None) -> Floats:
-        """Append tokens to a sequence, in chunks; logits float32[n, vocab] of `rows` (indices into `tokens`,
-        ascending; default: the last)."""
+    def prefill(
+        self,
+        sequence: KVSequence,
+        tokens: Sequence[int],
+        rows: Sequence[int] | None = None,
+        after: Callable[[], None] = lambda: None,
+    ) -> Floats:
+        """Append tokens to a sequence, in chunks, `after` each of which that is called; logits float32[n, vocab] of
+        `rows` (indices into `tokens`, ascending; default: the last)."""
         self.check(tokens)
         if not len(tokens):
             raise UsageError("there are no tokens to compute")
@@ -287,6 +293,7 @@ class Engine:
                 while not self._chunk(sequence, ids, here, logits[done : done + here.size]):
                     sequence.length -= len(ids)
             done += here.size
+            after()
             self._progress("prompt", first + len(ids), len(tokens))
         return logits
 

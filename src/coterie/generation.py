@@ -19,7 +19,12 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
-        self._random = np.random.Generator(np.random.PCG64(options.seed))
+        self._bits = np.random.PCG64(options.seed)
+        self._random = np.random.Generator(self._bits)
+
+    def skip(self, tokens: int) -> None:
+        """Go on as if that many had been chosen: each takes one number, if any does."""
+        self._bits.advance(tokens)
 
     def pick(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
         """The next token.

@@ -9,8 +9,9 @@
 import ctypes
 import resource
 import time
-import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,18 +20,21 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.host import Host
+from coterie.answer import Generation
 from coterie.engine import Engine
 from coterie.errors import UsageError
 from coterie.fetch import resolve
-from coterie.generation import Sampler, TextStream
 from coterie.hosts import check_host, open_host
 from coterie.models.header import ModelHeader
 from coterie.models.template import ChatTemplate
 from coterie.opening import open_to_run
 from coterie.sampling import SamplingOptions
-from coterie.scheduler.plan import OVERHEAD, Plan, Wishes
+from coterie.scheduler.plan import NUMERICS_VERSION, OVERHEAD, Plan, Wishes
 from coterie.scheduler.plan_file import read_plan
+from coterie.session import session_path
 from coterie.sizes import MOST, Memory, Share, parse_memory
+from coterie.storage.activations import model_key
+from coterie.storage.journal import Journal, Request
 
 LOGITS_BYTES = 1 << 30  # logits() refuses to return more
 
@@ -76,7 +80,9 @@ class LLM:
         )
         if plan is not None:
             wanted = read_plan(Path(plan), wanted)
-        opened = open_to_run(resolve(model, progress), wanted, progress or (lambda label, done=0, total=0: None))
+        path = resolve(model, progress)
+        opened = open_to_run(path, wanted, progress or (lambda label, done=0, total=0: None))
+        self._named, self._path, self._identity = str(model), str(path.absolute()), model_key(opened.file)
         _forget_vocabulary(opened.file.metadata)
         keeper: Host | None = None
         try:
@@ -131,17 +137,28 @@ class LLM:
         return self._model.tokenizer.decode(ids)
 
     def generate(
-        self, prompt: str, max_tokens: int = 256, *, stop: str | Sequence[str] = (), **sampling: Any
-    ) -> "Generation":
+        self,
+        prompt: str,
+        max_tokens: int = 256,
+        *,
+        stop: str | Sequence[str] = (),
+        session: str | Path | None = None,
+        session_kv: bool = False,
+        **sampling: Any,
+    ) -> Generation:
         """Continue a text. `sampling` are SamplingOptions' fields; `max_tokens` -1 is until the end.
 
         Generation ends at an end-of-turn token or a stop string ("stop"), after `max_tokens` ("length"), or when
         the context is full ("context"): nothing is shifted out of it. Raises UsageError if the prompt does not
         fit the context.
+
+        `session` names a new journal, from which `resume` continues whatever happens to this process; with
+        `session_kv` the KV cache is kept beside it, so that less has to be computed then.
         """
         if not isinstance(prompt, str):
             raise UsageError(f"the prompt is a {type(prompt).__name__}; give text")
-        return self._generation(self.tokenize(prompt), max_tokens, stop, sampling)
+        request = self._request(self.tokenize(prompt), max_tokens, stop, sampling, session_kv)
+        return self._generation(request, session)
 
     def chat(
         self,
@@ -149,8 +166,10 @@ class LLM:
         max_tokens: int = 256,
         *,
         stop: str | Sequence[str] = (),
+        session: str | Path | None = None,
+        session_kv: bool = False,
         **sampling: Any,
-    ) -> "Generation":
+    ) -> Generation:
         """Answer a conversation of {"role", "content"} messages, as `generate` does for a text. Raises UsageError
         for a model without a chat template."""
         if self.template is None:
@@ -162,11 +181,39 @@ class LLM:
         ids = tokenizer.encode(text, parse_special=True)
         if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos:  # the template has written one already
             del ids[0]
-        return self._generation(ids, max_tokens, stop, sampling)
+        return self._generation(self._request(ids, max_tokens, stop, sampling, session_kv), session)
 
-    def _generation(
-        self, ids: list[int], max_tokens: int, stop: str | Sequence[str], sampling: dict[str, Any]
-    ) -> "Generation":
+    def resume(self, session: str | Path) -> Generation:
+        """Continue a session: all its text and tokens, those that it has and those that follow, are what they would
+        have been had nothing happened.
+
+        Raises UsageError for a session of another model or of a larger context than this one's, or that is in use;
+        ModelError where its beginning is damaged.
+        """
+        journal = Journal.resume(session_path(session))
+        try:
+            self._check_same(journal)
+            generation = Generation(self._engine, journal.request, self.load_seconds)
+            generation.keep(journal)
+            return generation
+        except BaseException:
+            journal.close()
+            raise
+
+    def _check_same(self, journal: Journal) -> None:
+        """Raise UsageError unless this model is the one that the journal is of."""
+        request, path = journal.request, journal.path
+        if request.identity != self._identity:
+            raise UsageError(f"{path} is a session of another model: {request.path}, as it was then; name that one")
+        if request.numerics != self._numerics:
+            raise UsageError(f"{path} was begun with numerics {request.numerics!r}, here they are {self._numerics!r}")
+        if request.context > self.plan.context:
+            raise UsageError(f"{path} has a context of {request.context}, here it is {self.plan.context}; raise -c")
+        self._engine.check(request.prompt + journal.tokens)
+
+    def _request(
+        self, ids: list[int], max_tokens: int, stop: str | Sequence[str], sampling: dict[str, Any], kv: bool
+    ) -> Request:
         if not isinstance(max_tokens, int) or max_tokens < -1:
             raise UsageError(f"max_tokens is {max_tokens}: give 0 or more, or -1 for no limit")
         if not ids:
@@ -175,12 +222,30 @@ class LLM:
             raise UsageError(
                 f"the prompt is {len(ids)} tokens, the context {self.plan.context}; shorten it, or raise -c"
             )
-        try:
-            options = SamplingOptions(**sampling)
-        except TypeError:
-            known = ", ".join(SamplingOptions.__dataclass_fields__)
-            raise UsageError(f"unknown sampling option among {', '.join(sampling)}; there are {known}") from None
-        return Generation(self._engine, ids, max_tokens, Sampler(options), stop, self.load_seconds)
+        options = asdict(SamplingOptions.of(sampling))
+        return Request(
+            model=self._named,
+            path=self._path,
+            identity=self._identity,
+            numerics=self._numerics,
+            prompt=ids,
+            sampling={name: int(n) if isinstance(n, Integral) else float(n) for name, n in options.items()},
+            stop=[stop] if isinstance(stop, str) else list(stop),
+            max_tokens=int(max_tokens),
+            context=self.plan.context,
+            kv=kv,
+        )
+
+    def _generation(self, request: Request, session: str | Path | None) -> Generation:
+        generation = Generation(self._engine, request, self.load_seconds)
+        if session is not None:
+            generation.keep(Journal.create(session_path(session), request))
+        return generation
+
+    @property
+    def _numerics(self) -> str:
+        """What a session's tokens depend on beside the model."""
+        return f"{self.plan.numerics}, version {NUMERICS_VERSION}"
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32[n, vocab]: for each position, the scores of the token that comes next."""
@@ -302,100 +367,3 @@ def _return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
     if trim is not None:
         trim(0)
-
-
-class Generation:
-    """Iterate to get the answer's text as it grows; afterwards its record.
-
-    `text`, `tokens` (ids, an end-of-turn token not among them), `finish_reason` ("stop", "length", "context"; None
-    before the end) and `timings` (seconds and tokens/s). Leaving the iteration early gives the cache back.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        prompt: list[int],
-        max_tokens: int,
-        sampler: Sampler,
-        stop: str | Sequence[str],
-        load: float,
-    ) -> None:
-        self.prompt_tokens, self.tokens, self.text = prompt, list[int](), ""
-        self.finish_reason: str | None = None
-        self.seed = sampler.options.seed
-        self._engine, self._sampler, self._load = engine, sampler, load
-        self._limit = max_tokens if max_tokens >= 0 else engine.plan.context
-        tokenizer = engine.model.tokenizer
-        self._end_ids = tokenizer.end_ids
-        self._stream = TextStream(tokenizer.token_bytes, stop)
-        self._prompt_seconds = self._seconds = 0.0
-        # The generator does not hold this object: dropping it ends the generator, and frees the cache.
-        self._pieces = Generation._run(weakref.proxy(self))
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def close(self) -> None:
-        """Stop generating."""
-        self._pieces.close()
-
-    @property
-    def timings(self) -> dict[str, float]:
-        def rate(n: int, seconds: float) -> float:
-            return n / seconds if seconds > 0 else 0.0
-
-        prompt, generated = len(self.prompt_tokens), len(self.tokens)
-        return {
-            "load_seconds": self._load,
-            "prompt_tokens": prompt,
-            "prompt_seconds": self._prompt_seconds,
-            "prompt_tokens_per_s": rate(prompt, self._prompt_seconds),
-            "generated_tokens": generated,
-            "generated_seconds": self._seconds,
-            "tokens_per_s": rate(generated, self._seconds),
-        }
-
-    def _run(self) -> Generator[str, None, None]:
-        """Text pieces that are not empty."""
-        sequence = self._engine.sequence()
-        try:
-            self._engine.ready("prefill", "head", "decode")
-            start = time.perf_counter()
-            logits = self._engine.prefill(sequence, self.prompt_tokens)[0]
-            begun = time.perf_counter()
-            self._prompt_seconds = begun - start
-            while (reason := self._step(logits)) is None:
-                self._seconds = time.perf_counter() - begun
-                if piece := self._stream.push(self.tokens[-1]):
-                    self.text += piece
-                    yield piece
-                if self._stream.stopped:
-                    reason = "stop"
-                    break
-                if len(self.tokens) >= self._limit:
-                    reason = "length"
-                    break
-                if sequence.length >= self._engine.plan.context:
-                    reason = "context"
-                    break
-                logits = self._engine.decode([sequence], [self.tokens[-1]])[0]
-            self._seconds = time.perf_counter() - begun
-            self.finish_reason = reason
-            if piece := self._stream.finish():
-                self.text += piece
-                yield piece
-        finally:
-            sequence.close()
-
-    def _step(self, logits: npt.NDArray[np.float32]) -> str | None:
-        """Choose the next token; the reason to end, if this is one."""
-        if self._limit == 0:
-            return "length"
-        token = self._sampler.pick(logits, self.prompt_tokens + self.tokens)
-        if token in self._end_ids:
-            return "stop"
-        self.tokens.append(token)
-        return None

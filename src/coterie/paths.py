@@ -39,6 +39,13 @@ def packed_dir() -> Path:
     return _made(cache_dir() / "packed")
 
 
+def sessions_dir() -> Path:
+    """Where the journals of sessions lie: for their owner's eyes alone."""
+    folder = cache_dir() / "sessions"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 def check_writable(path: Path) -> None:
     """Raise UsageError where no file can be written: for what takes long before it writes one."""
     if path.is_dir() or not _writable_folder(path.parent):

@@ -2,8 +2,10 @@
 
 import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any, Self
 
 from coterie.errors import UsageError
 
@@ -34,6 +36,15 @@ class SamplingOptions:
         if self.seed is None or self.seed == -1:
             object.__setattr__(self, "seed", secrets.randbits(32))
         _check("seed", self.seed, Integral, 0, 2**64 - 1)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The options by their names. Raises UsageError also for a name that there is not."""
+        try:
+            return cls(**values)
+        except TypeError:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise UsageError(f"unknown sampling option among {', '.join(values)}; there are {known}") from None
 
 
 def _check(name: str, value: object, kind: type, low: float, high: float) -> None:

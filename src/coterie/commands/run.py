@@ -3,6 +3,9 @@
 import dataclasses
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +30,12 @@ from coterie.errors import UsageError
 from coterie.sampling import SamplingOptions
 
 if TYPE_CHECKING:
-    from coterie.llm import LLM, Generation
+    from coterie.answer import Generation
+    from coterie.llm import LLM
+    from coterie.storage.journal import Request
+
+# What --resume leaves to choose; all else the session says.
+BESIDE_RESUME = {"model", "model_option", "threads", "memory", "plan", "trace", "as_json", "resume"}
 
 
 def run(
@@ -68,26 +76,46 @@ def run(
     ] = None,
     host: Host = None,
     ray_address: RayAddress = None,
+    session: Annotated[
+        str | None, typer.Option("--session", metavar="S", help="Keep a journal by this name, to resume it.")
+    ] = None,
+    session_kv: Annotated[
+        bool, typer.Option("--session-kv", help="Keep the KV cache beside it: resuming computes less.")
+    ] = False,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="S", help="Continue a session; the request is its own.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt: the answer goes to stdout, plan and timings to stderr."""
-    name = pick_model(model, model_option)
-    options = SamplingOptions(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        seed=seed,
-    )
-    if stop and not all(stop):
-        raise UsageError("--stop is empty: leave it out")
-    if raw and system is not None:
-        raise UsageError("--system is part of a chat, --raw means none; drop one of them")
+    sources = value_sources(command)
+    begin: Callable[..., Generation]
+    if resume is not None:
+        request = _request(command, resume)
+        name = _model_of(request, pick_model(model, model_option) if model or model_option else None)
+        context, sources["context"] = request.context, "session"
+        options = SamplingOptions.of(request.sampling)
+        begin = methodcaller("resume", resume)
+    else:
+        name = pick_model(model, model_option)
+        options = SamplingOptions(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            seed=seed,
+        )
+        if stop and not all(stop):
+            raise UsageError("--stop is empty: leave it out")
+        if raw and system is not None:
+            raise UsageError("--system is part of a chat, --raw means none; drop one of them")
+        kept = _kept(session, session_kv)
+        sampling = {**dataclasses.asdict(options), "stop": stop or [], **kept}
+        begin = partial(_start, text=_prompt(prompt, file), system=system, raw=raw, n=n, sampling=sampling)
     if trace is not None and not trace.absolute().parent.is_dir():
         raise UsageError(f"--trace {trace}: there is no folder {trace.absolute().parent}")
-    text = _prompt(prompt, file)
 
     from coterie.llm import LLM
 
@@ -101,15 +129,14 @@ def run(
             plan=plan,
             trace=trace,
             progress=progress,
-            sources=value_sources(command),
+            sources=sources,
             host=host or ("ray" if ray_address else "threads"),
             ray_address=ray_address,
         ) as llm,
     ):
         forecast = llm.forecast()
         progress.say([*llm.plan.lines(), llm.plan.forecast_line(forecast)])
-        sampling = {**dataclasses.asdict(options), "stop": stop or []}
-        generation = _start(llm, text, system, raw, n, sampling)
+        generation = begin(llm)
         _show(generation, progress, as_json)
         progress.say([_summary(generation, llm, options)])
         if as_json:
@@ -127,6 +154,41 @@ def run(
                     "plan": llm.plan.as_dict() | {"forecast": forecast},
                 }
             )
+
+
+def _request(command: typer.Context, session: str) -> "Request":
+    """What a session was asked. Raises UsageError for options that would ask for something else."""
+    for parameter in command.command.params:
+        source = command.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in BESIDE_RESUME:
+            raise UsageError(f"{parameter.opts[0]} is in the session that --resume continues; drop one of them")
+
+    from coterie.session import session_path
+    from coterie.storage.journal import read_journal
+
+    return read_journal(session_path(session)).request
+
+
+def _model_of(request: "Request", named: str | None) -> str:
+    """The model to open: as it was named now, else where it was."""
+    if named is None and not Path(request.path).exists():
+        raise UsageError(f"the session's model was {request.path}, which is not there; name it beside --resume")
+    return named or request.path
+
+
+def _kept(session: str | None, session_kv: bool) -> dict[str, Any]:
+    """The arguments that make a journal. Raises UsageError before anything is loaded where there is one already."""
+    if session is None:
+        if session_kv:
+            raise UsageError("--session-kv is kept beside a journal: give --session too")
+        return {}
+
+    from coterie.session import session_path
+    from coterie.storage.journal import exists_already
+
+    if (path := session_path(session)).exists():
+        raise exists_already(path)
+    return {"session": session, "session_kv": session_kv}
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -180,6 +242,8 @@ def _summary(generation: "Generation", llm: "LLM", options: SamplingOptions) -> 
         f"answer {timings['generated_tokens']} tokens, {timings['tokens_per_s']:.1f}/s",
         f"ended by {generation.finish_reason}",
     ]
+    if timings["resumed_tokens"]:
+        parts.insert(2, f"{timings['resumed_tokens']} of them from the session")
     if options.temperature > 0:
         parts.append(f"seed {options.seed}")
     if flash is not None and flash["hit_rate"] < 1:
