@@ -108,6 +108,10 @@ class Sequence:
             self._table[len(self._blocks)] = self.cache.arena.address(block)
             self._blocks.append(block)
 
+    @property
+    def closed(self) -> bool:
+        return self._ref is None
+
     def close(self) -> None:
         """Give everything back; a second call does nothing."""
         if self._ref is not None:

@@ -29,6 +29,8 @@ FRONT_DOOR = {
     "engine",
     "llm",
     "opening",
+    "part_engine",
+    "cut",
     "stream",
     "meter",
     "pressure",
