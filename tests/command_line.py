@@ -104,6 +104,8 @@ class FakeLLM:
     def forecast(self) -> dict[str, float]:
         return {"read_bandwidth": 4e10, "tokens_per_s": 400.0}
 
+    front = None
+
     def memory(self) -> dict[str, int]:
         return {"peak_rss": 64 * 2**20}
 

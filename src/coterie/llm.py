@@ -25,6 +25,7 @@ from coterie.generation import Sampler, TextStream
 from coterie.models.header import ModelHeader
 from coterie.models.template import ChatTemplate
 from coterie.opening import open_to_run
+from coterie.part_engine import Front, PartEngine
 from coterie.sampling import SamplingOptions
 from coterie.scheduler.plan import OVERHEAD, Plan, Wishes
 from coterie.scheduler.plan_file import read_plan
@@ -41,7 +42,8 @@ class LLM:
 
     `memory` is a hard ceiling: bytes, or text such as "6GiB"; "50%" lets half the weights' bytes be resident; "auto"
     follows what the machine can spare. What does not fit is streamed from a packed copy of the model, made on first
-    use. `plan` is a plan file to follow. `progress(label, done, total)` is told of slow things; `sources` says where
+    use. `plan` is a plan file to follow. `cut`: run so many first layers in a Ray actor, in memory of its own, under a
+    ceiling of its own. `progress(label, done, total)` is told of slow things; `sources` says where
     values came from ("flag", "config"), for the plan to show.
 
     Raises FetchError, ModelError, PlanError, UsageError.
@@ -55,24 +57,33 @@ class LLM:
         context: int | None = None,
         memory: int | str | Share | None = None,
         plan: str | Path | None = None,
+        cut: int | None = None,
         trace: str | Path | None = None,
         progress: Callable[..., None] | None = None,
         sources: Mapping[str, str] | None = None,
     ) -> None:
-        for name, value in (("threads", threads), ("context", context)):
+        for name, value in (("threads", threads), ("context", context), ("cut", cut)):
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} is {value!r}: give a whole number above 0, or None to have it chosen")
         start = time.perf_counter()
         wanted = Wishes(threads, context, None, _ceiling(memory), trace is not None, sources=dict(sources or {}))
         if plan is not None:
+            if cut is not None:
+                raise UsageError("a plan is for a whole model; give plan or cut, not both")
             wanted = read_plan(Path(plan), wanted)
-        opened = open_to_run(resolve(model, progress), wanted, progress or (lambda label, done=0, total=0: None))
+        path, told = resolve(model, progress), progress or (lambda label, done=0, total=0: None)
+        opened = open_to_run(path, wanted, told, layers=None if cut is None else (cut, None))
         _forget_vocabulary(opened.file.metadata)
+        kind = Engine if cut is None else PartEngine
         try:
-            self._engine = Engine(opened, wanted, trace=None if trace is None else Path(trace), progress=progress)
+            self._engine = kind(opened, wanted, trace=None if trace is None else Path(trace), progress=progress)
         except BaseException:
             opened.close()
             raise
+        if isinstance(self._engine, PartEngine):
+            from coterie.cut import add_front
+
+            add_front(self._engine, path, wanted.memory, told)
         self._model = opened
         _return_free_memory()
         self.load_seconds = time.perf_counter() - start
@@ -201,6 +212,11 @@ class LLM:
         """What streaming has done so far (None: everything is in memory): see Engine.flash_report."""
         return self._engine.flash_report()
 
+    @property
+    def front(self) -> Front | None:
+        """The layers that run in another process, if the model is cut."""
+        return self._engine.front if isinstance(self._engine, PartEngine) else None
+
     def bench(self, n_prompt: int, n_gen: int, repetitions: int = 5) -> list[dict[str, Any]]:
         """Time prefill of `n_prompt` random tokens, or decoding of `n_gen`, as llama-bench does: a warm-up, then
         `repetitions` runs from an empty context. One row with llama-bench's field names."""
@@ -226,6 +242,7 @@ class LLM:
                 "samples_ns": [round(seconds * 1e9) for seconds in samples],
                 "flash": self.flash(),
                 "memory": self.memory(),
+                "link": self.front and self.front.report(),
             }
         ]
 

@@ -26,6 +26,14 @@ class Front(Protocol):
         """Hidden states float32[n, dim] of n rows, the caller's own. Asked again for positions it has had, it computes
         them again. Raises UnitError where it cannot; nothing has then changed that matters."""
 
+    def lines(self) -> list[str]:
+        """Where they run, for people."""
+
+    def report(self) -> dict[str, Any]:
+        """What asking them costs, since `count_anew` was called."""
+
+    def count_anew(self) -> None: ...
+
     def close(self) -> None:
         """Let go of them. A second call does nothing."""
 
@@ -108,6 +116,11 @@ class PartEngine(Engine):
 
     def _embeddings(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         return super()._embeddings(ids) if self.spec.has_embedding else np.empty(0, np.int64)
+
+    def count_anew(self) -> None:
+        if self.front is not None:
+            self.front.count_anew()
+        super().count_anew()
 
     def close(self) -> None:
         if self.front is not None:

@@ -60,6 +60,10 @@ def run(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Follow a plan that coterie plan --save wrote.")
     ] = None,
+    cut: Annotated[
+        int | None,
+        typer.Option("--cut", metavar="K", min=1, help="Run the first K layers in a Ray actor, in memory of its own."),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome/Perfetto trace.")
     ] = None,
@@ -94,13 +98,16 @@ def run(
             context=context or None,
             memory=memory,
             plan=plan,
+            cut=cut,
             trace=trace,
             progress=progress,
             sources=value_sources(command),
         ) as llm,
     ):
         forecast = llm.forecast()
-        progress.say([*llm.plan.lines(), llm.plan.forecast_line(forecast)])
+        # What the other process can do is not known, and the forecast is of the layers here.
+        more = llm.front.lines() if llm.front else [llm.plan.forecast_line(forecast)]
+        progress.say([*llm.plan.lines(), *more])
         sampling = {**dataclasses.asdict(options), "stop": stop or []}
         generation = _start(llm, text, system, raw, n, sampling)
         _show(generation, progress, as_json)
@@ -115,6 +122,7 @@ def run(
                     "timings": generation.timings,
                     "memory": llm.memory(),
                     "flash": llm.flash(),
+                    "link": llm.front and llm.front.report(),
                     "plan": llm.plan.as_dict() | {"forecast": forecast},
                 }
             )
@@ -178,5 +186,8 @@ def _summary(generation: "Generation", llm: "LLM", options: SamplingOptions) -> 
             f"flash {flash['read_bytes_per_token'] / 1e6:.0f} MB/token at {flash['bandwidth'] / 1e9:.2f} GB/s, "
             f"hit rate {100 * flash['hit_rate']:.0f} %, stalled {100 * flash['stall_share']:.0f} %"
         )
+    if llm.front:
+        cost = llm.front.report()["decode"]
+        parts.append(f"link {cost['added_ms']:.2f} ms and {cost['bytes'] / 1e3:.1f} kB a token")
     parts.append(f"peak memory {terminal.size_text(memory['peak_rss'])}")
     return " · ".join(parts)
