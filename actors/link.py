@@ -171,8 +171,8 @@ class Chain:
         """Where these layers run, for people."""
         found = [(link.contract, link.weights / (1 << 20)) for link in self.links]
         return [
-            f"layers {at.first} to {at.last - 1} of {at.layers} run in another process ({mib:.0f} MiB of weights there), "
-            "hidden states come in frames; the rest runs here"
+            f"layers {at.first} to {at.last - 1} of {at.layers} run in another process ({mib:.0f} MiB of weights); "
+            "their hidden states come in frames"
             for at, mib in found
         ]
 
