@@ -9,6 +9,7 @@ from cut_models import cut, linked, packed_part, part_engine, part_model
 from exact_models import CASES, CONTEXT, decoded, opened, prefilled, some_tokens
 from packed_models import small_extents
 from reference import same_bits
+from sparse_models import LARGE
 from tiny_models import write_tiny
 
 from coterie import LLM
@@ -44,7 +45,7 @@ def write(folder: Path, name: str, **more: Any) -> Path:
 
 def packed_parts(folder: Path, name: str) -> tuple[Path, list[Model]]:
     """A model large enough to be streamed, and its two parts, packed."""
-    path = write(folder, name, layers=STREAMED)
+    path = write(folder, name, **((LARGE if name == "single neurons" else {}) | {"layers": STREAMED}))
     return path, [open_model(packed_part(path, first, last)) for first, last in ((0, 5), (5, STREAMED))]
 
 
