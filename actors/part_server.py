@@ -96,7 +96,7 @@ class Server:
 
     def _step(self, frame: Step) -> Hidden:
         """Check all of it, and only then begin."""
-        n, contract = len(frame.positions) // 4, self.contract
+        n = len(frame.positions) // 4
         prefill = frame.phase == "prefill"
         if frame.phase not in ("prefill", "decode") or not 1 <= n <= (self.rows if prefill else BATCH):
             raise UnitError(f"a step of {n} rows of kind {frame.phase[:20]!r} is not possible")
@@ -111,8 +111,6 @@ class Server:
         for sequence, first in zip(sequences, firsts.tolist(), strict=True):
             if not 0 <= first <= sequence.length:
                 raise UnitError(f"position {first} does not continue a sequence of {sequence.length}")
-        if int(positions.max()) >= contract.context:
-            raise UnitError(f"position {positions.max()} is beyond the context of {contract.context}")
         ids, entering = self._inputs(frame, n)
         for sequence, first in zip(sequences, firsts.tolist(), strict=True):
             sequence.reserve(first + (n if prefill else 1))

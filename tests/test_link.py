@@ -127,18 +127,11 @@ def impossible(end: End) -> Iterator[f.Frame]:
     two = end.step("decode", [N - 1, N - 1])
     yield replace(two, sequences=i8(1, 1))
     yield replace(two, sequences=i8(1, 2))  # the second one is not that far
-    parts: list[Any] = ["sequences", "positions", "ids", "hidden"]
-    for key in parts:
-        data = getattr(step, key)
-        yield from (
-            replace(step, **{key: other})
-            for other in (data + b"\x00", data + bytes(8), data[:-1], data * 2)
-            if other != data
-        )
-        data = getattr(chunk, key)
-        yield from (
-            replace(chunk, **{key: other}) for other in (data + bytes(4), data[:-4], data[:-1], b"x") if other != data
-        )
+    for key in ("sequences", "positions", "ids", "hidden"):
+        for frame in (step, chunk):
+            data = getattr(frame, key)
+            others = [data + b"\x00", data + bytes(8), data[:-1], data[:-4], data * 2, b"x"]
+            yield from (f.Step(**(vars(frame) | {key: other})) for other in others if other != data)
     yield from (replace(step, phase=phase) for phase in ("", "train", "prefill "))
     yield replace(step, sequences=b"", positions=b"", ids=b"", hidden=b"")
     if end.entering is None:

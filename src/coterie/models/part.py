@@ -47,7 +47,9 @@ def part_of(source: WeightSource, spec: ModelSpec, first: int, last: int) -> Der
         raise UsageError(f"{source.path.name} is {spec.part} already; cut the whole model")
     layers = len(spec.layers)
     if not 0 <= first < last <= layers:
-        raise UsageError(f"layers {first} to {last - 1}: {source.path.name} has layers 0 to {layers - 1}")
+        raise UsageError(
+            f"no part goes from layer {first} up to {last}: {source.path.name} has layers 0 to {layers - 1}"
+        )
     names = {name: name for name in source.tensors if name == FACTORS}
     for name in source.tensors:
         kind, number, rest = (*name.split(".", 2), "", "")[:3]
