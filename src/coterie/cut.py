@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,12 @@ def _start_actor(arguments: tuple[Any, ...]) -> tuple[Call, Callable[[], None]]:
         ) from None
     started = not ray.is_initialized()
     if started:
-        ray.init(
-            include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=STORE_BYTES
-        )  # fmt: skip
+        try:
+            ray.init(
+                include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=STORE_BYTES
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UnitError(f"Ray cannot start: {one_line(str(error))}") from None
     actor = ray.remote(num_cpus=0)(PartActor).remote(*arguments)
 
     def call(frame: bytes) -> bytes:
@@ -100,7 +104,8 @@ def _start_actor(arguments: tuple[Any, ...]) -> tuple[Call, Callable[[], None]]:
         return reply
 
     def close() -> None:
-        ray.kill(actor)
+        with suppress(ray.exceptions.RayError):  # it has gone by itself
+            ray.kill(actor)
         if started:
             ray.shutdown()
 
