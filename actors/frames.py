@@ -9,7 +9,7 @@ together, is for who acts on a frame to check (actors/link.py).
 
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 import numpy as np
@@ -23,6 +23,7 @@ LEAST = 2048  # bytes that any frame may have, beside those of its rows
 MOST_TEXT = 400  # characters
 MOST_NUMBER = (1 << 63) - 1
 
+Phase = Literal["prefill", "decode"]
 Floats = npt.NDArray[np.float32]
 
 

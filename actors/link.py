@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from coterie.actors.frames import (
     Hidden,
     Open,
     Opened,
+    Phase,
     Step,
     decode,
     encode,
@@ -32,7 +33,6 @@ from coterie.actors.frames import (
 from coterie.errors import UnitError
 from coterie.storage.kv import Sequence as KVSequence
 
-Phase = Literal["prefill", "decode"]
 Call = Callable[[bytes], bytes]  # raises UnitError where the other end cannot be reached
 Answer = TypeVar("Answer", bound=Frame)
 Ints = npt.NDArray[Any]
@@ -129,7 +129,8 @@ class Chain:
 
     def __init__(self, links: Sequence[Link], close: Callable[[], None] = lambda: None) -> None:
         self.links, self._end = tuple(links), close
-        self._numbers: dict[KVSequence, int] = {}  # what the parts call a sequence
+        self._numbers: dict[KVSequence, int] = {}  # what the parts call a sequence ...
+        self._opened: set[KVSequence] = set()  # ... and those that are known there
         self._closed = False
 
     def hidden(
@@ -140,9 +141,9 @@ class Chain:
         named = np.array([self._number(sequence) for sequence in sequences], np.int64)
         named = np.repeat(named, len(positions) if phase == "prefill" else 1)
         at, tokens, states = np.asarray(positions), np.asarray(ids), list[Floats]()
-        most = min(link.rows for link in self.links)
-        for first in range(0, at.size, most if phase == "prefill" else at.size):
-            rows = slice(first, first + most if phase == "prefill" else at.size)
+        most = at.size if phase == "decode" else min(link.rows for link in self.links)
+        for first in range(0, at.size, most):
+            rows = slice(first, first + most)
             entering: Floats | None = None
             for link in self.links:
                 entering = link.step(phase, named[rows], at[rows], tokens[rows] if entering is None else None, entering)
@@ -151,13 +152,13 @@ class Chain:
         return states[0] if len(states) == 1 else np.concatenate(states)
 
     def _number(self, sequence: KVSequence) -> int:
-        """What the parts call it; opened there if it is new."""
-        if sequence not in self._numbers:
-            number = new_number()
+        """What the parts call it; opened there if it is new, again under the same number where that failed."""
+        number = self._numbers.setdefault(sequence, new_number())
+        if sequence not in self._opened:
             for link in self.links:
                 link.open(number)
-            self._numbers[sequence] = number
-        return self._numbers[sequence]
+            self._opened.add(sequence)
+        return number
 
     def _forget(self) -> None:
         """Close what was closed here. Only now: a sequence may be closed while its generation is thrown away, which is
@@ -166,6 +167,7 @@ class Chain:
             for link in self.links:
                 link.close(self._numbers[sequence])
             del self._numbers[sequence]
+            self._opened.discard(sequence)
 
     def lines(self) -> list[str]:
         """Where these layers run, for people."""

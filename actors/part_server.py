@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from coterie.actors.frames import (
     Hidden,
     Open,
     Opened,
+    Phase,
     Step,
     decode,
     encode,
@@ -35,8 +36,6 @@ from coterie.actors.frames import (
 from coterie.errors import CoterieError, UnitError
 from coterie.scheduler.layout import BATCH
 from coterie.storage.kv import Sequence as KVSequence
-
-Phase = Literal["prefill", "decode"]
 
 
 class Part(Protocol):

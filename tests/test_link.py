@@ -4,6 +4,7 @@ shares no memory gives the same ids."""
 import os
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,26 @@ def test_a_lost_answer_is_asked_for_again(path: Path, expected: Any) -> None:
                 engine.decode([sequence], [TOKENS[position]])
             carrier.change = None
             assert same_bits(engine.decode([sequence], [TOKENS[position]])[0], expected[position])
+
+
+def test_answers_to_opening_and_closing_that_are_lost_leave_no_sequence_behind(path: Path, expected: Any) -> None:
+    carrier = Carrier()
+    with cut(path, 3, carry=carrier) as engine:
+        for _ in range(12):  # more than can live at once
+            sequence = engine.sequence()
+            for kind in (f.Opened, f.Closed):
+
+                def lose(answer: bytes, kind: type[f.Frame] = kind) -> bytes:
+                    if isinstance(f.decode(answer, 1 << 20), kind):
+                        raise UnitError("nobody there")
+                    return answer
+
+                carrier.change = lose
+                with suppress(UnitError):
+                    engine.prefill(sequence, TOKENS)
+            carrier.change, sequence.length = None, 0
+            assert same_bits(engine.prefill(sequence, TOKENS)[0], expected[-1])
+            sequence.close()
 
 
 def test_closed_sequences_are_closed_there_before_the_next_step(path: Path) -> None:

@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from coterie.actors.frames import Phase
 from coterie.engine import Engine, Floats, Progress, Rows
 from coterie.errors import UsageError
 from coterie.models.load import Model
 from coterie.scheduler.layout import BATCH
 from coterie.scheduler.plan import Wishes
 from coterie.storage.kv import Sequence as KVSequence
-
-Phase = Literal["prefill", "decode"]
 
 
 class Front(Protocol):
