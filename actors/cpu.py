@@ -162,11 +162,7 @@ class CpuUnit:
         with self._lock:
             if self._closed:
                 raise UnitError("this model has been closed")
-            self.check()
-            if self._hung:
-                raise UnitError("a lane of this model hangs; end this process")
-            if self._abort_word[0]:  # a second interrupt cut an abandonment short
-                self._abandon()
+            self._settle()
             program, table = self._programs[name]
             if np.size(ids) == 0 or (program.outputs and np.size(outputs) == 0):
                 raise UnitError(f"program {name} was given no rows to work on")
@@ -195,6 +191,18 @@ class CpuUnit:
                 self._abandon()
                 raise
             self._check(program)
+
+    def settle(self) -> None:
+        """Have no lane left in a step: for who writes what the next one reads."""
+        with self._lock:
+            self._settle()
+
+    def _settle(self) -> None:
+        self.check()
+        if self._hung:
+            raise UnitError("a lane of this model hangs; end this process")
+        if self._abort_word[0]:  # a second interrupt cut an abandonment short
+            self._abandon()
 
     def _publish(self) -> None:
         """Show the lanes the step's header, and raise the go flag."""

@@ -16,7 +16,7 @@ from coterie.scheduler.lower import Lowering, Mode
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.neuron_buffers import NeuronBuffers, bundle_runs, lay_out_neurons, layer_neurons
-from coterie.storage.runs import PAGE, Run
+from coterie.storage.runs import PAGE, Run, embedding_run
 from coterie.storage.weights import Residency, Weights, lay_out
 
 BATCH = 8  # rows of a decode batch
@@ -32,7 +32,8 @@ class ModelLayout:
     (reads the pinned weights: the machine's bandwidth, with the same lanes on the same memory). `whole`: the weights as
     prompts use them, which differ from `weights` where decode has a neuron cache. `lookups`:
     uint8[rows][group bytes], room for embeddings that are not pinned; `bounce`: uint8[LOOKUPS][extent bytes];
-    `neurons`: buffers of the neuron cache, where there is one."""
+    `neurons`: buffers of the neuron cache, where there is one. `hidden`: by program, where hidden states enter and
+    leave a part of a model, float32[rows][dim, padded with zeros]."""
 
     weights: Weights
     whole: Weights
@@ -41,6 +42,7 @@ class ModelLayout:
     lookups: BufferRef | None
     bounce: BufferRef | None
     neurons: NeuronBuffers | None
+    hidden: dict[str, tuple[BufferRef, BufferRef]]
 
 
 def lay_out_model(
@@ -69,7 +71,8 @@ def lay_out_model(
         rope: ledger.allocate("state", (context, 2, rope.dims // 2), np.float32)
         for rope in dict.fromkeys(layer.rope for layer in spec.layers)
     }
-    logits = ledger.allocate("activations", (2 * OUTPUT_ROWS, round_up(spec.vocab, COLUMNS)), np.float32)
+    width = round_up(spec.vocab, COLUMNS) if spec.has_head else 0
+    logits = ledger.allocate("activations", (2 * OUTPUT_ROWS, width), np.float32)
     uses = neurons = None
     if spec.sparse and counting:
         uses = ledger.allocate("cache", (len(spec.layers), layer_neurons(bundle_runs(runs)[0])), np.int32)
@@ -83,19 +86,22 @@ def lay_out_model(
         return Lowering(spec, used, shared, ledger, mode=mode, rows=rows, tile=tile)
 
     prefill = lowering("prefill", chunk, tile)
-    programs = [
-        lowering("decode", 1, 1).whole("decode"),
-        lowering("decode", BATCH, tile).whole("batch"),
-        prefill.body("prefill"),
-        prefill.head("head"),
-    ]
+    decode = lowering("decode", 1, 1)
+    programs = [decode.whole("decode")]
+    batch = lowering("decode", BATCH, tile)
+    programs += [batch.whole("batch"), prefill.body("prefill")]
+    made = {"decode": decode, "batch": batch, "prefill": prefill}
+    hidden = {name: (lowered.entering, lowered.leaving) for name, lowered in made.items()}
+    if spec.has_head:
+        programs.append(prefill.head("head"))
     programs.append(_probe(ledger, weights, shared))
     lookups = bounce = None
-    run = weights.embedding.run
-    if sum(part.count for part in weights.embedding.slices) < run.extents:
+    embedding = weights.embedding
+    if embedding and sum(part.count for part in embedding.slices) < embedding.run.extents:
+        run = embedding.run
         lookups = ledger.allocate("activations", (max(chunk, BATCH), run.item_bytes))
         bounce = ledger.allocate("activations", (LOOKUPS, run.stride), align=PAGE)
-    return ModelLayout(weights, whole, shared, {p.name: p for p in programs}, lookups, bounce, neurons)
+    return ModelLayout(weights, whole, shared, {p.name: p for p in programs}, lookups, bounce, neurons, hidden)
 
 
 def tape_room(runs: tuple[Run, ...]) -> int:
@@ -106,7 +112,9 @@ def tape_room(runs: tuple[Run, ...]) -> int:
 
 def lookup_room(runs: tuple[Run, ...], chunk: int) -> int:
     """Bytes at most of what looking embeddings up takes."""
-    embedding = runs[1]
+    embedding = embedding_run(runs)
+    if embedding is None:
+        return 0
     return max(chunk, BATCH) * embedding.item_bytes + LOOKUPS * embedding.stride + 2 * PAGE
 
 

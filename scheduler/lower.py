@@ -78,9 +78,10 @@ class Lowering:
             self.ffn_lane = rows * 2 * max(layout.neurons for layout in dense) * 4
             self.ffn_scratch = self.ledger.allocate("activations", self.lanes * self.ffn_lane)
         self.sparse = self._sparse()
-        self.planes = 1 if self.weights.output.format.is_float else 2
-        self.final_tile = max(self.tile, self.planes)
-        self.final = self._tiles(spec.dim, self.shared.logits.shape[0], [self.weights.output.format])
+        if output := self.weights.output:
+            self.planes = 1 if output.format.is_float else 2
+            self.final_tile = max(self.tile, self.planes)
+            self.final = self._tiles(spec.dim, self.shared.logits.shape[0], [output.format])
         share = spec.n_heads // spec.n_kv_heads
         self.attend_lane = round_up(shapes.attend_scratch(share, spec.head_dim, shapes.QUERY_TOKENS), 64)
         self.attend_scratch = self.ledger.allocate("activations", self.lanes * self.attend_lane)
@@ -116,8 +117,18 @@ class Lowering:
 
     # --- programs ---------------------------------------------------------------------------------
 
+    @property
+    def entering(self) -> BufferRef:
+        """Where the rows' hidden states are when a body begins: float32[rows][dim, padded with zeros]."""
+        return self.x[0]
+
+    @property
+    def leaving(self) -> BufferRef:
+        """Where they are behind the body that was compiled last."""
+        return self.x[self._at]
+
     def body(self, name: str) -> Program:
-        """All layers; prefill leaves the last FFN's output for `head` to add."""
+        """All layers; the last FFN's output is left for the head to add, if there is one."""
         return self._body(self._builder(name)).build()
 
     def head(self, name: str) -> Program:
@@ -125,15 +136,17 @@ class Lowering:
         return self._head(self._builder(name)).build()
 
     def whole(self, name: str) -> Program:
-        """Body and head in one."""
-        return self._head(self._body(self._builder(name))).build()
+        """Body and head in one, where there is a head."""
+        body = self._body(self._builder(name))
+        return (self._head(body) if self.spec.has_head else body).build()
 
     def _builder(self, name: str) -> ProgramBuilder:
         return ProgramBuilder(name, self.ledger, self.lanes, self.shared.error)
 
     def _body(self, b: ProgramBuilder) -> ProgramBuilder:
         self._at = 0  # which of the two residual buffers is current
-        self._embed(b)
+        if self.spec.has_embedding:
+            self._embed(b)
         for i, layer in enumerate(self.weights.layers):
             post = self.weights.layers[i - 1].norms.get("post_ffw_norm") if i else None
             ready = self._norm(b, i, layer.norms["attn_norm"], self.normed, self.z if i else None, post)
@@ -145,22 +158,25 @@ class Lowering:
                 self._ffn(b, i, layer.ffn, ready)
             elif self.sparse:
                 self._sparse_ffn(b, i, layer.ffn, ready, self.sparse)
+        if not self.spec.has_head:
+            self._sum(b)
         return b
 
     def _head(self, b: ProgramBuilder) -> ProgramBuilder:
-        post = self.weights.layers[-1].norms.get("post_ffw_norm")
-        ready = self._norm(b, NO_LAYER, self.weights.output_norm, self.final, self.z, post, select=True)
+        weights, post = self.weights, self.weights.layers[-1].norms.get("post_ffw_norm")
+        assert weights.output is not None
+        assert weights.output_norm is not None
+        ready = self._norm(b, NO_LAYER, weights.output_norm, self.final, self.z, post, select=True)
         logits, b.outputs = self.shared.logits, True
-        self._matmul(
-            b, NO_LAYER, self.weights.output, self.final, logits, 0, logits.shape[1],
-            outputs=True, prepare=ready,
-        )  # fmt: skip
+        width = logits.shape[1]
+        self._matmul(b, NO_LAYER, weights.output, self.final, logits, 0, width, outputs=True, prepare=ready)
         return b
 
     # --- operators --------------------------------------------------------------------------------
 
     def _embed(self, b: ProgramBuilder) -> None:
         e = self.weights.embedding
+        assert e is not None
         b.add(
             kernel_name("embed", e.format.name),
             Opcode.EMBED,
@@ -219,6 +235,26 @@ class Lowering:
                 o.NORM_WOVEN_FLOAT: int(woven.is_float),
             }
         return self._row_wise(b, kernel_name("norm"), Opcode.NORM, operands, layer)
+
+    def _sum(self, b: ProgramBuilder) -> None:
+        """Add the last FFN's output to the residual stream, in place: the hidden states that leave a part. The kernel
+        for norms does it, with nowhere to put its norm."""
+        norms = self.weights.layers[-1].norms
+        operands: dict[int, Operand] = {
+            o.NORM_X: self.leaving,
+            o.NORM_X_OUT: self.leaving,
+            o.NORM_ROW: 4 * self.width,
+            o.NORM_Y: self.z,
+            o.NORM_POST: norms.get("post_ffw_norm"),
+            o.NORM_WEIGHT: norms["ffn_norm"],  # it reads one
+            o.NORM_DIM: self.spec.dim,
+            o.NORM_SUBS: self.width // COLUMNS,
+            o.NORM_EPS: float(self.spec.norm_eps),
+            o.NORM_TILE: self.tile,
+            o.NORM_Y_ROW: 4 * self.width,
+            o.NORM_PLANES: 1,
+        }
+        b.add(kernel_name("norm"), Opcode.NORM, operands, layer=len(self.weights.layers) - 1)
 
     def _row_wise(
         self, b: ProgramBuilder, kernel: str, opcode: Opcode, operands: dict[int, Operand], layer: int
@@ -285,7 +321,7 @@ class Lowering:
         """Queries, keys and values: up to two instructions that run side by side (a record has two waits; a
         third, where every one has a format of its own, waits for the first). What is streamed is computed in order."""
         pinned = all(part.position == PINNED for matrix in layer.projections for part in matrix.slices)
-        waits, column, numbers = [len(b.drafts) - 1], 0, list[int]()
+        waits, column, numbers = [len(b.drafts) - 1] if b.drafts else [], 0, list[int]()
         for matrix in layer.projections:
             before = numbers[-1:] or waits
             if pinned:

@@ -16,7 +16,7 @@ from coterie.errors import PlanError
 from coterie.storage.arena import round_up
 from coterie.storage.mapping import HUGE
 from coterie.storage.neuron_buffers import bundle_runs, layer_neurons, slot_bytes
-from coterie.storage.runs import PAGE, Extents, Run
+from coterie.storage.runs import EMBEDDINGS, PAGE, Extents, Run, only_looked_up
 from coterie.storage.weights import PARTS, Residency
 
 SLOT_METADATA = 32  # bytes that the cache keeps of a slot, at most
@@ -38,11 +38,10 @@ def pin_order(runs: Sequence[Run]) -> npt.NDArray[np.int64]:
     layers' FFNs an extent at a time, of sparse models Gates before bundles, and last an embedding that is only looked
     up in."""
     first = Extents.of(runs).first
-    tied = all(run.kind != "output" for run in runs)
     place = {layer: i for i, layer in enumerate(spread(1 + max(run.layer for run in runs)))}
     ranks = {"norms": 0, "qkv": 1, "attention": 1, "output": 2, "predictor": 2, "scores": 2}
     ranks |= {"ffn": 3, "gate": 3, "neurons": 4}
-    ranks["embedding"] = 2 if tied else 5
+    ranks |= dict.fromkeys(EMBEDDINGS, 5 if only_looked_up(runs) else 2)
     keys = []
     for i, run in enumerate(runs):
         turn = np.arange(run.extents)
@@ -104,8 +103,8 @@ def choose(runs: Sequence[Run], budget: int, sector: int = PAGE) -> Residency:
     PlanError if that is too little for any."""
     order = pin_order(runs)
     ends = np.cumsum(Extents.of(runs).nbytes[order])
-    tied = all(run.kind != "output" for run in runs)
-    used = int(ends[-1]) - (0 if tied else runs[1].nbytes)  # an embedding that is only looked up in needs no ring
+    lookup = only_looked_up(runs)
+    used = int(ends[-1]) - (lookup.nbytes if lookup else 0)  # an embedding that is only looked up in needs no ring
     if region_bytes(used) <= budget:
         return Residency(order[: _fitting(ends, budget)])
     if budget < least_budget(runs, sector):
@@ -124,7 +123,7 @@ def _cache(runs: Sequence[Run], room: int, sector: int) -> tuple[int, int]:
     """Slots of the neuron cache, and the bytes that are left for pinned weights. What would hold bundles is shared: hot
     ones are pinned, which spares prompts their reading, and the cache follows what is used."""
     least, cost = _least_slots(runs), slot_cost(runs, sector)
-    others = sum(run.nbytes for run in runs if run.kind not in ("neurons", "embedding"))
+    others = sum(run.nbytes for run in runs if run.kind not in ("neurons", *EMBEDDINGS))
     extra = max(0, room - region_bytes(least * cost) - others)
     every = sum(map(layer_neurons, bundle_runs(runs)))
     slots = min(every, least + int(extra * CACHE_SHARE) // cost)

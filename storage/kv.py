@@ -113,6 +113,10 @@ class Sequence:
         """The bytes of a block that was reserved, uint8[layout.block]: keys and values of SPAN positions."""
         return self.cache.arena.numpy(self._blocks[index])
 
+    @property
+    def closed(self) -> bool:
+        return self._ref is None
+
     def close(self) -> None:
         """Give everything back; a second call does nothing."""
         if self._ref is not None:

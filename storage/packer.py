@@ -68,7 +68,7 @@ class RunPacker:
 
     def _names(self) -> tuple[str, ...]:
         match self.run.kind:
-            case "embedding":
+            case "embedding" | "lookup":
                 return ("token_embd.weight",)
             case "output":
                 return ("output.weight",)

@@ -25,16 +25,17 @@ SECTOR = 512  # bytes: where bundles of single neurons begin
 SMALL, LARGE = 256 << 10, 1 << 20  # bytes of an extent, about, for small and large models
 LARGE_MODEL = 1 << 30  # bytes of weights
 LOOKUP = 96 << 10  # bytes of an extent of the embedding at most: single rows are looked up in it
+EMBEDDINGS = ("embedding", "lookup")  # kinds
 
 
 @dataclass(frozen=True)
 class Run:
     """Items (groups of 16 rows, neuron clusters, or the one block of all norms) packed `per` an extent.
 
-    `kind`: "norms", "embedding", "qkv" (`part` counts a layer's runs of neighbouring formats), "attention" (the output
-    projection), "ffn", "output"; of a sparse model, instead of "ffn", "gate" and "neurons" (Gate rows, bundles), with
-    predictors "predictor", "scores" and "neurons"; `layer` is -1 where there is none; `offset`: bytes from the file's
-    start.
+    `kind`: "norms", "embedding" ("lookup" in a part that has no head), "qkv" (`part` counts a layer's runs of
+    neighbouring formats), "attention" (the output projection), "ffn", "output"; of a sparse model, instead of "ffn",
+    "gate" and "neurons" (Gate rows, bundles), with predictors "predictor", "scores" and "neurons"; `layer` is -1 where
+    there is none; `offset`: bytes from the file's start.
     """
 
     kind: str
@@ -196,7 +197,7 @@ def norm_sizes(spec: ModelSpec) -> dict[str, int]:
 
 def norm_places(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """Tensor name: (offset, length) of each norm's float32 vector in the run "norms", in values."""
-    names = [("output_norm.weight", spec.dim)]
+    names = [("output_norm.weight", spec.dim)] if spec.has_head else []
     names += [(f"blk.{i}.{name}.weight", n) for i in range(len(spec.layers)) for name, n in norm_sizes(spec).items()]
     places, at = {}, 0
     for name, size in names:
@@ -255,13 +256,14 @@ def _runs(tensors: Mapping[str, TensorInfo], spec: ModelSpec, size: int) -> Iter
         name, columns = tensors[names[0]].format, tensors[names[0]].cols
         group = FORMATS[name].group_bytes(padded_columns(name, columns))
         groups = sum(-(-tensors[each].rows // ROWS) for each in names)
-        per = _lookup_groups(group) if kind == "embedding" else max(1, size // group // 2 * 2)
+        per = _lookup_groups(group) if kind in EMBEDDINGS else max(1, size // group // 2 * 2)
         return Run(kind, layer, part, name, groups, group, min(per, groups), PAGE)
 
     places = norm_places(spec).values()
     norms = max(at + round_up(n, COLUMNS) for at, n in places) * 4
     yield Run("norms", -1, 0, "F32", 1, norms, 1, PAGE)
-    yield matrix("embedding", ("token_embd.weight",))
+    if spec.has_embedding:
+        yield matrix("embedding" if spec.has_head else "lookup", ("token_embd.weight",))
     for i in range(len(spec.layers)):
         for part, names in enumerate(projection_names(tensors, i)):
             yield matrix("qkv", names, i, part)
@@ -269,7 +271,7 @@ def _runs(tensors: Mapping[str, TensorInfo], spec: ModelSpec, size: int) -> Iter
         if spec.predictor:
             yield matrix("predictor", (f"blk.{i}.fc1.weight",), i)
         yield from _ffn(tensors, spec, i, size)
-    if not spec.tied:
+    if spec.has_head and not spec.tied:
         yield matrix("output", ("output.weight",))
 
 
@@ -285,6 +287,17 @@ def _ffn(tensors: Mapping[str, TensorInfo], spec: ModelSpec, i: int, size: int) 
     kind, rows = ("scores", layout.scores) if layout.scores else ("gate", layout.gate)
     yield Run(kind, i, 0, rows.name, clusters, CLUSTER * layout.score_row, min(clusters, 2 * per), PAGE)
     yield Run("neurons", i, 0, layout.name, clusters, bundles, per, PAGE)
+
+
+def embedding_run(runs: Sequence[Run]) -> Run | None:
+    """The embedding, if these layers begin with one."""
+    return next((run for run in runs if run.kind in EMBEDDINGS), None)
+
+
+def only_looked_up(runs: Sequence[Run]) -> Run | None:
+    """The embedding, if no logits come from it."""
+    embedding = embedding_run(runs)
+    return embedding if embedding and (embedding.kind == "lookup" or runs[-1].kind == "output") else None
 
 
 def _lookup_groups(group: int) -> int:

@@ -21,6 +21,7 @@ from coterie.models.header import TensorInfo
 from coterie.models.spec import ModelSpec
 from coterie.storage.arena import BufferRef, Ledger
 from coterie.storage.runs import (
+    EMBEDDINGS,
     PAGE,
     ClusterLayout,
     Extents,
@@ -150,14 +151,15 @@ class Weights:
     head: int
     pinned: BufferRef
     staging: BufferRef
-    embedding: Matrix
-    output: Matrix
-    output_norm: BufferRef
+    embedding: Matrix | None  # None: these layers are a part that ...
+    output: Matrix | None  # ... lacks it
+    output_norm: BufferRef | None
     layers: tuple[Layer, ...]
 
     def embedding_places(self, ids: Int64s) -> tuple[Int64s, Int64s, Int64s]:
         """Of the groups of rows that hold the ids' embeddings: their extents' numbers, where in those they begin
         (bytes), and where in the arena."""
+        assert self.embedding is not None
         run, groups = self.embedding.run, ids // ROWS
         numbers = self.extents.first[self.runs.index(run)] + groups // run.per
         within = groups % run.per * run.item_bytes
@@ -181,7 +183,8 @@ class Weights:
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads from memory; of a sparse model without its bundles, since which
         of them are used is known only then."""
-        used = {"qkv", "attention", "ffn", "gate", "predictor", "scores", self.output.run.kind}
+        used = {"qkv", "attention", "ffn", "gate", "predictor", "scores"}
+        used |= {self.output.run.kind} if self.output else set()
         return sum(run.nbytes for run in self.runs if run.kind in used)
 
     @property
@@ -324,7 +327,8 @@ def lay_out(
     def matrix(kind: str, layer: int = -1, part: int = 0, *, streamed: bool = True) -> Matrix:
         i = index[kind, layer, part]
         of_layer = "fc1" if kind == "predictor" else "attn_output"
-        name = {"embedding": "token_embd.weight", "output": "output.weight"}.get(kind, f"blk.{layer}.{of_layer}.weight")
+        named = dict.fromkeys(EMBEDDINGS, "token_embd.weight") | {"output": "output.weight"}
+        name = named.get(kind, f"blk.{layer}.{of_layer}.weight")
         rows, columns = runs[i].items * ROWS, spec.dim
         if kind != "qkv":
             rows, columns = tensors[name].rows, tensors[name].cols
@@ -355,8 +359,9 @@ def lay_out(
     places = norm_places(spec)
     layers = tuple(layer(i) for i in range(len(spec.layers)))
     head = begin + len(placing.tape)
-    output = matrix("embedding" if spec.tied else "output")
-    embedding = matrix("embedding", streamed=False)
+    output = matrix("embedding" if spec.tied else "output") if spec.has_head else None
+    lookup = "embedding" if spec.has_head else "lookup"
+    embedding = matrix(lookup, streamed=False) if spec.has_embedding else None
     return Weights(
         runs,
         placing.extents,
@@ -368,6 +373,6 @@ def lay_out(
         placing.staging,
         embedding,
         output,
-        vector("output_norm.weight"),
+        vector("output_norm.weight") if spec.has_head else None,
         layers,
     )

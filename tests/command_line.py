@@ -114,8 +114,16 @@ class FakeLLM:
     def forecast(self) -> dict[str, float]:
         return {"read_bandwidth": 4e10, "tokens_per_s": 400.0}
 
+    front = None
+
     def memory(self) -> dict[str, int]:
         return {"peak_rss": 64 * 2**20}
+
+    def losses(self) -> list[dict[str, Any]]:
+        return []
+
+    def host(self) -> dict[str, Any]:
+        return {"host": "threads"}
 
     def flash(self) -> dict[str, Any] | None:
         return self.streamed

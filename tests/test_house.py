@@ -31,6 +31,8 @@ FRONT_DOOR = {
     "llm",
     "opening",
     "hosts",
+    "part_engine",
+    "cut",
     "stream",
     "supervision",
     "meter",

@@ -106,6 +106,7 @@ def unpacked(engine: Engine, matrix: Matrix) -> Floats:
 
 def test_matrices_are_in_the_arena(engine: Engine) -> None:
     weights, spec = engine.layout.weights, engine.spec
+    assert weights.embedding is not None
     np.testing.assert_array_equal(unpacked(engine, weights.embedding), tensor(engine, "token_embd.weight"))
     for i, layer in enumerate(weights.layers):
         projected = np.concatenate([unpacked(engine, m) for m in layer.projections])

@@ -28,6 +28,7 @@ from coterie.hosts import check_host, open_host
 from coterie.models.header import ModelHeader
 from coterie.models.template import ChatTemplate
 from coterie.opening import open_to_run
+from coterie.part_engine import Front, PartEngine
 from coterie.sampling import SamplingOptions
 from coterie.scheduler.plan import NUMERICS_VERSION, OVERHEAD, Plan, Wishes
 from coterie.scheduler.plan_file import read_plan
@@ -47,7 +48,8 @@ class LLM:
 
     `memory` is a hard ceiling: bytes, or text such as "6GiB"; "50%" lets half the weights' bytes be resident; "auto"
     follows what the machine can spare. What does not fit is streamed from a packed copy of the model, made on first
-    use. `plan` is a plan file to follow. `progress(label, done, total)` is told of slow things; `sources` says where
+    use. `plan` is a plan file to follow. `cut`: run so many first layers in a Ray actor, in memory of its own, under a
+    ceiling of its own. `progress(label, done, total)` is told of slow things; `sources` says where
     values came from ("flag", "config"), for the plan to show.
 
     `host` says what the units are: "threads" of this process, or "ray" actors, of a Ray that is started for this model
@@ -64,6 +66,7 @@ class LLM:
         context: int | None = None,
         memory: int | str | Share | None = None,
         plan: str | Path | None = None,
+        cut: int | None = None,
         trace: str | Path | None = None,
         progress: Callable[..., None] | None = None,
         sources: Mapping[str, str] | None = None,
@@ -71,7 +74,7 @@ class LLM:
         ray_address: str | None = None,
     ) -> None:
         check_host(host, ray_address)
-        for name, value in (("threads", threads), ("context", context)):
+        for name, value in (("threads", threads), ("context", context), ("cut", cut)):
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} is {value!r}: give a whole number above 0, or None to have it chosen")
         start = time.perf_counter()
@@ -79,21 +82,28 @@ class LLM:
             threads, context, None, _ceiling(memory), trace is not None, sources=dict(sources or {}), host=host
         )
         if plan is not None:
+            if cut is not None:
+                raise UsageError("a plan is for a whole model; give plan or cut, not both")
             wanted = read_plan(Path(plan), wanted)
-        path = resolve(model, progress)
-        opened = open_to_run(path, wanted, progress or (lambda label, done=0, total=0: None))
+        path, told = resolve(model, progress), progress or (lambda label, done=0, total=0: None)
+        opened = open_to_run(path, wanted, told, layers=None if cut is None else (cut, None))
         self._named, self._path, self._identity = str(model), str(path.absolute()), model_key(opened.file)
         _forget_vocabulary(opened.file.metadata)
         keeper: Host | None = None
         try:
             keeper = open_host(host, ray_address, progress)
             file = None if trace is None else Path(trace)
-            self._engine = Engine(opened, wanted, trace=file, progress=progress, host=keeper)
+            kind = Engine if cut is None else PartEngine
+            self._engine = kind(opened, wanted, trace=file, progress=progress, host=keeper)
         except BaseException:
             opened.close()
             if keeper is not None:
                 keeper.close()
             raise
+        if isinstance(self._engine, PartEngine):
+            from coterie.cut import add_front
+
+            add_front(self._engine, path, wanted.memory, ray_address, told)
         self._model = opened
         _return_free_memory()
         self.load_seconds = time.perf_counter() - start
@@ -222,6 +232,8 @@ class LLM:
             raise UsageError(
                 f"the prompt is {len(ids)} tokens, the context {self.plan.context}; shorten it, or raise -c"
             )
+        if kv and self.front is not None:
+            raise UsageError("the KV cache of a model that is cut lies in two processes: session_kv is for whole ones")
         options = asdict(SamplingOptions.of(sampling))
         return Request(
             model=self._named,
@@ -289,6 +301,11 @@ class LLM:
         """What keeps the units alive; of Ray its address, and bytes of its own processes by name."""
         return self._engine.host.describe()
 
+    @property
+    def front(self) -> Front | None:
+        """The layers that run in another process, if the model is cut."""
+        return self._engine.front if isinstance(self._engine, PartEngine) else None
+
     def bench(self, n_prompt: int, n_gen: int, repetitions: int = 5) -> list[dict[str, Any]]:
         """Time prefill of `n_prompt` random tokens, or decoding of `n_gen`, as llama-bench does: a warm-up, then
         `repetitions` runs from an empty context. One row with llama-bench's field names."""
@@ -314,6 +331,7 @@ class LLM:
                 "samples_ns": [round(seconds * 1e9) for seconds in samples],
                 "flash": self.flash(),
                 "memory": self.memory(),
+                "link": self.front and self.front.report(),
             }
         ]
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from coterie.actors.sweep import quick_flash
-from coterie.errors import CoterieError, PlanError
+from coterie.errors import CoterieError, PlanError, UsageError
 from coterie.models.header import ModelHeader, OpenModel
 from coterie.models.load import Model, open_source, read_spec, understand
+from coterie.models.part import part_of
 from coterie.models.source import WeightSource
 from coterie.models.spec import ModelSpec
 from coterie.models.transposed import by_neurons
@@ -54,10 +55,17 @@ def open_by_neurons(
         raise
 
 
-def open_to_run(path: Path, wishes: Wishes, progress: Progress) -> Model:
-    """The model at `path`; packed first, and once for all, if it is a GGUF that does not fit `wishes`."""
+def open_to_run(
+    path: Path, wishes: Wishes, progress: Progress, *, layers: tuple[int, int | None] | None = None
+) -> Model:
+    """The model at `path`, or of it `layers`, the first and the one behind the last (None: to the end); packed first,
+    and once for all, if it is a GGUF that does not fit `wishes`."""
     model = open_model(path)
     try:
+        if layers is not None:
+            model = _cut(model, *layers)
+        elif model.spec.part is not None:
+            raise UsageError(f"{path.name} is only {model.spec.part}; run the whole model, with --cut in two processes")
         streaming = wants_flash(model.file, model.spec, wishes)
         if isinstance(model.file, WeightSource) and streaming:
             first = not packed_path(model.file).exists()
@@ -77,6 +85,15 @@ def open_to_run(path: Path, wishes: Wishes, progress: Progress) -> Model:
     except BaseException:
         model.close()
         raise
+
+
+def _cut(model: Model, first: int, last: int | None) -> Model:
+    """A part of an open model; one that is that part already stays as it is."""
+    part, whole = model.spec.part, len(model.spec.layers)
+    if part is not None and (part.first, part.last) == (first, part.layers if last is None else last):
+        return model
+    made = part_of(model.source, model.spec, first, whole if last is None else last)
+    return replace(model, file=made, spec=read_spec(made))
 
 
 def flash_of(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> Flash | None:

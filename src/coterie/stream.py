@@ -190,6 +190,7 @@ class Stream:
         """Addresses of the groups that hold the ids' embeddings; those that are not pinned are read into `slots`
         uint8[rows][group bytes], through `bounce` uint8[LOOKUPS][extent bytes]."""
         assert self._weights is not None
+        assert self._weights.embedding is not None
         weights, size = self._weights, self._weights.embedding.run.item_bytes
         extents, within, offsets = weights.embedding_places(ids)
         addresses = self.arena.base + offsets

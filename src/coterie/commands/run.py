@@ -71,6 +71,10 @@ def run(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Follow a plan that coterie plan --save wrote.")
     ] = None,
+    cut: Annotated[
+        int | None,
+        typer.Option("--cut", metavar="K", min=1, help="Run the first K layers in a Ray actor, in memory of its own."),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome/Perfetto trace.")
     ] = None,
@@ -127,6 +131,7 @@ def run(
             context=context or None,
             memory=memory,
             plan=plan,
+            cut=cut,
             trace=trace,
             progress=progress,
             sources=sources,
@@ -135,7 +140,9 @@ def run(
         ) as llm,
     ):
         forecast = llm.forecast()
-        progress.say([*llm.plan.lines(), llm.plan.forecast_line(forecast)])
+        # What the other process can do is not known, and the forecast is of the layers here.
+        more = llm.front.lines() if llm.front else [llm.plan.forecast_line(forecast)]
+        progress.say([*llm.plan.lines(), *more])
         generation = begin(llm)
         _show(generation, progress, as_json)
         progress.say([_summary(generation, llm, options)])
@@ -151,6 +158,7 @@ def run(
                     "flash": llm.flash(),
                     "host": llm.host(),
                     "losses": llm.losses(),
+                    "link": llm.front and llm.front.report(),
                     "plan": llm.plan.as_dict() | {"forecast": forecast},
                 }
             )
@@ -255,5 +263,8 @@ def _summary(generation: "Generation", llm: "LLM", options: SamplingOptions) -> 
         parts.append(f"unit {unit} lost and replaced {count} time{'s' * (count > 1)}")
     if "memory" in (found := llm.host()):
         parts.append(f"Ray's own memory {terminal.size_text(found['memory'].get('sum', 0))}")
+    if llm.front:
+        cost = llm.front.report()["decode"]
+        parts.append(f"link {cost['added_ms']:.2f} ms and {cost['bytes'] / 1e3:.1f} kB a token")
     parts.append(f"peak memory {terminal.size_text(memory['peak_rss'])}")
     return " · ".join(parts)

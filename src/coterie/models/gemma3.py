@@ -26,6 +26,7 @@ from coterie.models.llama import (
     rotate,
     split_heads,
 )
+from coterie.models.part import own_layers, read_part
 from coterie.models.spec import LayerSpec, ModelSpec, Rope
 
 N_LAYERS_27B = 62  # the one size whose attention is scaled by dim / heads instead of the head's length
@@ -45,6 +46,7 @@ def read_spec(file: ModelHeader) -> ModelSpec:
         scale=1 / linear_scaling(file, "gemma3"),
     )
     near = Rope(base=file.number("gemma3.rope.freq_base_swa", 1.0, 1e12, 10_000.0), dims=head_dim)
+    part = read_part(file, n_layers)
     is_local = [window > 0 and i % period < period - 1 for i in range(n_layers)]
     spec = ModelSpec(
         architecture="gemma3",
@@ -57,8 +59,9 @@ def read_spec(file: ModelHeader) -> ModelSpec:
         qk_norm=True,
         post_norms=True,
         tied="output.weight" not in file.tensors,
-        layers=tuple(LayerSpec(near, window) if local else LayerSpec(distant) for local in is_local),
+        layers=own_layers(part, [LayerSpec(near, window) if local else LayerSpec(distant) for local in is_local]),
         sparse=False,
+        part=part,
         **sizes,
     )
     norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from coterie.errors import ModelError
 from coterie.models.header import ModelHeader
+from coterie.models.part import VOCAB, own_layers, read_part
 from coterie.models.spec import Activation, LayerSpec, ModelSpec, Rope
 
 Floats = NDArray[np.float32]
@@ -43,6 +44,7 @@ def read_spec(file: ModelHeader) -> ModelSpec:
         factors=rope_factors(file, dims // 2),
     )
     sparse = "blk.0.ffn_down_t.weight" in file.tensors
+    part = read_part(file, sizes["n_layers"])
     spec = ModelSpec(
         architecture=name,
         name=file.text("general.name", file.path.stem),
@@ -54,9 +56,10 @@ def read_spec(file: ModelHeader) -> ModelSpec:
         qk_norm=False,
         post_norms=False,
         tied="output.weight" not in file.tensors,
-        layers=tuple([LayerSpec(rope)] * sizes.pop("n_layers")),
+        layers=own_layers(part, [LayerSpec(rope)] * sizes.pop("n_layers")),
         sparse=sparse,
         predictor=file.tensor("blk.0.fc1.weight").rows if sparse and "blk.0.fc1.weight" in file.tensors else 0,
+        part=part,
         **sizes,
     )
     if sparse and spec.activation == "silu":
@@ -95,7 +98,7 @@ def read_sizes(file: ModelHeader, architecture: str) -> dict[str, int]:
         "n_layers": file.integer(f"{a}.block_count", 1, 1 << 10),
         "ffn_dim": file.integer(f"{a}.feed_forward_length", 1, 1 << 20),
         "context": file.integer(f"{a}.context_length", 1, 1 << 24),
-        "vocab": file.tensor("token_embd.weight").rows,
+        "vocab": file.integer(VOCAB, 1, 1 << 31) if VOCAB in file.metadata else file.tensor("token_embd.weight").rows,
     }
 
 
@@ -137,9 +140,11 @@ def expect_tensors(file: ModelHeader, spec: ModelSpec, norms: Sequence[str], hea
         **dict.fromkeys(norms, (1, spec.dim)),
         **dict.fromkeys(head_norms, (1, spec.head_dim)),
     }
-    shapes = {"token_embd.weight": (spec.vocab, spec.dim), "output_norm.weight": (1, spec.dim)}
-    if not spec.tied:
-        shapes["output.weight"] = (spec.vocab, spec.dim)
+    shapes = {"token_embd.weight": (spec.vocab, spec.dim)} if spec.has_embedding else {}
+    if spec.has_head:
+        shapes["output_norm.weight"] = 1, spec.dim
+    if spec.has_head and not spec.tied:
+        shapes["output.weight"] = spec.vocab, spec.dim
     if spec.layers[0].rope.factors:
         shapes["rope_freqs.weight"] = (1, spec.layers[0].rope.dims // 2)
     for layer in range(len(spec.layers)):

@@ -28,8 +28,22 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Consecutive layers of a model, `first` to `last` (excluded) of `layers`, cut out for a process of their own.
+    `model`: the identity of the model they are of (models/part.py)."""
+
+    first: int
+    last: int
+    layers: int
+    model: str
+
+    def __str__(self) -> str:
+        return f"layers {self.first} to {self.last - 1} of {self.layers}"
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """Shape and arithmetic of a dense decoder-only transformer.
+    """Shape and arithmetic of a dense decoder-only transformer, or of a part of one: `layers` are then those it has.
 
     Tensor names are GGUF's. `interleaved_rope` says that rotary pairs are (2i, 2i+1), as GGUF
     stores llama's heads; otherwise they are (i, i + dims/2).
@@ -55,3 +69,14 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     sparse: bool = False  # Down lies by neurons (`ffn_down_t`), and only live neurons are computed in decode
     predictor: int = 0  # hidden units of the predictors (`fc1`, `fc2`) that say which are live; 0: Gate itself says it
+    part: Part | None = None  # what part of a model this is; None: all of it
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether token ids come in; else hidden states, float32[rows][dim]."""
+        return self.part is None or self.part.first == 0
+
+    @property
+    def has_head(self) -> bool:
+        """Whether logits go out; else hidden states."""
+        return self.part is None or self.part.last == self.part.layers
