@@ -12,6 +12,7 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from coterie.fetch import resolve
 from coterie.opening import open_to_run
 from coterie.scheduler.plan import Wishes
 from coterie.sizes import parse_memory
-from coterie.storage import mapping
+from coterie.storage import arena, mapping
 
 
 class SmallPages(mapping.PrivateMapping):
@@ -73,14 +74,8 @@ def main() -> None:
     started = time.perf_counter() - begun
     engines = {"ray": opened(args, RayHost(session))}
     ready = time.perf_counter() - begun
-    usual = mapping.PrivateMapping
-    mapping.PrivateMapping = SmallPages  # type: ignore[misc]
-    from coterie.storage import arena
-
-    arena.PrivateMapping = SmallPages  # type: ignore[misc, attr-defined]
-    engines["threads, small pages"] = opened(args)
-    mapping.PrivateMapping = usual  # type: ignore[misc]
-    arena.PrivateMapping = usual  # type: ignore[misc, attr-defined]
+    with mock.patch.object(arena, "PrivateMapping", SmallPages):
+        engines["threads, small pages"] = opened(args)
     engines["threads"] = opened(args)
     vocab = engines["ray"].spec.vocab
     prompt = np.random.default_rng(0).integers(0, vocab, args.prompt).tolist()
