@@ -68,6 +68,8 @@ def sweep() -> None:
     with _alone(make=False) as folder:
         if folder is not None:
             _sweep(folder)
+            with contextlib.suppress(OSError):  # others are left
+                folder.rmdir()
 
 
 def discard(path: Path) -> None:

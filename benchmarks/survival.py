@@ -2,7 +2,7 @@
 
     python benchmarks/survival.py MODEL [--memory 50%] [--moments 20] [--seed 0] [--json OUT]
 
-Each unit, by SIGKILL and by SIGSTOP (SIGCONT five seconds later), at random moments of a prompt's prefill and of decode.
+Each unit, by SIGKILL and by SIGSTOP (SIGCONT five seconds later), at random moments of prefill and of decode.
 A trial is good if the same ids and logits come out, and units were replaced within ten seconds of being found lost.
 """
 
