@@ -36,15 +36,14 @@ class UnitProcess:
             return pack({"answer": getattr(self._crew, order)(**arguments)})
         except CoterieError as error:
             return pack(complaint(error))
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, OSError) as error:
             return pack(complaint(UnitError(f"a unit's process was told nonsense: {error}")))
 
     def _attach(self, home: str, arena: dict[str, Any], pulse: BufferRef) -> dict[str, Any]:
         """Map the arena, and show from now on that this process lives."""
+        owner, mapped = os.pidfd_open(arena["pid"]), Arena.attach(arena)
         os.environ["COTERIE_HOME"] = home  # compiled kernels are there
-        owner = os.pidfd_open(arena["pid"])
         threading.Thread(target=_end_with, args=(owner,), name="coterie-owner", daemon=True).start()
-        mapped = Arena.attach(arena)
         self._crew = Crew(mapped)
         mapped.numpy(pulse)[1, 2:4] = 0, NAP
         beat = library.function("lane_pulse", 1)

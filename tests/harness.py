@@ -29,10 +29,13 @@ REGIONS = ("weights", "activations", "state", "flags", "programs", "kv", "trace"
 class Machine:
     """An arena with a unit of `lanes` lanes that takes steps of up to `rows` rows."""
 
-    def __init__(self, lanes: int = 1, *, rows: int = 64, size: int = 64 << 20, tracing: bool = False) -> None:
+    def __init__(
+        self, lanes: int = 1, *, rows: int = 64, size: int = 64 << 20, tracing: bool = False, detached: bool = False
+    ) -> None:
         self.arena = Arena(dict.fromkeys(REGIONS, size))
         self.lanes, self.rows = lanes, rows
-        self.unit = CpuUnit(self.arena, lanes, lay_out_unit(self.arena, lanes, rows, tracing=tracing))
+        buffers = lay_out_unit(self.arena, lanes, rows, tracing=tracing)
+        self.unit = CpuUnit(self.arena, lanes, buffers, detached=detached)
         self.error = self.arena.allocate("flags", LINE)
         self._programs = 0
 
