@@ -66,6 +66,7 @@ class CpuUnit:
         # A unit that is dropped without close() stops them all the same, also those whose start was interrupted.
         self._stop = weakref.finalize(self, _stop_lanes, self._header, publish, self.actor)
         buffers, seen = self.buffers, self._epoch
+        self._lines[:, ENDED] = 1  # until they run
         self.actor.open(
             "cpu", header=buffers.header, steps=buffers.steps, control=buffers.control,
             first=self._first, lanes=self.lanes, seen=seen,
@@ -260,12 +261,20 @@ class CpuUnit:
                 self._word(int(offset))[0] = 0
         self._abort_word[0] = 0
 
+    def _forget_sleepers(self) -> None:
+        """Lanes that were killed in their sleep would have every post call the kernel."""
+        self.arena.numpy(self.buffers.control)[:, 1] = 0
+        for program, _ in self._programs.values():
+            for offset in program.words[: program.length, r.SET]:
+                self._word(int(offset) + r.SLEEPERS)[0] = 0
+
     def revive(self, actor: Actor) -> None:
         """Go on with the lanes of another actor, after `fence` of this one; or of this one, where lanes have ended."""
         with self._lock:
             self._stop()
             self._header[r.STOP], self._epoch = 0, int(self._header[r.EPOCH])
             self._forget_pieces()
+            self._forget_sleepers()
             self._lines[:, 0] = self._epoch  # parked: the new lanes were in no step
             self._counts[:, r.LINE_PROGRESS] = 0
             self.actor, self._hung = actor, False

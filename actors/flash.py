@@ -119,6 +119,7 @@ class FlashUnit:
             t.ABORT: self._abort or self._address + 8 * t.NOBODY,
             t.NAP: self._address + 8 * t.SECONDS,
             t.NANOSECONDS: NAP,
+            t.ENDED: 1,  # until it runs
             t.UNCHECKED: int(self._unchecked),
         }
         if self.ring is not None:

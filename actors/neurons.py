@@ -80,6 +80,7 @@ class NeuronUnit:
             t.ABORT: abort,
             t.NAP: self._address + 8 * t.SECONDS,
             t.NANOSECONDS: NAP,
+            t.ENDED: 1,  # until it runs
         }
         if buffers.trace is not None:
             arena.numpy(buffers.trace)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS

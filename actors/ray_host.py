@@ -19,6 +19,7 @@ import numpy.typing as npt
 from coterie.actors.greeting import check_greeting, greeting, same_kernel
 from coterie.actors.host import Actor, UnitLost
 from coterie.actors.messages import pack, raise_complaint, unpack
+from coterie.actors.ray_memory import own
 from coterie.actors.ray_session import RaySession
 from coterie.actors.unit_process import UnitProcess
 from coterie.configs import placement
@@ -54,11 +55,12 @@ class RayHost:
         except Exception as error:  # ray's own are of many kinds
             raise UnitError(f"Ray cannot start unit {unit}: {' '.join(str(error).split())[:200]}") from None
         actor = RayActor(unit, ray, handle, arena, pulse)
-        self._actors.append(actor)
+        self._actors = [*(each for each in self._actors if each.lost() is None), actor]
         return actor
 
     def describe(self) -> dict[str, Any]:
-        return {"host": "ray", "address": self.session.address, "memory": self.session.memory()}
+        actors = {actor.unit: own(actor.pid) for actor in self._actors if actor.pid}
+        return {"host": "ray", "address": self.session.address, "memory": self.session.memory(), "actors": actors}
 
     def close(self) -> None:
         for actor in self._actors:
@@ -76,7 +78,7 @@ class RayActor:
         self._beats[:] = 0
         message = pack(["attach", {"home": str(cache_dir()), "arena": arena.describe(), "pulse": pulse}])
         self._hello: Any = handle.handle.remote(message)
-        self._pidfd = -1
+        self._pidfd, self.pid = -1, 0
         self._gone: str | None = None
         self._seen, self._since, self._looked = 0, 0.0, 0.0
 
@@ -110,7 +112,7 @@ class RayActor:
             raise UnitError(f"Ray started unit {self.unit} where this process's memory cannot be shared")
         self._hello = None
         try:
-            self._pidfd = os.pidfd_open(theirs["pid"])
+            self._pidfd, self.pid = os.pidfd_open(theirs["pid"]), theirs["pid"]
         except OSError as error:
             raise UnitLost(self.unit, f"its process has ended ({error.strerror})") from None
         self._seen, self._since = int(self._beats[0, 0]), time.monotonic()
@@ -178,7 +180,7 @@ class RayActor:
         self._forget()
 
     def _forget(self) -> None:
-        self._gone = "its process was ended"
+        self._gone, self.pid = "its process was ended", 0
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,8 @@ def hurt(actor: Actor, after: float, number: signal.Signals) -> threading.Thread
         signal.pidfd_send_signal(pidfd, number)
         if number == signal.SIGSTOP:
             time.sleep(WAKES)
-            try:
+            with suppress(ProcessLookupError):  # it was fenced
                 signal.pidfd_send_signal(pidfd, signal.SIGCONT)
-            except ProcessLookupError:
-                pass  # it was fenced
         os.close(pidfd)
 
     thread = threading.Thread(target=act)

@@ -31,6 +31,7 @@ FRONT_DOOR = {
     "llm",
     "opening",
     "hosts",
+    "ceiling",
     "part_engine",
     "cut",
     "stream",

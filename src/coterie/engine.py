@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock, RLock
+from threading import RLock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.host import Host, ThreadHost, UnitLost
 from coterie.actors.neurons import neuron_kernels
+from coterie.ceiling import Ceiling
 from coterie.errors import UsageError
 from coterie.kernels import library
 from coterie.kernels.operands import PROBE_BYTES
@@ -21,13 +22,12 @@ from coterie.models.load import Model
 from coterie.models.rope import fill_rope_table
 from coterie.models.source import WeightSource
 from coterie.models.spec import Rope
-from coterie.pressure import Follower
 from coterie.room import SCRATCH_ROOM, check_free, room_for
 from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model, tape_room
 from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash
 from coterie.scheduler.residency import ring_room
-from coterie.sizes import Memory, Share
+from coterie.sizes import Memory
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.flash_file import FlashFile
@@ -107,13 +107,10 @@ class Engine:
         self.stream: Stream | None = None
         self.meter: Meter | None = None
         self._lock = RLock()  # held while a step runs, or the ceiling changes
-        self._asking = Lock()
-        self._ceiling: tuple[Plan, Residency] | None = None  # asked for, not yet applied
-        self._urgent = True
+        self._ceiling = Ceiling(self)
         self._ropes: dict[Rope, BufferRef] | None = None
         self._loaded: set[str] = set()
         self._closed = False
-        self._follower: Follower | None = None
         try:
             if self._packed is not None:
                 self.stream = self._open_stream(self._packed)
@@ -124,7 +121,7 @@ class Engine:
             self._fill_rope_tables()
             self.count_anew()
             if wishes.memory == "auto":
-                self._follow()
+                self._ceiling.follow()
         except BaseException:
             self.close()
             raise
@@ -188,7 +185,7 @@ class Engine:
         while True:
             try:
                 if name != "head":
-                    self._apply_ceiling()
+                    self._ceiling.apply()
                 self.ready(name)
                 self._step(name, rows, more)
             except _Yield:
@@ -210,7 +207,7 @@ class Engine:
 
         def watch() -> None:
             stream.watch()
-            if self._ceiling is not None and self._urgent and name != "head":
+            if self._ceiling.pressing and name != "head":
                 raise _Yield
 
         meter.start()
@@ -335,10 +332,10 @@ class Engine:
         """Bytes/s at which the lanes read the layers' weights, once through; the better of two times."""
         with self._lock:
             self._check_open()
-            self._apply_ceiling()
-            self.ready("probe")
+            self._surely(self._ceiling.apply)
             seconds = []
             for _ in range(2):
+                self._surely(lambda: self.ready("probe"))
                 start = time.perf_counter()
                 self._surely(lambda: self.unit.run("probe", [0], [0], [0], ()))
                 seconds.append(time.perf_counter() - start)
@@ -354,44 +351,14 @@ class Engine:
         there is nothing to stream from.
         """
         self._check_open()
-        self._unfollow()  # it would soon have its way again
-        if self.stream is None:
-            self._check_holds(memory)
-        elif memory == "auto":
-            self._follow()
-        else:
-            self.set_ceiling(memory)
-
-    def _check_holds(self, memory: Memory) -> None:
-        """A model that is in memory as a whole can be given only a ceiling that it keeps to."""
-        enough = memory.part >= 1 if isinstance(memory, Share) else memory == "auto" or memory >= self.plan.total
-        if not enough:
-            raise UsageError(
-                "this model is in memory as a whole, with no packed copy to stream from; open it from a packed file "
-                "(coterie pack), or with a lower memory="
-            )
-
-    def _follow(self) -> None:
-        self._follower = Follower(self)
-        self._follower.start()
-
-    def _unfollow(self) -> None:
-        follower, self._follower = self._follower, None
-        if follower is not None:
-            follower.stop()
+        self._ceiling.set(memory)
 
     def set_ceiling(self, memory: Memory, *, urgent: bool = True) -> None:
         """Change the ceiling for now; what is not `urgent` waits for the next step."""
-        assert self.stream is not None
-        with self._asking:
-            plan = self.plan
-            new, residency = make_plan(self.model.file, self.spec, replace(self.wishes, memory=memory), self.flash)
-            check_free(new, plan.total)
-            new = replace(new, sources=plan.sources | {"memory": "argument"})
-            self._ceiling, self._urgent = (new, residency), urgent
+        self._ceiling.ask(memory, urgent)
         if urgent:
             with self._lock:
-                self._surely(self._apply_ceiling)
+                self._surely(self._ceiling.apply)
 
     @property
     def wishes(self) -> Wishes:
@@ -401,26 +368,13 @@ class Engine:
             self._wishes, threads=plan.lanes, context=plan.context, chunk=plan.chunk, memory=plan.memory, pinned=None
         )
 
-    def _apply_ceiling(self) -> None:
-        """Lay out anew for the ceiling that was asked for last. Where that fails half-way, it is asked for again before
-        anything is computed."""
-        with self._asking:
-            asked, self._ceiling = self._ceiling, None
-        if asked is None or self.stream is None:
-            return
-        try:
-            self._adopt(self.stream, *asked)
-        except BaseException:
-            with self._asking:
-                self._ceiling = self._ceiling or asked
-            raise
-
-    def _adopt(self, stream: Stream, plan: Plan, residency: Residency) -> None:
-        """Drop what is no longer resident, and lay out anew."""
+    def adopt(self, plan: Plan, residency: Residency) -> None:
+        """Drop what is no longer resident, and lay out anew. No step may be running."""
+        assert self.stream is not None
         self.plan, self._residency = plan, residency
         self.unit.unload()
         self._loaded.clear()
-        stream.forget(residency.pinned.size)
+        self.stream.forget(residency.pinned.size)
         keep = int(Extents.of(self.runs).nbytes[residency.pinned].sum())
         self.arena.release("weights", keep)
         self.arena.rewind("weights")
@@ -428,6 +382,10 @@ class Engine:
             if region in self.arena.regions:
                 self.arena.release(region)
         self._lay_out()
+
+    def itself(self) -> "Engine":
+        """Of a weak proxy, what it stands for."""
+        return self
 
     def flash_report(self) -> dict[str, Any] | None:
         """What streaming costs, since the model was opened or `count_anew` was called; None without a packed file."""
@@ -450,7 +408,7 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        self._unfollow()
+        self._ceiling.unfollow()
         self.unit.close()
         if self.stream is not None:
             self.stream.close()

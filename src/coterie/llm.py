@@ -298,7 +298,8 @@ class LLM:
         return [loss._asdict() for loss in self._engine.supervisor.losses]
 
     def host(self) -> dict[str, Any]:
-        """What keeps the units alive; of Ray its address, and bytes of its own processes by name."""
+        """What keeps the units alive; of Ray its address, and bytes of its own processes and of
+        actors, by name."""
         return self._engine.host.describe()
 
     @property

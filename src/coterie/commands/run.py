@@ -262,7 +262,9 @@ def _summary(generation: "Generation", llm: "LLM", options: SamplingOptions) -> 
     for unit, count in Counter(loss["unit"] for loss in llm.losses()).items():
         parts.append(f"unit {unit} lost and replaced {count} time{'s' * (count > 1)}")
     if "memory" in (found := llm.host()):
-        parts.append(f"Ray's own memory {terminal.size_text(found['memory'].get('sum', 0))}")
+        sizes = [f"Ray {terminal.size_text(found['memory'].get('sum', 0))}"]
+        sizes += [f"actor {unit} {terminal.size_text(size)}" for unit, size in found["actors"].items()]
+        parts.append(f"beside the model {', '.join(sizes)}")
     if llm.front:
         cost = llm.front.report()["decode"]
         parts.append(f"link {cost['added_ms']:.2f} ms and {cost['bytes'] / 1e3:.1f} kB a token")

@@ -12,6 +12,7 @@ VERSION = 3
 WORDS = 32
 RECORD_BYTES = 8 * WORDS
 LINE = 64  # bytes of a flag, a claim counter, a done counter
+SLEEPERS = 8  # offset of the count of sleepers in a flag's line
 
 KERNEL = 0  # address of the compiled kernel
 OPCODE = 1  # Opcode in the low 16 bits, layer in the next 16 (0xffff: none)

@@ -43,6 +43,7 @@ from coterie.kernels.record import (
     ORDERED,
     PREPARE,
     SET,
+    SLEEPERS,
     SPIN,
     TAPE,
     YIELD,
@@ -50,7 +51,6 @@ from coterie.kernels.record import (
 from coterie.kernels.vector import i64_at, set_i64
 
 ARRIVAL_SPIN = 5  # binary digits by which a wait for weights spins less than one for another lane
-SLEEPERS = 8  # offset of the count of sleepers in a flag's line
 
 
 @register_jitable
