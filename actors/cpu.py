@@ -62,9 +62,9 @@ class CpuUnit:
 
     def _open_lanes(self) -> None:
         """Have the actor's lanes, which serve steps from the next one on."""
-        publish = self._begin, self._header_address, self._own, self._go
+        publish = self._header, self._begin, self._header_address, self._own, self._go
         # A unit that is dropped without close() stops them all the same, also those whose start was interrupted.
-        self._stop = weakref.finalize(self, _stop_lanes, self._header, publish, self.actor)
+        self._stop = weakref.finalize(self, _stop_lanes, publish, self.actor)
         buffers, seen = self.buffers, self._epoch
         self._lines[:, ENDED] = 1  # until they run
         self.actor.open(
@@ -311,8 +311,8 @@ class CpuUnit:
         """Stop the lanes; a second call does nothing."""
         with self._lock:
             self._closed = True
-            if self._hung:
-                self._stop.detach()  # nobody can end that lane, but for the end of its process
+            if self._hung and (last := self._stop.detach()) is not None:
+                _publish_stop(*last[2][0])  # should it ever come back; it is not waited for
             self._stop()
 
 
@@ -333,10 +333,14 @@ class _Progress:
         return int(self._stuck.argmax()) if self._stuck.max() > HUNG else None
 
 
-def _stop_lanes(header: npt.NDArray[np.int64], publish: tuple[Callable[..., int], int, int, int], actor: Actor) -> None:
+def _stop_lanes(publish: tuple[Any, ...], actor: Actor) -> None:
+    """Tell the lanes to leave, and wait until they have."""
+    _publish_stop(*publish)
+    actor.close("cpu")
+
+
+def _publish_stop(header: npt.NDArray[np.int64], begin: Callable[..., int], *addresses: int) -> None:
     """Publish a last step that tells the lanes to leave."""
     header[r.STOP] = 1
     header[r.EPOCH] += 1
-    begin, *addresses = publish
     begin(*addresses)
-    actor.close("cpu")

@@ -16,9 +16,8 @@ from coterie.kernels import record as r
 from coterie.kernels.formats import FORMATS as PACKED
 from coterie.kernels.formats import ROWS
 from coterie.kernels.library import kernel_name
-from coterie.kernels.record import Opcode
+from coterie.kernels.record import SLEEPERS, Opcode
 from coterie.kernels.shapes import CLUSTER_FLAG, CLUSTER_ROW, CLUSTER_WANTED, TILE_TOKENS
-from coterie.kernels.sync import SLEEPERS
 from coterie.scheduler.program import Operand
 from coterie.storage.arena import BufferRef
 from coterie.storage.pack import pack

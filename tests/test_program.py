@@ -21,8 +21,8 @@ from coterie.kernels import operands as o
 from coterie.kernels import record as r
 from coterie.kernels.atomics import fetch_add
 from coterie.kernels.library import kernel_name
-from coterie.kernels.record import OPERANDS, Opcode
-from coterie.kernels.sync import SLEEPERS, claim, finish, prepare, word
+from coterie.kernels.record import OPERANDS, SLEEPERS, Opcode
+from coterie.kernels.sync import claim, finish, prepare, word
 from coterie.kernels.vector import i64_at, set_i64
 from coterie.scheduler.program import Operand, ProgramBuilder
 from coterie.storage.arena import Arena, BufferRef

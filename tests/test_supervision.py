@@ -126,7 +126,7 @@ def test_a_lane_that_hangs_is_named(detached: bool, monkeypatch: pytest.MonkeyPa
             m.step(name)
         m.unit.close()  # does not wait for it
         m.look(gate)[0] = 1
-        until(lambda: m.unit._lines[m.unit._first :, 0].any())
+        until(lambda: m.unit._lines[m.unit._first :, ENDED].all())
 
 
 def test_a_thread_that_hangs_is_an_error(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

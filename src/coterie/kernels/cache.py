@@ -19,7 +19,8 @@ from coterie.kernels.atomics import (
     libc_syscall,
     release,
 )
-from coterie.kernels.sync import SLEEPERS, word
+from coterie.kernels.record import SLEEPERS
+from coterie.kernels.sync import word
 from coterie.kernels.vector import i64_at, set_i64
 
 # Words of the control block; each of the first lines is written by others than its neighbours are.

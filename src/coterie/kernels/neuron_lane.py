@@ -18,8 +18,8 @@ from coterie.kernels.compiler import kernel
 from coterie.kernels.flash import EBUSY, count_busy, count_up, engine_of, give_up, put, settle, try_again
 from coterie.kernels.lane import write_event
 from coterie.kernels.pread import LEAVE, queue
-from coterie.kernels.record import Opcode
-from coterie.kernels.sync import SLEEPERS, sleep_on, word
+from coterie.kernels.record import SLEEPERS, Opcode
+from coterie.kernels.sync import sleep_on, word
 from coterie.kernels.vector import i64_at, set_i64
 
 READ_OPCODE = int(Opcode.READ)

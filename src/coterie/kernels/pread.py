@@ -19,7 +19,8 @@ from coterie.kernels.atomics import (
     release,
 )
 from coterie.kernels.compiler import kernel
-from coterie.kernels.sync import SLEEPERS, post, sleep_on, word
+from coterie.kernels.record import SLEEPERS
+from coterie.kernels.sync import post, sleep_on, word
 from coterie.kernels.uring import PREAD, errno
 from coterie.kernels.vector import ADDRESS, I64, i64_at, op, set_i64
 
