@@ -22,7 +22,7 @@ from coterie.storage.unit import CONTROL_LINES, ENDED, TRACE_EVENTS, UnitBuffers
 
 SLICE = 0.1  # seconds of a step after which lane 0 looks for signals, between two instructions
 SPIN = 0.002  # seconds a lane spins inside a step; instructions take microseconds to milliseconds
-HUNG = 20.0  # seconds in one instruction, waits for weights not counted, after which a lane counts as hung
+HUNG = 20.0  # seconds at one piece of an instruction, waits for weights not counted: then a lane counts as hung
 
 
 class CpuUnit:
@@ -41,10 +41,11 @@ class CpuUnit:
         self._part, self._begin = library.function("lane_part", 4), library.function("lane_begin", 3)
         self._watch = library.function("lane_watch", 4)
         self._cycles = library.function("lane_cycles", 0)
+        self._maker = os.getpid()
         self._programs: dict[str, tuple[Program, BufferRef]] = {}
         self._lock = threading.Lock()
         self._epoch = 0
-        self._closed = self._hung = False
+        self._closed = self._hung = self._open = self._under_way = False
         # The header that is published is lane 0's copy, or where that is another thread's, one behind all lanes'.
         self._own = self._step(lanes if detached else 0)
         self._header: npt.NDArray[np.int64] = arena.numpy(buffers.steps)[lanes if detached else 0]
@@ -54,6 +55,7 @@ class CpuUnit:
         self._header_address = arena.address(buffers.header)
         self._fill_header()
         self._open_lanes()
+        self._open = True
 
     @property
     def _first(self) -> int:
@@ -64,9 +66,8 @@ class CpuUnit:
         """Have the actor's lanes, which serve steps from the next one on."""
         publish = self._header, self._begin, self._header_address, self._own, self._go
         # A unit that is dropped without close() stops them all the same, also those whose start was interrupted.
-        self._stop = weakref.finalize(self, _stop_lanes, publish, self.actor)
+        self._stop = weakref.finalize(self, _stop_lanes, os.getpid(), publish, self.actor)
         buffers, seen = self.buffers, self._epoch
-        self._lines[:, ENDED] = 1  # until they run
         self.actor.open(
             "cpu", header=buffers.header, steps=buffers.steps, control=buffers.control,
             first=self._first, lanes=self.lanes, seen=seen,
@@ -163,6 +164,8 @@ class CpuUnit:
         with self._lock:
             if self._closed:
                 raise UnitError("this model has been closed")
+            if self.detached and os.getpid() != self._maker:
+                raise UnitError("this model belongs to the process that this one was forked from; open it here")
             self._settle()
             program, table = self._programs[name]
             if np.size(ids) == 0 or (program.outputs and np.size(outputs) == 0):
@@ -182,6 +185,7 @@ class CpuUnit:
             header[r.OUTPUTS], header[r.LAST] = np.size(outputs), np.max(positions, initial=0)
             header[r.PROGRAM], header[r.RECORDS], header[r.TAPE] = self.arena.address(table), program.length, tape
             try:
+                self._under_way = True
                 self._epoch += 1
                 self._publish()
                 if self.detached:
@@ -191,6 +195,7 @@ class CpuUnit:
             except BaseException:
                 self._abandon()
                 raise
+            self._under_way = False
             self._check(program)
 
     def settle(self) -> None:
@@ -202,7 +207,7 @@ class CpuUnit:
         self.check()
         if self._hung:
             raise UnitError("a lane of this model hangs; end this process")
-        if self._abort_word[0]:  # a second interrupt cut an abandonment short
+        if self._abort_word[0] or self._under_way:  # a second interrupt cut an abandonment short
             self._abandon()
 
     def _publish(self) -> None:
@@ -227,11 +232,11 @@ class CpuUnit:
             raise UnitLost("cpu", f"lane {ended[0] + self._first} has ended")
 
     def _check_actor(self, lanes: "_Progress | None") -> None:
-        if reason := self.actor.lost():
+        if reason := self.actor.lost() or (None if self._open else "its lanes were never ready"):
             raise UnitLost("cpu", reason)
         if lanes is not None and (lane := lanes.hung()) is not None:
             self._hung = True
-            raise UnitLost("cpu", f"lane {lane} has been in one instruction for {HUNG:.0f} seconds", hangs=True)
+            raise UnitLost("cpu", f"lane {lane} has been at one piece of work for {HUNG:.0f} seconds", hangs=True)
 
     def _take_part(self, program: Program) -> None:
         """Be lane 0 until the step is done; Python's signal handlers run between slices."""
@@ -259,6 +264,7 @@ class CpuUnit:
         for program, _ in self._programs.values():
             for offset in program.words[: program.length, r.DONE]:
                 self._word(int(offset))[0] = 0
+        self._under_way = False
         self._abort_word[0] = 0
 
     def _forget_sleepers(self) -> None:
@@ -271,6 +277,7 @@ class CpuUnit:
     def revive(self, actor: Actor) -> None:
         """Go on with the lanes of another actor, after `fence` of this one; or of this one, where lanes have ended."""
         with self._lock:
+            self._open = False  # until all is done: an interrupt may come anywhere
             self._stop()
             self._header[r.STOP], self._epoch = 0, int(self._header[r.EPOCH])
             self._forget_pieces()
@@ -281,6 +288,7 @@ class CpuUnit:
             self._open_lanes()
             for program, table in self._programs.values():
                 self._bind(program, table)
+            self._open = True
 
     def _park(self) -> None:
         """Wait until every lane has left the last step, or for good. Raises UnitLost where that will not be."""
@@ -312,7 +320,7 @@ class CpuUnit:
         with self._lock:
             self._closed = True
             if self._hung and (last := self._stop.detach()) is not None:
-                _publish_stop(*last[2][0])  # should it ever come back; it is not waited for
+                _publish_stop(*last[2][1])  # should it ever come back; it is not waited for
             self._stop()
 
 
@@ -325,7 +333,7 @@ class _Progress:
         self._seen, self._stuck = counts[:, r.LINE_PROGRESS].copy(), np.zeros(len(counts))
 
     def hung(self) -> int | None:
-        """A lane that has been inside of one instruction, without waiting for weights, for HUNG seconds."""
+        """A lane that has been at one piece of an instruction, without waiting for weights, for HUNG seconds."""
         now, progress = time.monotonic(), self._counts[:, r.LINE_PROGRESS].copy()
         waited, self._looked = min(now - self._looked, 1.0), now
         inside = (progress == self._seen) & (progress % 2 == 1)
@@ -333,8 +341,10 @@ class _Progress:
         return int(self._stuck.argmax()) if self._stuck.max() > HUNG else None
 
 
-def _stop_lanes(publish: tuple[Any, ...], actor: Actor) -> None:
+def _stop_lanes(maker: int, publish: tuple[Any, ...], actor: Actor) -> None:
     """Tell the lanes to leave, and wait until they have."""
+    if os.getpid() != maker:
+        return  # a fork's copy of the unit is no unit
     _publish_stop(*publish)
     actor.close("cpu")
 

@@ -90,15 +90,18 @@ class FlashUnit:
     def _open_lane(self) -> None:
         """Have a lane, with nothing announced and no read in flight."""
         self._fill_control()
-        self._stop = weakref.finalize(self, _stop_lane, self._control, self._announce, self.actor)
+        self._stop = weakref.finalize(self, _stop_lane, os.getpid(), self._control, self._announce, self.actor)
         found = self.actor.open("flash", lane="flash_lane", control=self.buffers.control, **self._wanted)
         self.engine, self._readers = str(found["engine"]), int(found["readers"])
 
     def revive(self, actor: Actor) -> None:
         """Go on with the lane of another actor, after `fence` of this one, or with another of this one, where it has
-        ended. What was in the ring is lost: reads of the lost lane may land there as long as the disk likes."""
+        ended. What was in the ring is lost: reads of the lost lane may land there as long as the disk likes. Raises
+        UnitError where a lane of this process does not leave."""
         with self._lock:
             self._stop()
+            if self.actor.lost() is None and not self._control[t.ENDED]:
+                raise UnitError("the flash unit's lane does not leave; its disk does not answer")
             if self.ring is not None:
                 self.arena.discard(self.ring.region)
             self.actor = actor
@@ -317,7 +320,9 @@ def _continues(expected: tuple[int, int], ranges: tuple[int, ...]) -> bool:
     return at == stop
 
 
-def _stop_lane(control: npt.NDArray[np.int64], announce: Callable[..., int], actor: Actor) -> None:
+def _stop_lane(maker: int, control: npt.NDArray[np.int64], announce: Callable[..., int], actor: Actor) -> None:
     """Tell the lane to leave, and wait a little."""
+    if os.getpid() != maker:
+        return  # a fork's copy of the unit is no unit
     _announce(announce, control, (0, 0, 0, 0), True, stop=True)
     actor.close("flash")

@@ -53,6 +53,9 @@ class Actor(Protocol):
 
     def close(self, kind: str) -> None: ...
 
+    def meet(self) -> None:
+        """Wait until it can be told something. Raises UnitError, UnitLost."""
+
     def lost(self) -> str | None:
         """Why nothing more is to be expected of it; None while there is hope."""
 
@@ -78,6 +81,9 @@ class Host(Protocol):
 
 class ThreadActor(Crew):
     """A crew in this process. A thread cannot be ended from outside: what hangs stays, and must not be replaced."""
+
+    def meet(self) -> None:
+        """It is here."""
 
     def lost(self) -> str | None:
         return None

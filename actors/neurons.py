@@ -56,11 +56,15 @@ class NeuronUnit:
         self._fill_reader(abort)
         self._fill_cache(runs, weights, sector)
         wake = library.function("neuron_wake", 1)
-        self._stop = weakref.finalize(self, _stop_lane, self._cache, wake, self.actor)
-        found = self.actor.open(
-            "neurons", lane="neuron_lane", control=buffers.reader, more=(buffers.control,),
-            file=(os.getpid(), fd), engine=engine, depth=DEPTH,
-        )  # fmt: skip
+        self._stop = weakref.finalize(self, _stop_lane, os.getpid(), self._cache, wake, self.actor)
+        try:
+            found = self.actor.open(
+                "neurons", lane="neuron_lane", control=buffers.reader, more=(buffers.control,),
+                file=(os.getpid(), fd), engine=engine, depth=DEPTH,
+            )  # fmt: skip
+        except BaseException:
+            self._stop()  # now, and not when its successor has these buffers
+            raise
         self.engine = str(found["engine"])
         self.depth = int(found["readers"]) or DEPTH  # reads in flight at most
 
@@ -130,6 +134,11 @@ class NeuronUnit:
         """Reads that the disk has not answered yet."""
         return int(self._reader[t.IN_FLIGHT])
 
+    @property
+    def ended(self) -> bool:
+        """Whether its lane has left."""
+        return bool(self._reader[t.ENDED])
+
     def served(self) -> int:
         """Demands that were answered."""
         return int(self._cache[c.SERVED // 8])
@@ -166,8 +175,10 @@ class NeuronUnit:
         self._stop()
 
 
-def _stop_lane(cache: npt.NDArray[np.int64], wake: Callable[..., int], actor: Actor) -> None:
+def _stop_lane(maker: int, cache: npt.NDArray[np.int64], wake: Callable[..., int], actor: Actor) -> None:
     """Tell the lane to leave, and wait a little."""
+    if os.getpid() != maker:
+        return  # a fork's copy of the unit is no unit
     cache[c.STOP] = 1
     wake(cache.ctypes.data)
     actor.close("neurons")

@@ -11,6 +11,7 @@ import select
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,10 @@ class RayHost:
             handle = ray.remote(UnitProcess).options(scheduling_strategy=near, **options).remote()
         except Exception as error:  # ray's own are of many kinds
             raise UnitError(f"Ray cannot start unit {unit}: {' '.join(str(error).split())[:200]}") from None
-        actor = RayActor(unit, ray, handle, arena, pulse)
+        for earlier in self._actors:
+            if earlier.unit == unit:  # one whose start was interrupted would share the pulse
+                earlier.fence()
+        actor = RayActor(unit, self.session, handle, arena, pulse)
         self._actors = [*(each for each in self._actors if each.lost() is None), actor]
         return actor
 
@@ -71,8 +75,8 @@ class RayHost:
 class RayActor:
     """A crew in a Ray actor."""
 
-    def __init__(self, unit: str, ray: Any, handle: Any, arena: Arena, pulse: BufferRef) -> None:
-        self.unit, self._ray, self._handle = unit, ray, handle
+    def __init__(self, unit: str, session: RaySession, handle: Any, arena: Arena, pulse: BufferRef) -> None:
+        self.unit, self._session, self._ray, self._handle = unit, session, session.ray, handle
         self._arena, self._pulse = arena, pulse
         self._beats: npt.NDArray[np.int64] = arena.numpy(pulse)
         self._beats[:] = 0
@@ -96,25 +100,39 @@ class RayActor:
             try:
                 self._call("close", kind=kind)
             except CoterieError:
-                self.end()
+                self.fence()
 
-    def _call(self, order: str, **arguments: Any) -> Any:
-        self._meet()
-        return self._answer(self._handle.handle.remote(pack([order, arguments])))["answer"]
-
-    def _meet(self) -> None:
-        """Wait until the process runs, and get hold of it."""
+    def meet(self) -> None:
         if self._hello is None:
             return
+        try:
+            self._greet()
+        except BaseException as error:
+            self._gone = f"it did not start ({error})"
+            raise
+        self._hello = None
+
+    def _call(self, order: str, **arguments: Any) -> Any:
+        self.meet()
+        if reason := self.lost():
+            raise UnitLost(self.unit, reason)
+        return self._answer(self._handle.handle.remote(pack([order, arguments])))["answer"]
+
+    def _greet(self) -> None:
+        """Wait until the process runs, and get hold of it."""
         mine = greeting()
         theirs = check_greeting(mine, self._answer(self._hello)["greeting"])
         if not same_kernel(check_greeting(mine, mine), theirs):
             raise UnitError(f"Ray started unit {self.unit} where this process's memory cannot be shared")
-        self._hello = None
         try:
             self._pidfd, self.pid = os.pidfd_open(theirs["pid"]), theirs["pid"]
+            maps = Path(f"/proc/{self.pid}/maps").read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise UnitLost(self.unit, f"its process has ended ({error.strerror})") from None
+        if f" {self._arena.describe()['inode']} " not in maps or _readable(self._pidfd):  # another one has its id
+            os.close(self._pidfd)
+            self._pidfd, self.pid = -1, 0
+            raise UnitLost(self.unit, "its process has ended")
         self._seen, self._since = int(self._beats[0, 0]), time.monotonic()
 
     def _answer(self, asked: Any) -> dict[str, Any]:
@@ -123,6 +141,8 @@ class RayActor:
             while not ray.wait([asked], timeout=LOOK)[0]:
                 if reason := self.lost():
                     raise UnitLost(self.unit, reason)
+                if not self._session.alive():
+                    raise UnitLost(self.unit, "Ray has ended")
                 if time.monotonic() > end and self._hello is None:
                     raise UnitLost(self.unit, f"its process has not answered for {START_LIMIT:.0f} s")
                 if time.monotonic() > end:
@@ -140,12 +160,10 @@ class RayActor:
         return answer
 
     def _unplaced(self) -> UnitError:
-        """What there is to be had, for who asked for something else."""
-        wanted = placement()[self.unit]
-        have = {name: count for name, count in self._ray.available_resources().items() if name in wanted}
+        wanted = ", ".join(f"{count:g} of {name}" for name, count in placement()[self.unit].items())
         return UnitError(
-            f"Ray has no place for unit {self.unit}, which asks for {wanted}: free are {have}; start "
-            "Ray with these --resources, or change placement.toml"
+            f"Ray has no place for unit {self.unit}, which asks for {wanted or 'nothing'}: change placement.toml, or "
+            "start Ray with --resources"
         )
 
     # --- supervision ----------------------------------------------------------------------------------
@@ -184,8 +202,10 @@ class RayActor:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+        vars(self).pop("_beats", None)  # a host outlives its models
+        vars(self).pop("_arena", None)
         handle, self._handle = self._handle, None
-        if handle is not None and self._ray.is_initialized():
+        if handle is not None and self._session.alive():
             self._ray.kill(handle)
 
 

@@ -6,6 +6,7 @@
 One started here lies under a keeper (keeper.py), which ends it when this process ends, in whatever way.
 """
 
+import atexit
 import contextlib
 import json
 import logging
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -35,22 +37,22 @@ PATIENCE = {
     "RAY_task_events_shutdown_flush_timeout_ms": "100",  # 5 s by default, where GCS is gone
 }
 
-_open = threading.Lock()  # Ray is one to a process
+_lock = threading.RLock()  # Ray is one to a process; a session that is dropped may be closed anywhere
+_current: "_Connection | None" = None
 
 
 class RaySession:
-    """What `open_session` gives. Close it, or use it as a context manager; a process that ends closes it too.
+    """What `open_session` gives. Close it, or use it as a context manager; one that is dropped is closed too, and all
+    are when the process ends. Sessions of one process share a connection, which ends with the last of them.
 
     `ray`: the connected module. `address`: host:port. `owned`: whether this process started it.
     """
 
-    def __init__(self, ray: Any, found: dict[str, Any], keeper: "subprocess.Popen[bytes] | None") -> None:
-        self.ray = ray
-        self.address: str = found["address"]
-        self.owned = keeper is not None
-        self._folder = Path(found["folder"]) if "folder" in found else None
-        self._keeper = keeper
-        self._closed = False
+    def __init__(self, connection: "_Connection") -> None:
+        self._connection, self.ray, self.address = connection, connection.ray, connection.address
+        self.owned, self._folder = connection.keeper is not None, connection.folder
+        connection.users += 1
+        self._release = weakref.finalize(self, connection.release)
 
     def __enter__(self) -> Self:
         return self
@@ -60,18 +62,7 @@ class RaySession:
 
     def alive(self) -> bool:
         """Whether Ray is there: one of Coterie's is gone as soon as its GCS or raylet is; another where it answers."""
-        if self._closed or not self.ray.is_initialized():
-            return False
-        if self._keeper is not None:
-            return self._keeper.poll() is None
-        if self._folder is not None:
-            return ray_folder.held(self._folder)
-        host, _, port = self.address.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), 1.0).close()
-        except OSError:
-            return False
-        return True
+        return self._release.alive and self._connection.alive()
 
     def memory(self) -> dict[str, int]:
         """PSS, bytes, of Ray's own processes by name (keeper, gcs, raylet, head, agents) and their "sum"; workers, and
@@ -79,28 +70,89 @@ class RaySession:
         return by_name(measure(session_processes(self._folder)[0])) if self._folder is not None else {}
 
     def close(self) -> None:
-        """Disconnect; end Ray if it was started here. Nothing of it is left when this returns."""
-        if self._closed:
+        """Disconnect; end Ray if it was started here, and no other session uses it. A second call does nothing."""
+        self._release()
+
+
+class _Connection:
+    """This process's connection to Ray; `users` sessions share it."""
+
+    def __init__(self, ray: Any, found: dict[str, Any], keeper: "subprocess.Popen[bytes] | None") -> None:
+        self.ray, self.keeper, self.users = ray, keeper, 0
+        self.address: str = found["address"]
+        self.folder = Path(found["folder"]) if "folder" in found else None
+        self._maker, self._ended = os.getpid(), False
+
+    def alive(self) -> bool:
+        if self._ended or os.getpid() != self._maker or not self.ray.is_initialized():
+            return False
+        if self.keeper is not None:
+            return self.keeper.poll() is None
+        if self.folder is not None:
+            return ray_folder.held(self.folder)
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), 1.0).close()
+        except OSError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """A session is closed."""
+        global _current
+        if os.getpid() != self._maker:
+            return  # a fork's copy
+        with _lock:
+            self.users -= 1
+            if self.users == 0:
+                self.end()
+                if _current is self:
+                    _current = None
+
+    def end(self) -> None:
+        if self._ended:
             return
-        self._closed = True
+        self._ended = True
         try:
             with _quiet():
                 self.ray.shutdown()
         finally:
-            if self._keeper is not None:
-                end_keeper(self._keeper)
-            _open.release()
+            if self.keeper is not None:
+                end_keeper(self.keeper)
+
+
+def _forget_in_fork() -> None:
+    """The keeper watches for the end of this process, not of its forks."""
+    if _current is not None and _current.keeper is not None and _current.keeper.stdin is not None:
+        _current.keeper.stdin.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_fork)
 
 
 def open_session(address: str | None, *, progress: Callable[[str], object] = lambda label: None) -> RaySession:
     """Start Ray for this process (`address` None), or join the one at `address` ("host:port"; "auto": the one that
-    `coterie cluster start` started). `progress` is told what is being waited for.
+    `coterie cluster start` started); or share what this process is connected to already, where that is the same.
+    `progress` is told what is being waited for.
 
-    Raises UsageError for an address that is none, UnitError where Ray cannot be started, does not answer, refuses the
-    token or has other versions. One session at a time in a process.
+    Raises UsageError for an address that is none, or another one than this process is connected to; UnitError where Ray
+    cannot be started, does not answer, refuses the token or has other versions.
     """
-    if not _open.acquire(blocking=False):
-        raise UsageError("this process has a Ray session already: close it first")
+    global _current
+    with _lock:
+        if _current is not None and not _current.alive():
+            _current.end()
+            _current = None
+        if _current is None:
+            _current = _connected(address, progress)
+        elif address is not None and find(address)["address"] != _current.address:
+            raise UsageError(
+                f"this process is connected to Ray at {_current.address}, and can be to one only: close what uses that"
+            )
+        return RaySession(_current)
+
+
+def _connected(address: str | None, progress: Callable[[str], object]) -> _Connection:
     keeper = None
     try:
         if address is None:
@@ -117,11 +169,10 @@ def open_session(address: str | None, *, progress: Callable[[str], object] = lam
             raise UsageError("this process is connected to Ray already: ray.shutdown() first")
         progress("connecting to Ray")
         _connect(ray, found)
-        return RaySession(ray, found, keeper)
+        return _Connection(ray, found, keeper)
     except BaseException:
         if keeper is not None:
             end_keeper(keeper)
-        _open.release()
         raise
 
 
@@ -131,6 +182,8 @@ def import_ray() -> Any:
     try:
         with _environment({}), _quiet():
             import ray
+
+            atexit.unregister(ray.shutdown)  # sessions do it, and a fork must not
     except ImportError as error:
         raise UnitError(f"Ray cannot be imported ({error}): {INSTALL}") from None
     return ray

@@ -51,10 +51,14 @@ class ReadingLane:
         if lane not in LANES or control.nbytes != 8 * t.CONTROL_WORDS or not 1 <= depth <= DEEPEST:
             raise UnitError(f"there is no lane {lane!r:.40} with {depth} reads in flight")
         words: npt.NDArray[np.int64] = arena.numpy(control)
-        uring = _set_up(engine, depth, reader)
+        fd = _duplicate(*file)
+        try:
+            uring = _set_up(engine, depth, reader)
+        except BaseException:
+            os.close(fd)
+            raise
         self.engine = "preadv" if uring is None else "io_uring"
         self.readers = min(depth, READERS) if uring is None else 0
-        fd = _duplicate(*file)
         words[[t.FD, t.READERS, t.ENDED]] = fd, self.readers, 0
         if uring is None:
             words[t.READER] = reader or library.address("flash_pread")

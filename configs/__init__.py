@@ -22,6 +22,8 @@ def placement() -> dict[str, dict[str, float]]:
     """By unit, the Ray resources that its actor asks for: of $COTERIE_PLACEMENT, else of placement.toml in the user's
     folder, else of ours. Raises UsageError for a file that says something else."""
     given = os.environ.get("COTERIE_PLACEMENT")
+    if given and not os.path.isfile(given):
+        raise UsageError(f"COTERIE_PLACEMENT: there is no file {given}")
     places = [Path(given)] if given else [user_folder() / "placement.toml", Path(__file__).with_name("placement.toml")]
     path = next((place for place in places if place.exists()), places[-1])
     try:

@@ -123,8 +123,8 @@ class Arena(Ledger):
         """What another process of this machine needs to attach to a shared arena; plain values, for a message."""
         assert isinstance(self._mapping, SharedMapping)
         regions = {name: (region.offset, region.size) for name, region in self.regions.items()}
-        inode = os.fstat(self._mapping.fd).st_ino
-        where = {"pid": os.getpid(), "fd": self._mapping.fd, "inode": inode}
+        status = os.fstat(self._mapping.fd)
+        where = {"pid": os.getpid(), "fd": self._mapping.fd, "device": status.st_dev, "inode": status.st_ino}
         return where | {"base": self.base, "size": self.size, "regions": regions}
 
     @classmethod
@@ -136,7 +136,8 @@ class Arena(Ledger):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise PlanError(f"cannot open the shared arena {path}: {error.strerror}") from None
-        if os.fstat(fd).st_ino != description["inode"]:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != (description["device"], description["inode"]):
             os.close(fd)
             raise PlanError(f"{path} is not the arena that was announced; its owner has gone")
         arena = cls.__new__(cls)
@@ -153,9 +154,15 @@ class Arena(Ledger):
     def allocate(
         self, region: str, shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.uint8, align: int = LINE
     ) -> BufferRef:
+        place = self._region(region)
+        used = place.used
         ref = super().allocate(region, shape, dtype, align)
-        if self.shared:
-            self._back(self._region(region))
+        try:
+            if self.shared:
+                self._back(place)
+        except BaseException:
+            place.used = used  # there may be memory later
+            raise
         return ref
 
     def _back(self, place: Region) -> None:

@@ -5,7 +5,7 @@ python exact_models.py FOLDER OUT.npz: for each model in FOLDER, float32[2, n, v
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,20 +110,18 @@ def opened(path: Path, threads: int = 1) -> Iterator[Engine]:
 
 def prefilled(engine: Engine, tokens: Sequence[int], chunks: Sequence[int] = ()) -> Floats:
     """Logits of all tokens by prefill steps of these sizes, and one for the rest."""
-    sequence, parts, first = engine.sequence(), list[Floats](), 0
-    for size in (*chunks, len(tokens) - sum(chunks)):
-        parts.append(engine.prefill(sequence, tokens[first : first + size], range(size)))
-        first += size
-    sequence.close()
+    parts, first = list[Floats](), 0
+    with closing(engine.sequence()) as sequence:
+        for size in (*chunks, len(tokens) - sum(chunks)):
+            parts.append(engine.prefill(sequence, tokens[first : first + size], range(size)))
+            first += size
     return np.concatenate(parts)
 
 
 def decoded(engine: Engine, tokens: Sequence[int]) -> Floats:
     """Logits of all tokens, one after the other."""
-    sequence = engine.sequence()
-    logits = np.concatenate([engine.decode([sequence], [token]).copy() for token in tokens])
-    sequence.close()
-    return logits
+    with closing(engine.sequence()) as sequence:
+        return np.concatenate([engine.decode([sequence], [token]).copy() for token in tokens])
 
 
 def main(folder: Path, out: Path) -> None:

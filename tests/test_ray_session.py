@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,24 @@ def test_a_session_is_owned_and_alive(session: RaySession) -> None:
     assert session.ray.is_initialized()
 
 
-def test_a_process_has_one_session(session: RaySession) -> None:
-    with pytest.raises(UsageError, match="has a Ray session already"):
-        open_session(None)
+def test_sessions_of_a_process_share_a_connection(session: RaySession) -> None:
+    for address in (None, session.address):
+        with open_session(address) as other:
+            assert (other.ray, other.address) == (session.ray, session.address)
+            assert other.alive()
+        assert not other.alive()
+        other.close()
+        assert session.alive()
+    with pytest.raises(UsageError, match=f"connected to Ray at {session.address}"):
+        open_session("127.0.0.1:1")
+
+
+def test_a_session_that_is_dropped_is_closed(session: RaySession) -> None:
+    users = session._connection.users
+    other = open_session(None)
+    assert session._connection.users == users + 1
+    del other
+    assert session._connection.users == users
 
 
 def test_nothing_but_the_folder_is_the_users_alone(session: RaySession) -> None:
@@ -97,7 +113,11 @@ def links(session: RaySession) -> list[str]:
     """What the descriptors of all its processes are."""
     found = known(session)
     pids = {*found["pids"].values(), *ray_folder.members(Path(found["folder"]))}
-    return [os.readlink(entry) for pid in pids for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    targets = []
+    for entry in [entry for pid in pids for entry in Path(f"/proc/{pid}/fd").iterdir()]:
+        with suppress(FileNotFoundError):  # closed meanwhile
+            targets.append(os.readlink(entry))
+    return targets
 
 
 def test_its_files_are_in_its_folder(session: RaySession, manners: object) -> None:
@@ -183,7 +203,9 @@ def test_an_interrupt_while_it_starts_leaves_nothing(session: RaySession) -> Non
 
 
 def test_a_program_that_does_not_close_leaves_nothing(session: RaySession) -> None:
-    program = "from coterie.actors.ray_session import open_session; s = open_session(None); print(s._keeper.pid)"
+    program = (
+        "from coterie.actors.ray_session import open_session; s = open_session(None); print(s._connection.keeper.pid)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=SECONDS)
     assert done.stderr == ""
     try:

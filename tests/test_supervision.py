@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_a_lane_that_hangs_is_named(detached: bool, monkeypatch: pytest.MonkeyPa
         name = m.load(b)
         if not detached:  # else the asking thread would be the one that hangs
             monkeypatch.setattr(m.unit, "_part", lambda step, lane, at, deadline: 1)
-        with pytest.raises(UnitLost, match=r"lane [01] has been in one instruction for 0 seconds") as caught:
+        with pytest.raises(UnitLost, match=r"lane [01] has been at one piece of work for 0 seconds") as caught:
             m.step(name)
         assert caught.value.hangs
         with pytest.raises(UnitError, match="end this process"):
@@ -129,9 +130,40 @@ def test_a_lane_that_hangs_is_named(detached: bool, monkeypatch: pytest.MonkeyPa
         until(lambda: m.unit._lines[m.unit._first :, ENDED].all())
 
 
+def test_a_recovery_that_is_interrupted_is_done_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every place where it may be."""
+    expected = results(engine)
+    owners: list[tuple[Any, str]] = [
+        (engine.unit, "_open_lanes"),
+        (engine.unit, "_bind"),
+        (engine.unit, "_forget_pieces"),
+    ]
+    if engine.stream is not None:
+        owners += [(engine.stream, "end_neurons"), (engine, "_fill_tables"), (engine.stream, "lose")]
+    for owner, name in owners:
+        real = getattr(owner, name)
+        for before in (True, False):
+            left = [1]
+
+            def interrupted(*arguments: Any, real: Any = real, before: bool = before, left: list[int] = left) -> Any:
+                if before and left and left.pop():
+                    raise KeyboardInterrupt
+                done = real(*arguments)
+                if left and left.pop():
+                    raise KeyboardInterrupt
+                return done
+
+            end_lanes(engine)
+            monkeypatch.setattr(owner, name, interrupted)
+            with suppress(KeyboardInterrupt):
+                results(engine)
+            monkeypatch.setattr(owner, name, real)
+            np.testing.assert_array_equal(results(engine), expected)
+
+
 def test_a_thread_that_hangs_is_an_error(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(whole, 2) as engine:
-        lost = UnitLost("cpu", "lane 1 has been in one instruction for 20 seconds", hangs=True)
+        lost = UnitLost("cpu", "lane 1 has been at one piece of work for 20 seconds", hangs=True)
         real = engine.unit.run
 
         def run(*arguments: Any) -> None:

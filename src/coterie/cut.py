@@ -97,8 +97,8 @@ def _start_actor(host: Host, ray_address: str | None, arguments: tuple[Any, ...]
             if not ray.wait([asked], timeout=PATIENCE)[0]:
                 raise UnitError(f"the Ray actor with the first layers has not answered for {PATIENCE:.0f} s")
             reply: bytes = ray.get(asked)
-        except ray.exceptions.RayError as error:
-            raise UnitError(f"the Ray actor with the first layers is gone: {one_line(str(error))}") from None
+        except ray.exceptions.RayError:
+            raise UnitError("the process with the first layers has ended, and its cache with it; ask again") from None
         return reply
 
     def close() -> None:

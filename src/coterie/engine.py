@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
@@ -210,6 +211,9 @@ class Engine:
             if self._ceiling.pressing and name != "head":
                 raise _Yield
 
+        self.unit.settle()  # no lane is left of a step before, that could use what is read now
+        if self.layout.neurons is not None and stream.neurons is None:  # a unit was lost
+            self._fill_tables()
         meter.start()
         try:
             tape = stream.begin(program, again=more)
@@ -224,7 +228,12 @@ class Engine:
         meter.stop(ids.size if name in ("decode", "batch") else 0)
 
     def _recover(self, loss: UnitLost) -> None:
-        self.supervisor.recover(loss, self.unit, self.stream, self._fill_tables)
+        """Replace what was lost, and what is lost meanwhile."""
+        while True:
+            try:
+                return self.supervisor.recover(loss, self.unit, self.stream)
+            except UnitLost as another:
+                loss = another
 
     def _surely(self, action: Callable[[], None]) -> None:
         """Do something that can be done again, until no unit is lost in it."""
@@ -408,15 +417,16 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        self._ceiling.unfollow()
-        self.unit.close()
-        if self.stream is not None:
-            self.stream.close()
-        if self._trace is not None:
-            self._write_trace(self._trace)
-        self.model.close()
-        self.arena.close()
-        self.host.close()
+        with ExitStack() as last:  # in reverse, each whatever becomes of the others
+            last.callback(self.host.close)
+            last.callback(self.arena.close)
+            last.callback(self.model.close)
+            if self._trace is not None:
+                last.callback(self._write_trace, self._trace)
+            if self.stream is not None:
+                last.callback(self.stream.close)
+            last.callback(self.unit.close)
+            last.callback(self._ceiling.unfollow)
 
     def _write_trace(self, path: Path) -> None:
         rings = [("cpu", self.unit.buffers.rings)]

@@ -10,6 +10,8 @@ HOSTS = ("threads", "ray")
 
 def check_host(name: str, ray_address: str | None) -> None:
     """Raises UsageError for a host that there is not."""
+    if ray_address is not None and not isinstance(ray_address, str):
+        raise UsageError(f'a Ray address is {ray_address!r}: give text such as "127.0.0.1:6379", or "auto"')
     if name not in HOSTS:
         raise UsageError(f"host is {name!r}: there are {' and '.join(HOSTS)}")
     if ray_address is not None and name != "ray":
@@ -24,5 +26,7 @@ def open_host(name: str, ray_address: str | None, progress: Callable[..., None] 
         return ThreadHost()
     from coterie.actors.ray_host import RayHost
     from coterie.actors.ray_session import open_session
+    from coterie.configs import placement
 
+    placement()  # what is wrong with it is said before Ray is started
     return RayHost(open_session(ray_address, progress=progress or (lambda label: None)))

@@ -232,8 +232,6 @@ class LLM:
             raise UsageError(
                 f"the prompt is {len(ids)} tokens, the context {self.plan.context}; shorten it, or raise -c"
             )
-        if kv and self.front is not None:
-            raise UsageError("the KV cache of a model that is cut lies in two processes: session_kv is for whole ones")
         options = asdict(SamplingOptions.of(sampling))
         return Request(
             model=self._named,
@@ -250,6 +248,8 @@ class LLM:
 
     def _generation(self, request: Request, session: str | Path | None) -> Generation:
         generation = Generation(self._engine, request, self.load_seconds)
+        if session is not None and self.front is not None:
+            raise UsageError("sessions are for whole models, and this one is cut")
         if session is not None:
             generation.keep(Journal.create(session_path(session), request))
         return generation
@@ -294,7 +294,7 @@ class LLM:
         return self._engine.flash_report()
 
     def losses(self) -> list[dict[str, Any]]:
-        """Units that were lost and replaced: "unit", "reason", and the "seconds" it took."""
+        """Units that were lost and replaced: "unit", "reason", "by" ("actor", "threads"), and the "seconds" it took."""
         return [loss._asdict() for loss in self._engine.supervisor.losses]
 
     def host(self) -> dict[str, Any]:

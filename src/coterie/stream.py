@@ -122,13 +122,18 @@ class Stream:
 
     def end_neurons(self) -> None:
         """Stop reading single neurons, and forget the cache. Raises UnitError when the disk does not answer."""
-        neurons, self.neurons = self.neurons, None
-        if neurons is not None:
-            neurons.close()
-            if neurons.in_flight:  # it may still write into memory that others will use
-                if self.unit.actor.lost() is None:
-                    raise self._silent()
-                self.arena.discard(neurons.buffers.slots.region)
+        neurons, actor = self.neurons, self.unit.actor
+        if neurons is None:
+            return
+        neurons.close()
+        end = time.monotonic() + PATIENCE
+        while not neurons.ended and actor.lost() is None:
+            if time.monotonic() > end:
+                raise self._silent()
+            time.sleep(0.01)
+        if neurons.in_flight:  # they may still land in memory that others will use
+            self.arena.discard(neurons.buffers.slots.region)
+        self.neurons = None
 
     def revive(self, actor: Actor) -> None:
         """Go on with the lane of another actor, after `fence` of the one that was lost, and the end of its neurons'."""

@@ -16,10 +16,12 @@ MOST_LOSSES = 5  # without a step in between
 
 
 class Loss(NamedTuple):
-    """A unit that was lost and replaced: which, why, and the seconds that took once it was known."""
+    """A unit that was lost and replaced: which, why, by what ("actor", "threads"), and the seconds that took once it
+    was known."""
 
     unit: str
     reason: str
+    by: str
     seconds: float
 
 
@@ -39,38 +41,50 @@ class Supervisor:
         """A step was done, so there is no end of losses to fear."""
         self._in_a_row = 0
 
-    def recover(self, loss: UnitLost, cpu: CpuUnit, stream: Stream | None, fill_tables: Callable[[], None]) -> None:
+    def recover(self, loss: UnitLost, cpu: CpuUnit, stream: Stream | None) -> None:
         """Have the lost unit's work done by another actor, between two tries of a step: fence first, so that what wakes
-        up late writes nowhere. `fill_tables` opens a neuron cache anew. Raises UnitError where nothing can take over.
+        up late writes nowhere. A neuron cache ends with either unit: killed lanes may have left half a demand in its
+        queue. What is interrupted, or loses another unit, is done again by the next try. Raises UnitError where nothing
+        can take over.
         """
         begun = time.perf_counter()
         self._in_a_row += 1
         if self._in_a_row > MOST_LOSSES:
             raise UnitError(f"{loss}; that was {MOST_LOSSES} times in one step") from None
-        if loss.hangs and not self.host.shared:
+        if loss.hangs and isinstance(cpu.actor, ThreadActor):
             raise UnitError(f"{loss}; a thread cannot be replaced, so end this process") from None
         self._progress(f"unit {loss.unit} was lost ({loss.reason}); having another one")
-        if loss.unit == "cpu" or cpu.actor.lost() is not None:
+        cause = loss.reason if loss.unit == "cpu" else cpu.actor.lost()
+        if cause is not None:
             cpu.actor.fence()
             cpu.revive(self._replace("cpu"))
+            self._note("cpu", cause, cpu.actor, begun)
         if stream is not None:
             flash = stream.unit.actor
-            lost = loss.unit != "cpu" or flash.lost() is not None
-            if lost:
+            cause = loss.reason if loss.unit != "cpu" else flash.lost()
+            if cause is not None:
                 flash.fence()
-            neurons = stream.neurons is not None
-            stream.end_neurons()  # lanes that were killed may have left half a demand in its queue
-            if lost:
+            stream.end_neurons()
+            cause = cause or flash.lost()
+            if cause is not None:
+                flash.fence()
                 stream.revive(self._replace("flash"))
+                self._note(loss.unit if loss.unit != "cpu" else "flash", cause, stream.unit.actor, begun)
             stream.lose()
-            if neurons:
-                fill_tables()
-        self.losses.append(Loss(loss.unit, loss.reason, time.perf_counter() - begun))
+
+    def _note(self, unit: str, reason: str, actor: Actor, begun: float) -> None:
+        by = "threads" if isinstance(actor, ThreadActor) else "actor"
+        self.losses.append(Loss(unit, reason, by, time.perf_counter() - begun))
 
     def _replace(self, unit: str) -> Actor:
-        """Another actor; threads of this process where the host has none to give any more."""
+        """Another actor; threads of this process where the host has none to give any more. Raises UnitLost where it is
+        lost again."""
         try:
-            return self.start(unit)
+            actor = self.start(unit)
+            actor.meet()
+        except UnitLost:
+            raise
         except UnitError as error:
             self._progress(f"{error}; it goes on as threads of this process")
             return ThreadActor(self._arena)
+        return actor

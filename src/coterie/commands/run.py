@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from coterie.storage.journal import Request
 
 # What --resume leaves to choose; all else the session says.
-BESIDE_RESUME = {"model", "model_option", "threads", "memory", "plan", "trace", "as_json", "resume"}
+BESIDE_RESUME = {
+    *("model", "model_option", "threads", "memory", "plan", "trace", "as_json", "resume", "host", "ray_address"),
+}
 
 
 def run(
@@ -120,6 +122,9 @@ def run(
         begin = partial(_start, text=_prompt(prompt, file), system=system, raw=raw, n=n, sampling=sampling)
     if trace is not None and not trace.absolute().parent.is_dir():
         raise UsageError(f"--trace {trace}: there is no folder {trace.absolute().parent}")
+
+    if cut is not None and session is not None:
+        raise UsageError("--session is for whole models: drop --cut")
 
     from coterie.llm import LLM
 
@@ -259,8 +264,11 @@ def _summary(generation: "Generation", llm: "LLM", options: SamplingOptions) -> 
             f"flash {flash['read_bytes_per_token'] / 1e6:.0f} MB/token at {flash['bandwidth'] / 1e9:.2f} GB/s, "
             f"hit rate {100 * flash['hit_rate']:.0f} %, stalled {100 * flash['stall_share']:.0f} %"
         )
-    for unit, count in Counter(loss["unit"] for loss in llm.losses()).items():
-        parts.append(f"unit {unit} lost and replaced {count} time{'s' * (count > 1)}")
+    for (unit, by), count in Counter((loss["unit"], loss["by"]) for loss in llm.losses()).items():
+        often = f" {count} times" if count > 1 else ""
+        parts.append(
+            f"unit {unit} lost and replaced{often}" + (", by threads of this process" if by == "threads" else "")
+        )
     if "memory" in (found := llm.host()):
         sizes = [f"Ray {terminal.size_text(found['memory'].get('sum', 0))}"]
         sizes += [f"actor {unit} {terminal.size_text(size)}" for unit, size in found["actors"].items()]

@@ -133,6 +133,7 @@ def claim(record, step, lane, total):
             if taken >= count:
                 break
             if compare_swap(at, seen, ((epoch & 0xFFFFFFFF) << 32) | (taken + 1)):
+                tally(step, lane, LINE_PROGRESS, 2)
                 return first + taken
     return -1
 

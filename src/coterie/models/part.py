@@ -46,6 +46,10 @@ def part_of(source: WeightSource, spec: ModelSpec, first: int, last: int) -> Der
     if spec.part is not None:
         raise UsageError(f"{source.path.name} is {spec.part} already; cut the whole model")
     layers = len(spec.layers)
+    if last == layers <= first:
+        raise UsageError(
+            f"{source.path.name} has layers 0 to {layers - 1}: cut it at 1 to {layers - 1}, not at {first}"
+        )
     if not 0 <= first < last <= layers:
         raise UsageError(
             f"no part goes from layer {first} up to {last}: {source.path.name} has layers 0 to {layers - 1}"
