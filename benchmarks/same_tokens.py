@@ -1,9 +1,10 @@
 """Row 1: the same logits and tokens, bit for bit, whatever share of the weights is in memory.
 
-    python benchmarks/same_tokens.py MODEL.gguf PACKED [--shares 100,75,50,25,10] [--tokens 256]
+    python benchmarks/same_tokens.py MODEL.gguf PACKED [--shares 100,75,50,25,10] [--tokens 256] [--host ray]
 
-The GGUF runs in memory as a whole; the packed model runs at each share, with one lane and with two. A prompt of 64
-tokens is read in one chunk, then the most probable token is taken, again and again; the digest is of all logits.
+The GGUF runs in memory as a whole, on threads; the packed model runs at each share, with one lane and with two, on
+`host`; on Ray the GGUF as well. A prompt of 64 tokens is read in one chunk, then the most probable token is taken, again
+and again; the digest is of all logits.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import numpy as np
 
 from coterie.engine import Engine
 from coterie.errors import PlanError
+from coterie.hosts import open_host
 from coterie.opening import open_model
 from coterie.scheduler.plan import Wishes
 from coterie.sizes import Memory, Share
@@ -23,11 +25,14 @@ TEXT = Path(__file__).parent / "text" / "english.txt"
 PROMPT = 64
 
 
-def answer(path: Path, lanes: int, memory: Memory | None, tokens: int) -> tuple[str, list[int], str]:
+def answer(
+    path: Path, lanes: int, memory: Memory | None, tokens: int, host: str = "threads"
+) -> tuple[str, list[int], str]:
     """Digest of all logits, the ids, and what it took."""
     model = open_model(path)
     prompt = model.tokenizer.encode(TEXT.read_text()[:2000])[:PROMPT]
-    engine = Engine(model, Wishes(threads=lanes, context=PROMPT + tokens, memory=memory))
+    wishes = Wishes(threads=lanes, context=PROMPT + tokens, memory=memory, host=host)
+    engine = Engine(model, wishes, host=open_host(host, None, None))
     digest, ids, sequence = hashlib.sha256(), list[int](), engine.sequence()
     try:
         logits = engine.prefill(sequence, prompt)[0]
@@ -49,14 +54,21 @@ def main() -> None:
     parser.add_argument("packed", type=Path)
     parser.add_argument("--shares", default="100,75,50,25,10")
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--host", default="threads")
     arguments = parser.parse_args()
     expected, ids, took = answer(arguments.model, 2, None, arguments.tokens)
     print(f"{arguments.model.name} in memory: {expected}, {took}", flush=True)
     same = True
+    if arguments.host != "threads":
+        digest, got, took = answer(arguments.model, 2, None, arguments.tokens, arguments.host)
+        same = (digest, got) == (expected, ids)
+        print(f"{arguments.host}, in memory: {'the same' if same else 'DIFFERENT'}, {took}", flush=True)
     for share in map(float, arguments.shares.split(",")):
         for lanes in (1, 2):
             try:
-                digest, got, took = answer(arguments.packed, lanes, Share(share / 100), arguments.tokens)
+                digest, got, took = answer(
+                    arguments.packed, lanes, Share(share / 100), arguments.tokens, arguments.host
+                )
             except PlanError as error:
                 print(f"{share:g} %, {lanes} lanes: {error}", flush=True)
                 continue
