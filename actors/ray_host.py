@@ -56,7 +56,7 @@ class RayHost:
         except Exception as error:  # ray's own are of many kinds
             raise UnitError(f"Ray cannot start unit {unit}: {' '.join(str(error).split())[:200]}") from None
         for earlier in self._actors:
-            if earlier.unit == unit:  # one whose start was interrupted would share the pulse
+            if earlier.unit == unit and earlier.serves(arena):  # one whose start was interrupted would share the pulse
                 earlier.fence()
         actor = RayActor(unit, self.session, handle, arena, pulse)
         self._actors = [*(each for each in self._actors if each.lost() is None), actor]
@@ -102,13 +102,19 @@ class RayActor:
             except CoterieError:
                 self.fence()
 
+    def serves(self, arena: Arena) -> bool:
+        """Whether it may still do something there."""
+        return self._handle is not None and self._arena is arena
+
     def meet(self) -> None:
+        if self._gone:
+            raise UnitLost(self.unit, self._gone)
         if self._hello is None:
             return
         try:
             self._greet()
         except BaseException as error:
-            self._gone = f"it did not start ({error})"
+            self._gone = f"it did not start ({str(error) or type(error).__name__})"
             raise
         self._hello = None
 

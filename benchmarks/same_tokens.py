@@ -3,8 +3,8 @@
     python benchmarks/same_tokens.py MODEL.gguf PACKED [--shares 100,75,50,25,10] [--tokens 256] [--host ray]
 
 The GGUF runs in memory as a whole, on threads; the packed model runs at each share, with one lane and with two, on
-`host`; on Ray the GGUF as well. A prompt of 64 tokens is read in one chunk, then the most probable token is taken, again
-and again; the digest is of all logits.
+`host`; on Ray the GGUF as well. A prompt of 64 tokens is read in one chunk, then the most probable token is taken, over
+and over; the digest is of all logits.
 """
 
 import argparse

@@ -17,8 +17,9 @@ from ray_actors import a_session, actor_of, at_step, hurt, on_ray, pid_of
 from sparse_models import write_gated, write_predicted
 
 from coterie.actors import cpu, ray_host
-from coterie.actors.host import ThreadActor
+from coterie.actors.host import ThreadActor, UnitLost
 from coterie.actors.messages import pack
+from coterie.actors.ray_host import RayActor
 from coterie.actors.ray_session import RaySession
 from coterie.engine import Engine
 from coterie.errors import UnitError
@@ -242,6 +243,31 @@ def test_a_lane_that_hangs_is_replaced_with_its_process(
         engine.unit._counts[0, LINE_PROGRESS] |= 1  # as if it had been inside of an instruction
         assert same(engine, expected)
         assert ["lane 0 has been at one piece of work" in loss.reason for loss in engine.supervisor.losses] == [True]
+
+
+@pytest.mark.parametrize("unit", ["cpu", "flash"])
+def test_a_replacement_that_is_interrupted_or_dies_is_replaced(
+    unit: str, session: RaySession, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the new actor starts: Ctrl-C, then its death."""
+    with streaming(llama, SHARE) as engine:
+        expected = results(engine)
+    with on_ray(session, llama, SHARE) as engine:
+        assert same(engine, expected)
+        greet, left = RayActor._greet, [KeyboardInterrupt(), UnitLost(unit, "it died")]
+
+        def interrupted(actor: RayActor) -> None:
+            if left:
+                raise left.pop(0)
+            greet(actor)
+
+        monkeypatch.setattr(RayActor, "_greet", interrupted)
+        hurt(engine, unit, signal.SIGKILL)
+        with pytest.raises(KeyboardInterrupt):
+            results(engine)
+        assert same(engine, expected)
+        assert not left
+        assert [loss.unit for loss in engine.supervisor.losses] == [unit]
 
 
 def test_what_is_lost_again_and_again_is_an_error(
