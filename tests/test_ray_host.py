@@ -239,7 +239,8 @@ def test_a_lane_that_hangs_is_replaced_with_its_process(
         expected = results(engine)
     with on_ray(session, whole) as engine:
         assert same(engine, expected)
-        hurt(engine, "cpu", signal.SIGSTOP)
+        pid = hurt(engine, "cpu", signal.SIGSTOP)
+        until(lambda: " T " in Path(f"/proc/{pid}/stat").read_text())
         engine.unit._counts[0, LINE_PROGRESS] |= 1  # as if it had been inside of an instruction
         assert same(engine, expected)
         assert ["lane 0 has been at one piece of work" in loss.reason for loss in engine.supervisor.losses] == [True]
