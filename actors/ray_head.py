@@ -39,6 +39,8 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_enable_worker_prestart": "0",  # 80 MB each
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_metrics_collection": "0",
+        "RAY_task_events_report_interval_ms": "0",  # a history of all calls
+        "RAY_maximum_gcs_destroyed_actor_cached_count": "16",  # 100,000 by default
         "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",  # the keeper ends a session without GCS; nobody else aborts
         "RAY_ROTATION_MAX_BYTES": str(LOG_BYTES),
         "RAY_ROTATION_BACKUP_COUNT": "1",

@@ -42,6 +42,7 @@ class RayHost:
     def __init__(self, session: RaySession) -> None:
         self.session = session
         self._placement = placement()
+        self._kind = session.ray.remote(UnitProcess)  # once: Ray keeps every class it is given
         self._actors: list[RayActor] = []
 
     def start(self, unit: str, arena: Arena, pulse: BufferRef) -> Actor:
@@ -52,7 +53,7 @@ class RayHost:
         near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
         options = {"num_cpus": 0, "resources": wanted, "max_restarts": 0, "max_task_retries": 0}
         try:
-            handle = ray.remote(UnitProcess).options(scheduling_strategy=near, **options).remote()
+            handle = self._kind.options(scheduling_strategy=near, **options).remote()
         except Exception as error:  # ray's own are of many kinds
             raise UnitError(f"Ray cannot start unit {unit}: {' '.join(str(error).split())[:200]}") from None
         for earlier in self._actors:

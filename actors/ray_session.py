@@ -35,6 +35,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PATIENCE = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",  # 60 s by default, and then Ray aborts the process
     "RAY_task_events_shutdown_flush_timeout_ms": "100",  # 5 s by default, where GCS is gone
+    "RAY_task_events_report_interval_ms": "0",  # nobody asks for a history of all calls
 }
 
 _lock = threading.RLock()  # Ray is one to a process; a session that is dropped may be closed anywhere

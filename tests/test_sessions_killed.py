@@ -40,7 +40,7 @@ def dying_append(self, token):
     kill()
 def dying_chunk(self, *args):
     if counted(): kill()
-    chunk(self, *args)
+    return chunk(self, *args)
 if moment == "prefill": engine.Engine._chunk = dying_chunk
 else: Journal.append = dying_append
 cli.app(sys.argv[3:])
