@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class Running:
         return json.loads(line)
 
     def send(self, name: str, number: signal.Signals) -> None:
-        signal.pidfd_send_signal(self.pidfds[name], number)
+        with suppress(ProcessLookupError):  # its keeper was faster
+            signal.pidfd_send_signal(self.pidfds[name], number)
 
     def ended(self) -> bool:
         """Whether all of its processes end."""
