@@ -26,7 +26,7 @@ LOWEST = 1 << 37  # bytes: where shared mappings are looked for; free on 64-bit 
 HIGHEST = 1 << 38
 APART = 1 << 30
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # of fallocate
-POPULATE_WRITE = 23  # of madvise
+POPULATE_WRITE, COLLAPSE = 23, 25  # of madvise
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -106,12 +106,20 @@ class SharedMapping:
             return
         if size > available_memory():
             raise PlanError(f"{size >> 20} MiB of shared memory are more than there is; lower --memory")
+        self._collapse(-(-offset // HUGE) * HUGE, (offset + size) // HUGE * HUGE)
         # Touching takes huge pages where the kernel grants them on advice; a kernel before 5.14 cannot do it at once.
         if _libc().madvise(ctypes.c_void_p(self.base + offset), ctypes.c_size_t(size), POPULATE_WRITE) != 0:
             try:
                 os.posix_fallocate(self.fd, offset, size)
             except OSError as error:
                 raise PlanError(f"cannot have {size >> 20} MiB of shared memory: {error.strerror}") from None
+
+    def _collapse(self, first: int, end: int) -> None:
+        """Have huge pages there, for the asking (Linux 6.1): the setting for shared memory, mostly "never", is for what
+        happens by itself. Where there are none to be had, small ones do."""
+        if first < end:
+            self.bytes[first:end:HUGE] |= 0  # what is wholly empty is not collapsed
+            _libc().madvise(ctypes.c_void_p(self.base + first), ctypes.c_size_t(end - first), COLLAPSE)
 
     def drop(self, offset: int, size: int) -> None:
         arguments = ctypes.c_int(self.fd), ctypes.c_int(KEEP_SIZE | PUNCH_HOLE), ctypes.c_long(offset)
