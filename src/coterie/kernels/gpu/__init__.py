@@ -1,0 +1,1 @@
+"""Kernels of GPU units, in OpenCL C and for numba-cuda; `signatures` says what each takes."""
