@@ -34,6 +34,7 @@ def compile_kernel(name: str) -> tuple[str, bytes]:
         flash,
         lane,
         matmul,
+        meet,
         neuron_lane,
         probe,
         rows,

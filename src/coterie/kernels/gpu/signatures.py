@@ -13,7 +13,8 @@ A packed matrix is `groups` of 16 rows, each `blocks` blocks; groups lie `group`
 extents `stride` bytes apart (docs/packed-format.md). Neuron clusters lie alike, `bundle` bytes apart.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, TypeVar
 
 from coterie.kernels.record import OPERANDS
 
@@ -79,7 +80,10 @@ SIGNATURES: dict[str, tuple[Parameter, ...]] = {
 }
 
 
-def operands(family: str, **values: int | float | object) -> dict[int, object]:
+Value = TypeVar("Value")
+
+
+def operands(family: str, values: Mapping[str, Value]) -> dict[int, Value]:
     """The operand words of a record, by number; every parameter must be named."""
     names = [parameter.name for parameter in SIGNATURES[family]]
     assert set(values) == set(names), set(values) ^ set(names)
