@@ -85,6 +85,8 @@ def check_units(units: Sequence[str]) -> tuple[str, ...]:
     return wanted
 
 
-def parse_units(text: str) -> tuple[str, ...]:
-    """Units as text such as "cpu,npu". Raises UsageError."""
+def parse_units(text: str | None) -> tuple[str, ...]:
+    """Units as text such as "cpu,npu"; None: the CPU unit. Raises UsageError."""
+    if text is None:
+        return ("cpu",)
     return check_units([word.strip() for word in text.split(",")])

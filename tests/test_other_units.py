@@ -101,7 +101,7 @@ def test_prompts_are_cut_into_what_graphs_take(tokens: int) -> None:
 
 
 def test_a_ceiling_too_low_for_the_copies_is_refused(model: Path) -> None:
-    with pytest.raises(PlanError, match="needs .* MiB, more than the ceiling of 64 MiB"):
+    with pytest.raises(PlanError, match=r"needs .* MiB, more than the ceiling of 64 MiB"):
         Engine(open_model(model), Wishes(context=512, memory=64 << 20, units=("cpu", "npu")))
     with pytest.raises(UsageError, match="--memory must be a size"):
         Engine(open_model(model), Wishes(context=512, memory="auto", units=("cpu", "npu")))
