@@ -35,6 +35,7 @@ def compile_kernel(name: str) -> tuple[str, bytes]:
         lane,
         matmul,
         neuron_lane,
+        opencl_queue,
         probe,
         rows,
         sparse,
