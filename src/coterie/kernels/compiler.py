@@ -36,6 +36,7 @@ def compile_kernel(name: str) -> tuple[str, bytes]:
         matmul,
         meet,
         neuron_lane,
+        opencl_queue,
         probe,
         rows,
         sparse,
