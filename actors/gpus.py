@@ -1,4 +1,4 @@
-"""Choosing a GPU: CUDA's where there is one, else OpenCL's."""
+"""Choosing a GPU."""
 
 from coterie.actors.gpu import Device
 from coterie.errors import UnitError
@@ -7,11 +7,10 @@ from coterie.storage.arena import Arena
 
 def open_device(arena: Arena) -> Device:
     """The best GPU there is for that arena. Raises UnitError, with what is missing of either runtime."""
-    from coterie.actors.cuda import CudaDevice
     from coterie.actors.opencl import OpenCLDevice
 
     reasons = []
-    for runtime in (CudaDevice, OpenCLDevice):
+    for runtime in (OpenCLDevice,):
         try:
             device: Device = runtime(arena)
             return device

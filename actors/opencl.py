@@ -20,7 +20,7 @@ from coterie.kernels import opencl_queue as oq
 from coterie.kernels.gpu.signatures import SIGNATURES, Kind
 from coterie.kernels.gpu.source import LANES, SLICES, entry_point, launch
 from coterie.kernels.record import OPERANDS
-from coterie.storage.arena import Arena
+from coterie.storage.arena import Arena, BufferRef
 
 SLICE = 4_000_000  # nanoseconds of other users' frames that one slice may take
 COUNTS = {"none": oq.ONCE, "tokens": oq.TOKENS, "outputs": oq.OUTPUTS}
@@ -94,6 +94,12 @@ class OpenCLDevice:
         loaded = Loaded(self, self._builder.program(kernels), np.asarray(words), list(kernels))
         self._open.append(loaded)
         return loaded
+
+    def before_step(self, refs: Sequence[BufferRef]) -> None:
+        """The device sees what this process sees."""
+
+    def after_step(self, refs: Sequence[BufferRef]) -> None:
+        """And the other way round."""
 
     def finish(self) -> None:
         """Wait until everything enqueued is done. Raises UnitError where it failed."""

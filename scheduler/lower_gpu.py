@@ -10,7 +10,7 @@ import numpy as np
 from coterie.errors import PlanError
 from coterie.kernels import record as r
 from coterie.kernels.formats import COLUMNS
-from coterie.kernels.gpu.signatures import NONE, TOKENS, operands
+from coterie.kernels.gpu.signatures import BLOCK, MOST_DIM, NONE, TOKENS, operands
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
 from coterie.models.spec import ModelSpec
@@ -22,6 +22,7 @@ from coterie.storage.unit import UnitBuffers
 from coterie.storage.weights import FFN, Layer, Matrix, Weights
 
 FLOAT = 4  # bytes
+OUTPUTS = 8  # rows at most whose logits are computed together
 
 
 class GpuLowering:
@@ -32,6 +33,8 @@ class GpuLowering:
         self, spec: ModelSpec, weights: Weights, shared: Shared, ledger: Ledger, unit: UnitBuffers, *, rows: int
     ) -> None:
         self.spec, self.weights, self.shared, self.ledger, self.unit = spec, weights, shared, ledger, unit
+        if spec.head_dim > MOST_DIM:
+            raise PlanError(f"heads of {spec.head_dim} dimensions are more than a GPU unit takes: drop gpu from --units")
         self.tokens = 1 if rows == 1 else TOKENS
         self.rows, self.kv = round_up(rows, self.tokens), KVLayout.of(spec)
         self.width = round_up(spec.dim, COLUMNS)
@@ -44,12 +47,21 @@ class GpuLowering:
 
     def _allocate(self) -> None:
         self.x, self.y, self.qkv = self._floats(self.width), self._floats(self.width), self._floats(self.qkv_width)
-        self.inputs = self._columns(self.spec.dim)
-        self.normed, self.rounded = self._floats(self.inputs), self._floats(self.inputs)
-        self.attended = self._floats(self._columns(self.spec.n_heads * self.spec.head_dim))
+        self.inputs, self.mixed = self._columns(self.spec.dim), self._columns(self.spec.n_heads * self.spec.head_dim)
+        self.normed, self.rounded = self._floats(self.inputs), self._rounded(self.inputs)
+        self.attended, self.attended_rounded = self._floats(self.mixed), self._rounded(self.mixed)
         ffns = [layer.ffn.layout for layer in self.weights.layers if isinstance(layer.ffn, FFN)]
-        self.hidden = self._floats(max((layout.clusters * layout.neurons for layout in ffns), default=COLUMNS))
-        self.final = self._floats(self.inputs, round_up(self.shared.logits.shape[0], TOKENS))
+        self.hidden = self._rounded(max((layout.clusters * layout.neurons for layout in ffns), default=COLUMNS))
+        selected = round_up(OUTPUTS, TOKENS)
+        output = self.weights.output
+        assert output is not None
+        self.planes = 1 if output.format.is_float else 2
+        self.selected = self._floats(self.width, selected)
+        self.final = (self._floats if output.format.is_float else self._rounded)(self.inputs, self.planes * selected)
+
+    def _rounded(self, columns: int, rows: int | None = None) -> BufferRef:
+        """Rows of blocks as int8 would have them; float rows fit too."""
+        return self._floats(columns // COLUMNS * BLOCK, rows)
 
     def _columns(self, columns: int) -> int:
         """Columns of a row that any format may read: K-quants read whole blocks of 256."""
@@ -73,7 +85,7 @@ class GpuLowering:
         return ProgramBuilder(name, self.ledger, 1, self.shared.error)
 
     def _add(
-        self, b: ProgramBuilder, kernel: str, opcode: Opcode, layer: int, **values: int | float | BufferRef
+        self, b: ProgramBuilder, kernel: str, opcode: Opcode, layer: int, /, **values: int | float | BufferRef
     ) -> None:
         family, given = kernel.partition(":")[0], {"step": self.unit.header, **values}
         b.add(kernel, opcode, operands(family, given), layer=layer, waits=[])
@@ -105,7 +117,8 @@ class GpuLowering:
         assert weights.output is not None
         assert weights.output_norm is not None
         post = weights.layers[-1].norms.get("post_ffw_norm")
-        self._norm(b, NO_LAYER, weights.output_norm, {True}, add=True, post=post, select=True)
+        readers = {weights.output.format.is_float}
+        self._norm(b, NO_LAYER, weights.output_norm, readers, add=True, post=post, select=True)
         self._matmul(b, NO_LAYER, weights.output, self.final, logits, 0, select=True)
         b.outputs = True
         return b
@@ -135,13 +148,14 @@ class GpuLowering:
     ) -> None:
         """Residual addition and norm, for readers that take floats (True), what int8 leaves of them (False), or both.
         The selected rows of a head are added nowhere, so that it can be run again for others."""
-        floats, out = (self.final if select else self.normed), True in readers
+        floats, rounded = (self.final, self.final) if select else (self.normed, self.rounded)
         self._add(
             b, "norm", Opcode.NORM, layer,
             select=int(select), outputs=self.unit.rows[r.OUTPUT_ROWS], x=self.x, y=self.y if add else NONE,
-            x_out=self.x if add and not select else NONE, row=FLOAT * self.width, post=NONE if post is None else post,
-            weight=weight, dim=self.spec.dim, eps=float(self.spec.norm_eps), out=floats if out else NONE,
-            rounded=self.rounded if False in readers else NONE, out_row=FLOAT * self.inputs, width=self.inputs,
+            x_out=self.selected if select else self.x, row=FLOAT * self.width, post=NONE if post is None else post,
+            weight=weight, dim=self.spec.dim, eps=float(self.spec.norm_eps), out=floats if True in readers else NONE,
+            out_row=FLOAT * floats.shape[1], rounded=rounded if False in readers else NONE,
+            rounded_row=FLOAT * rounded.shape[1], planes=self.planes if select else 1, width=self.inputs,
         )  # fmt: skip
 
     def _matmul(
@@ -153,8 +167,8 @@ class GpuLowering:
         self._add(
             b, kernel_name("matmul", matrix.format.name, tokens), Opcode.MATMUL, layer,
             select=int(select), weights=_whole(matrix), groups=run.items, blocks=matrix.blocks, group=run.item_bytes,
-            per=run.per, stride=run.stride, x=x, x_row=FLOAT * x.shape[1], y=y.tail(FLOAT * column),
-            y_row=FLOAT * y.shape[1],
+            per=run.per, stride=run.stride, x=x, x_row=FLOAT * x.shape[1], planes=self.planes if select else 1,
+            y=y.tail(FLOAT * column), y_row=FLOAT * y.shape[1],
         )  # fmt: skip
 
     def _attend(self, b: ProgramBuilder, i: int, layer: Layer) -> None:
@@ -173,12 +187,12 @@ class GpuLowering:
             b, "rope", Opcode.ROPE, i, **heads, half=at.rope.dims // 2, angles=self.shared.ropes[at.rope],
             query_norm=query, key_norm=key, eps=float(spec.norm_eps), scale=float(spec.attention_scale),
         )  # fmt: skip
-        width = self.attended.shape[1]
+        rounded, floats = self.attended_rounded, layer.output.format.is_float
         self._add(
-            b, "attend", Opcode.ATTEND, i, **heads, window=at.window, out=self.attended, out_row=FLOAT * width,
-            rounded=int(not layer.output.format.is_float), width=width,
+            b, "attend", Opcode.ATTEND, i, **heads, window=at.window, out=self.attended, out_row=FLOAT * self.mixed,
+            rounded=NONE if floats else rounded, rounded_row=FLOAT * rounded.shape[1], width=self.mixed,
         )  # fmt: skip
-        self._matmul(b, i, layer.output, self.attended, self.y, 0)
+        self._matmul(b, i, layer.output, self.attended if floats else rounded, self.y, 0)
 
     def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN) -> None:
         layout = ffn.layout
@@ -192,7 +206,7 @@ class GpuLowering:
         names = layout.gate.name, layout.up.name, self.spec.activation, self.tokens
         self._add(
             b, kernel_name("ffn_up", *names), Opcode.FFN_UP, i, **clusters, **hidden, up=layout.gate_bytes,
-            blocks=blocks, x=x, x_row=FLOAT * self.inputs, rounded=int(not layout.down.is_float),
+            blocks=blocks, x=x, x_row=FLOAT * x.shape[1], rounded=int(not layout.down.is_float),
         )  # fmt: skip
         self._add(
             b, kernel_name("ffn_down", layout.down.name, self.tokens), Opcode.FFN_DOWN, i, **clusters, **hidden,

@@ -7,7 +7,13 @@
 // `real` is what one work-item holds of 16 floats. get_... and put_... move the 16 values at `p`, or a lane's one.
 // Work-items of a group take the same branches around anything that waits for the others (all_..., round_block).
 
+// Arithmetic is the class `exact` (docs/numerics.md) on devices that divide and take roots as IEEE says: nothing is
+// contracted, every order of sums is fixed.
+
+#pragma OPENCL FP_CONTRACT OFF
+
 #define SPAN 256  // positions of a KV block
+#define TILE 64   // positions whose softmax is taken together
 #define ROWS 16   // of a group
 
 #ifdef WIDE
@@ -41,6 +47,16 @@ typedef uint word;
 #define ITEMS (LANES * SLICES)
 #define ITEM (SLICE * LANES + LANE)
 #define SCRATCH local float scratch[ROWS * SLICES]
+#define OWN(t) ((t) % SLICES == SLICE)  // whether this slice has row t's sums
+#ifdef WIDE
+#define PARTS local float4 *parts = 0
+#define GROUPS (TILE / ROWS)  // of 16 positions of a tile that a slice scores
+#define VALUES (MOST_DIM / ROWS)
+#else
+#define PARTS local float4 parts[T * ITEMS]
+#define GROUPS 1
+#define VALUES (MOST_DIM / ROWS / SLICES)
+#endif
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 
@@ -63,32 +79,6 @@ static void put_local(real v, local float *p) { p[LANE] = v; }
 static real get_local(local const float *p) { return p[LANE]; }
 static void put_floats(real v, global float *p) { p[LANE] = v; }
 #endif
-
-// Of 16 values only the first `count`; of the others zeros are read, and none is written.
-static real get_some(global const float *p, int count) {
-#ifdef WIDE
-    if (count >= ROWS) return vload16(0, p);
-    float some[ROWS];
-    for (int i = 0; i < ROWS; i++) some[i] = i < count ? p[i] : 0.0f;
-    return vload16(0, some);
-#else
-    return LANE < count ? p[LANE] : 0.0f;
-#endif
-}
-
-static void put_some(real v, global float *p, int count) {
-#ifdef WIDE
-    if (count >= ROWS) {
-        vstore16(v, 0, p);
-        return;
-    }
-    float some[ROWS];
-    vstore16(v, 0, some);
-    for (int i = 0; i < count; i++) p[i] = some[i];
-#else
-    if (LANE < count) p[LANE] = v;
-#endif
-}
 
 // The value of row `lane` of 16 that were read for it.
 static float pick(real v, int lane) {
@@ -132,48 +122,76 @@ static float lanes_max(real v) {
     return fmax(c.x, c.y);
 }
 
-#define all_sum(v, scratch) lanes_sum(v)
-#define all_max(v, scratch) lanes_max(v)
-#define block_max(v, scratch) lanes_max(v)
-#define slices_sum(v, scratch) (v)
+#define tree_sum(v, scratch) lanes_sum(v)
+#define tree_max(v, scratch) lanes_max(v)
 #else
-// Every work-item gets the sum or the maximum over those `step` apart from its own, `count` of them.
-#define TOGETHER(name, zero, join)                                                      \
-    static float name(float v, int first, int step, int count, local float *scratch) { \
-        barrier(CLK_LOCAL_MEM_FENCE);                                                   \
-        scratch[ITEM] = v;                                                              \
-        barrier(CLK_LOCAL_MEM_FENCE);                                                   \
-        float all = zero;                                                               \
-        for (int i = 0; i < count; i++) all = join(all, scratch[first + i * step]);     \
-        return all;                                                                     \
+// Every work-item of a slice gets the sum, by halves, or the maximum over its lanes.
+#define TOGETHER(name, join)                                     \
+    static float name(float v, local float *scratch) {           \
+        for (int half_ = LANES / 2; half_ > 0; half_ /= 2) {     \
+            barrier(CLK_LOCAL_MEM_FENCE);                        \
+            scratch[ITEM] = v;                                   \
+            barrier(CLK_LOCAL_MEM_FENCE);                        \
+            v = join(v, scratch[SLICE * LANES + (LANE ^ half_)]); \
+        }                                                        \
+        return v;                                                \
     }
 #define PLUS(p, q) ((p) + (q))
-TOGETHER(together_sum, 0.0f, PLUS)
-TOGETHER(together_max, -INFINITY, fmax)
-
-#define all_sum(v, scratch) together_sum(v, 0, 1, ITEMS, scratch)
-#define all_max(v, scratch) together_max(v, 0, 1, ITEMS, scratch)
-#define block_max(v, scratch) together_max(v, SLICE *LANES, 1, LANES, scratch)
-#define slices_sum(v, scratch) together_sum(v, LANE, LANES, SLICES, scratch)
+TOGETHER(tree_sum, PLUS)
+TOGETHER(tree_max, fmax)
 #endif
 
 // --- arithmetic -----------------------------------------------------------------------------------------------------
 
-// Values of columns `first` to `first` + 15 that are not below `end` become zeros.
-static real below(real v, int first, int end) { return IOTA + first < end ? v : (real)0.0f; }
-
-// 32 columns as the CPU unit rounds them: int8 values times their scale (docs/numerics.md)
-static void round_block(real *low, real *high, local float *scratch) {
-    const float top = block_max(fmax(fabs(*low), fabs(*high)), scratch);
+// 32 columns rounded as the CPU unit rounds them, to BLOCK_FLOATS floats at `to` where they are `mine`. Returns the scale,
+// and leaves the whole numbers in `low` and `high`.
+static float put_block(real *low, real *high, bool mine, global float *to, local float *scratch) {
+    const float top = tree_max(fmax(fabs(*low), fabs(*high)), scratch);
     const float inverse = top > 0.0f ? 127.0f / top : 0.0f, scale = top / 127.0f;
-    *low = fmax(fmin(rint(*low * inverse), 127.0f), -127.0f) * scale;
-    *high = fmax(fmin(rint(*high * inverse), 127.0f), -127.0f) * scale;
+    *low = fmax(fmin(rint(*low * inverse), 127.0f), -127.0f);
+    *high = fmax(fmin(rint(*high * inverse), 127.0f), -127.0f);
+    const float sum = tree_sum(*low + *high, scratch);
+    if (!mine) return scale;
+    put_floats(*low, to);
+    put_floats(*high, to + ROWS);
+    if (LANE == 0) to[32] = scale;
+    if (LANE == 0) to[33] = sum;
+    return scale;
 }
 
-static float inverse_rms(float squares, int dim, float eps) { return 1.0f / sqrt(squares / dim + eps); }
+// Of 16 partial sums, `step` of `count` values apart.
+static float inverse_rms(global const float *x, int count, int dim, float eps, local float *scratch) {
+    real squares = (real)0.0f;
+    for (int c = 0; c < count; c += ROWS) {
+        const real v = get_floats(x + c, LANE);
+        squares = fma(v, v, squares);
+    }
+    return 1.0f / sqrt(tree_sum(squares, scratch) / dim + eps);
+}
 
-static real silu(real x) { return x / (1.0f + exp(-x)); }
-static real gelu(real x) { return x / (1.0f + exp(-1.5957691f * fma(x * x * x, (real)0.044715f, x))); }
+// exp, the same bits as the CPU unit's
+#define EXP(name, kind, to_whole, as_kind)                                                     \
+    static kind name(kind x) {                                                                 \
+        const kind bounded = fmax(fmin(x, 88.0f), -87.0f), n = rint(bounded * 1.4426950408889634f); \
+        kind r = fma(n, (kind)-0.693359375f, bounded);                                         \
+        r = fma(n, (kind)2.12194440054690583e-4f, r);                                          \
+        kind p = fma((kind)1.9875691500e-4f, r, (kind)1.3981999507e-3f);                       \
+        p = fma(p, r, (kind)8.3334519073e-3f);                                                 \
+        p = fma(p, r, (kind)4.1665795894e-2f);                                                 \
+        p = fma(p, r, (kind)1.6666665459e-1f);                                                 \
+        p = fma(p, r, (kind)5.0000001201e-1f);                                                 \
+        p = fma(p, r * r, r) + 1.0f;                                                           \
+        return x < -87.0f ? (kind)0.0f : p * as_kind((to_whole(n) + 127) << 23);               \
+    }
+EXP(exp_one, float, convert_int, as_float)
+#ifdef WIDE
+EXP(exp_real, float16, convert_int16, as_float16)
+#else
+#define exp_real exp_one
+#endif
+
+static real silu(real x) { return x / (exp_real(-x) + 1.0f); }
+static real gelu(real x) { return x / (exp_real(-(fma(x * x * x, (real)0.044715f, x) * 1.5957691216057308f)) + 1.0f); }
 static real relu(real x) { return fmax(x, 0.0f); }
 
 static real activated_silu(real gate, real up) { return silu(gate) * up; }

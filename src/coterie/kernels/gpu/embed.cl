@@ -11,7 +11,17 @@ kernel void NAME(PARAMETERS) {
     }
     const int g = id / ROWS, block = at / JOIN(SUBS, F);
     global const uchar *start = w + weights + (long)(g / per) * stride + (long)(g % per) * group;
+    start += (long)block * JOIN(BLOCK, F);
     real columns[32];
-    JOIN(unpack, F)(start + (long)block * JOIN(BLOCK, F), at % JOIN(SUBS, F), id % ROWS, columns);
+#if JOIN(FLOAT, F)
+    JOIN(columns, F)(start, id % ROWS, columns);
+#else
+    real size, low;
+    JOIN(quanta, F)(start, at % JOIN(SUBS, F), id % ROWS, columns, &size, &low);
+    for (int c = 0; c < 32; c++) {
+        columns[c] = (columns[c] - JOIN(OFFSET, F)) * size;
+        if (JOIN(MINIMUM, F)) columns[c] = columns[c] + low;
+    }
+#endif
     for (int c = 0; c < 32; c++) to[c] = pick(columns[c], id % ROWS) * scale;
 }

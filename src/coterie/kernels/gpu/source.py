@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from coterie.errors import UnitError
 from coterie.kernels import record as r
 from coterie.kernels.formats import COLUMNS, FORMATS, ROWS
-from coterie.kernels.gpu.signatures import NONE, SIGNATURES, TOKENS
+from coterie.kernels.gpu.signatures import BLOCK, MOST_DIM, NONE, SIGNATURES, TOKENS
 
 LANES, SLICES = 16, 8  # of a work-group in the narrow shape, as in common.cl
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2", "drelu")
@@ -97,6 +97,7 @@ def source(names: Iterable[str], wide: bool) -> str:
     wanted = {name: parts(name) for name in sorted(set(names))}
     products = {(found[m], found["T"]) for found in wanted.values() if "T" in found for m in found if m in "FGUD"}
     texts = ["#define WIDE\n" if wide else "", _constants(), _template("common"), _template("formats")]
+    texts += [_instance("dots", {"T": t}) for t in sorted({t for _, t in products})]
     texts += [_instance("product", {"F": f, "T": t}) for f, t in sorted(products)]
     for name, found in wanted.items():
         family = name.partition(":")[0]
@@ -106,9 +107,12 @@ def source(names: Iterable[str], wide: bool) -> str:
 
 def _constants() -> str:
     values = {"NONE": f"({NONE})", "STEP_EPOCH": r.EPOCH, "STEP_TOKENS": r.TOKENS, "STEP_OUTPUTS": r.OUTPUTS}
+    values |= {"MOST_DIM": MOST_DIM, "BLOCK_FLOATS": BLOCK}
     for f in FORMATS.values():
         values |= {f"BLOCK_{f.name}": f.block, f"SUBS_{f.name}": f.subs}
-        values |= {f"HEADER_{f.name}": f.header, f"SUB_{f.name}": f.sub}
+        values |= {f"HEADER_{f.name}": f.header, f"SUB_{f.name}": f.sub, f"FLOAT_{f.name}": int(f.is_float)}
+        offset = 0 if f.split_scales or not f.offset_bits else 1 << f.offset_bits  # quanta of split scales have it off
+        values |= {f"OFFSET_{f.name}": f"{offset}.0f", f"MINIMUM_{f.name}": int(f.has_minimum)}
     return "".join(f"#define {name} {value}\n" for name, value in values.items())
 
 
