@@ -113,8 +113,11 @@ class Plan:
         cpu = (
             f"cpu computes: {self.lanes} lane{'s' * (self.lanes > 1)} on {self.path}, prompts in chunks of {self.chunk}"
         )
+        if self.units.get("cpu", "everything") != "everything":
+            cpu += f" ({self.units['cpu']})"
         ceiling = "" if self.memory is None else f" of a ceiling of {self.memory >> 20} MiB"
-        lines = [f"{self.model}: {self.architecture}, {self._residency()}, numerics {self.numerics}", cpu]
+        lines = [f"{self.model}: {self.architecture}, {self._residency()}, numerics {self.numerics}"]
+        lines += [cpu] if "cpu" in self.units else []
         lines += [self._unit_line(unit, work) for unit, work in self.units.items() if unit in ("gpu", "npu")]
         if self.flash is not None and self.streamed_per_token:
             rate = f"{self.flash.bytes_per_s / 1e9:.2f} GB/s" if self.flash.bytes_per_s else "speed not known yet"

@@ -130,6 +130,8 @@ class Engine:
             if self.others is not None:
                 self.others.load(self.layout)
                 self.divergence = measure_divergence(self)
+                if self.divergence.identical and not plan.placement.lengths:
+                    self.plan = replace(self.plan, numerics="exact")
             self.count_anew()
             if wishes.memory == "auto":
                 self._ceiling.follow()
