@@ -87,7 +87,7 @@ def cost(i: Instruction, device: Device) -> Cost:
         return Cost(unit.sync, 0.0, bound="sync")
     if i.kind == "copy":
         return Cost(unit.copy, i.nbytes / unit.bandwidth, i.nbytes, "memory")
-    rates = unit.rates_of(i.kernel or i.kind, i.format)
+    rates = unit.rates_of(i.kernel, i.format) if i.kernel else unit.rates_of(i.kind, i.format)
     if i.kind in ("matmul", "ffn"):
         return _product(i, unit, rates)
     return _plain(i, unit, rates)
@@ -110,7 +110,8 @@ def _plain(i: Instruction, unit: UnitModel, rates: Rates) -> Cost:
     bandwidth = rates.bandwidth or unit.bandwidth
     compute = i.flops / rates.rate if rates.rate else 0.0
     memory = i.nbytes / bandwidth
-    launch = unit.launch if rates.launch is None else rates.launch
+    own = i.kernel in unit.rates or i.kind in unit.rates  # else these are rates of products, launched otherwise
+    launch = rates.launch if own and rates.launch is not None else unit.launch
     return Cost(launch, max(compute, memory), i.nbytes, "memory" if memory > compute else "compute")
 
 
