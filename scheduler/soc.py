@@ -71,15 +71,28 @@ class UnitModel:
     beside_flash: float = 1.0
     power: float | None = None
     shares: str = ""
+    measured: bool = False
 
     def rates_of(self, kernel: str, format: str) -> Rates:
-        """Rates for a kernel by its name ("matmul:Q4_0:4"), else by family and format, the format, formats like it, the
-        family, or as of the unit's default format."""
+        """Rates for a kernel by its name ("matmul:Q4_0:4"), else for the format, formats like it, the family, or as of
+        the unit's default format. Raises UsageError for a kernel that a unit which was `measured` has not been
+        measured with."""
         family = kernel.partition(":")[0]
-        for name in (kernel, f"{family}:{format}", format, GROUP_OF.get(format, ""), family):
+        for name in (short_name(kernel), format, GROUP_OF.get(format, ""), family):
             if name in self.rates:
                 return self.rates[name]
+        if self.measured:
+            format = (kernel.split(":") + [format])[1]
+            raise UsageError(
+                f"{short_name(kernel)} has not been measured here: coterie profile --units --formats {format}"
+            )
         return self.rates[self.default]
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's family, first format and tile: what else is in its name does not change its time much."""
+    parts = kernel.split(":")
+    return kernel if len(parts) < 4 else f"{parts[0]}:{parts[1]}:{parts[-1]}"
 
 
 @dataclass(frozen=True)
