@@ -5,7 +5,7 @@ ledger); only the units are models. Decode is simulated at a few positions, pref
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coterie.errors import PlanError, UsageError
 from coterie.models.header import ModelHeader
@@ -112,6 +112,15 @@ class Simulation:
         begin, head, end = layout.weights.positions
         self._spans = {"decode": (begin, end), "prefill": (begin, head), "head": (head, end)}
         self._merged = {name: self.requests.between(*span) for name, span in self._spans.items()}
+        self.device = self._as_streamed() if layout.weights.tape.size else device
+
+    def _as_streamed(self) -> Device:
+        """The device with as many requests in flight as the ring has room for, where that makes a known difference."""
+        device = self.device
+        fit = [depth for depth in device.flashes if depth * self.requests_size() <= self.plan.ring]
+        flash = device.flashes[max([d for d in fit if d <= device.flash_depth] or [min(device.flashes)])] if device.flashes else device.flash
+        between = device.between if device.streamed is None else device.streamed
+        return replace(device, flash=flash, between=between)
 
     def _memory(self) -> Memory:
         memory = self.question.memory

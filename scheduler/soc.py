@@ -1,7 +1,7 @@
 """What is known of a device: its units, memory and flash, and where every constant comes from (soc_file.py reads it)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coterie.errors import UsageError
 from coterie.scheduler.flash_model import FlashModel
@@ -107,7 +107,8 @@ class Mark:
 @dataclass(frozen=True)
 class Device:
     """A device. `memory`: bytes there are; `together`: bytes/s that all units read together at most; `between`: seconds
-    between two steps that no unit works; `flash_beside`: share of the flash's rate left while units compute;
+    between two steps that no unit works, `streamed` where weights are streamed (None: as many); `flashes`: the flash by
+    how many requests are in flight, where that is known; `flash_beside`: share of the flash's rate left while units compute;
     `flash_power`, `idle_power`: watts (None: not known); `flash_depth`, `flash_block`: how it is read; `emulated`: it
     is not this machine."""
 
@@ -126,6 +127,8 @@ class Device:
     emulated: bool = True
     latency: float = 0.0  # seconds from asking for a single read to its first byte
     about: str = ""
+    streamed: float | None = None
+    flashes: Mapping[int, FlashModel] = field(default_factory=dict)
 
     def guesses(self) -> tuple[str, ...]:
         """Constants that nobody printed or measured."""

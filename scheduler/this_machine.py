@@ -1,5 +1,6 @@
 """This machine as a device, out of its measured profile (coterie profile --flash, --units)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from coterie.errors import UsageError
@@ -13,11 +14,10 @@ UNBOUND = 1e15  # bytes/s: what units do to each other here was measured as such
 
 
 def this_machine(
-    profile: DeviceProfile | None = None, *, lanes: int | None = None, path: Path | None = None, streamed: bool = True
+    profile: DeviceProfile | None = None, *, lanes: int | None = None, path: Path | None = None
 ) -> Device:
     """The device that `profile` (default: the one on disk) tells of, with so many lanes (default: as measured), reading
-    the file system of `path` (default: where packed models lie). `streamed`: steps begin as they do where weights are
-    streamed. Raises UsageError where something has not been measured."""
+    the file system of `path` (default: where packed models lie). Raises UsageError where something has not been measured."""
     profile = load_profile() if profile is None else profile
     unit = profile.units.get(str(lanes)) if lanes else next(iter(profile.units.values()), None)
     if unit is None or profile.memory_bandwidth is None:
@@ -35,7 +35,9 @@ def this_machine(
         {"cpu": _cpu(unit, profile.memory_bandwidth)},
         _flash(flash) if flash else None,
         tuple(marks),
-        between=unit.streamed if streamed else unit.between,
+        between=unit.between,
+        streamed=unit.streamed,
+        flashes=_flashes(flash) if flash else {},
         flash_beside=unit.flash_beside,
         flash_depth=flash.depth if flash else 8,
         flash_block=flash.block if flash else 1 << 20,
@@ -56,11 +58,17 @@ def _cpu(unit: UnitProfile, bandwidth: float) -> UnitModel:
     )
 
 
+def _flashes(found: FlashProfile) -> dict[int, FlashModel]:
+    """The flash by depth, as far as it was measured with the engine that is used."""
+    rows = [row for row in found.rows if row.engine == found.engine]
+    return {depth: _flash(replace(found, depth=depth)) for depth in sorted({row.depth for row in rows})}
+
+
 def _flash(found: FlashProfile) -> FlashModel:
-    """Reads with as many in flight as the engine keeps there."""
+    """Reads with so many in flight, over the widest span; the chosen way's rate was measured best."""
     rows = [row for row in found.rows if row.engine == found.engine and row.depth == found.depth]
     widest = max((row.span for row in rows), default=0)
     points = [FlashPoint(row.pattern, row.block, row.bytes_per_s) for row in rows if row.span == widest]
-    points = [point for point in points if point.block != found.block]
-    chosen = [FlashPoint(pattern, found.block, found.bytes_per_s) for pattern in ("sequential", "random")]
-    return FlashModel((*points, *chosen))
+    if not points:
+        points = [FlashPoint("sequential", found.block, found.bytes_per_s)]
+    return FlashModel(tuple(points))
