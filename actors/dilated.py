@@ -37,7 +37,14 @@ class DilatedClock(Clock):
     """Runs steps as Clock does, in real time. `factor`: real seconds for a modelled one."""
 
     def __init__(
-        self, device: Device, units: Sequence[str], steps: Sequence[Step], requests: Requests, *, factor: float, **rest: Any
+        self,
+        device: Device,
+        units: Sequence[str],
+        steps: Sequence[Step],
+        requests: Requests,
+        *,
+        factor: float,
+        **rest: Any,
     ) -> None:
         if not 0 < factor < 1e9:
             raise UsageError(f"a dilation of {factor} makes no sense: give a factor above 0")

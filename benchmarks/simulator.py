@@ -109,7 +109,13 @@ def main() -> None:
             error = statistics.median(errors)
             sizes.append(abs(error))
             rows.append(
-                {"cell": f"{name} {phase}", "measured": measured, "simulated": simulated, "errors": errors, "error": error}
+                {
+                    "cell": f"{name} {phase}",
+                    "measured": measured,
+                    "simulated": simulated,
+                    "errors": errors,
+                    "error": error,
+                }
             )
     if arguments.json:
         print(json.dumps({"cells": rows, "median": statistics.median(sizes), "worst": max(sizes)}, indent=1))

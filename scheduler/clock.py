@@ -9,6 +9,7 @@ part where that is too much, and its work takes longer accordingly (processor sh
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,7 @@ NEVER = 1e-15  # seconds: less is nothing
 WEIGHTS, UNITS, BEGIN, MEMORY, DONE = "weights", "units", "begin", "memory", "done"
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """What a unit did: seconds from the beginning; `waited`: how long before `start` it had nothing to do."""
 
     unit: str
@@ -124,6 +124,7 @@ class Clock:
         self.outcome = Outcome(
             busy=dict.fromkeys(names, 0.0), bound={n: {} for n in names}, waits={n: {} for n in names}
         )
+        self._waits = [self.outcome.waits[name] for name in names]
         self._begin_step(0.0)
         while self._current < len(self.steps):
             self._start_all()
@@ -210,30 +211,36 @@ class Clock:
 
     def _advance(self) -> None:
         """To the next event: something ends, or may start."""
-        working = [(i, r) for i, r in enumerate(self._running) if r is not None and r.launch <= 0]
+        working, dt = list[tuple[int, Running]](), min(self._wake) - self.now
+        for unit, running in enumerate(self._running):
+            if running is None:
+                continue
+            if running.launch > 0:
+                dt = min(dt, running.launch)
+            else:
+                working.append((unit, running))
         speeds = self._speeds(working) if len(working) > 1 else [1.0]
-        ends = [r.launch for r in self._running if r is not None and r.launch > 0]
-        ends += [r.work / speed for (_, r), speed in zip(working, speeds, strict=False)]
-        ends += [wake - self.now for wake in self._wake if wake < inf]
-        if not ends:
-            raise PlanError(f"step {self._current} cannot go on: nothing runs, and nothing that is waited for will come")
-        dt = max(0.0, min(ends))
+        for (_, running), speed in zip(working, speeds, strict=False):
+            dt = min(dt, running.work / speed)
+        if dt == inf:
+            raise PlanError(
+                f"step {self._current} cannot go on: nothing runs, and nothing that is waited for will come"
+            )
+        dt = max(0.0, dt)
         self.now += dt
         if self.pace is not None:
             self.pace(self.now)
-        for i, running in enumerate(self._running):
-            if running is None:
-                waits = self.outcome.waits[self.units[i] if i < len(self.units) else "flash"]
-                waits[self._why[i]] = waits.get(self._why[i], 0.0) + dt
-            elif running.launch > 0:
-                running.launch -= dt
-                if running.launch <= NEVER:
-                    running.launch = 0.0
-        for (i, running), speed in zip(working, speeds, strict=False):
+        for (_, running), speed in zip(working, speeds, strict=False):
             running.work -= dt * speed
-        for i, running in enumerate(self._running):
-            if running is not None and running.launch <= 0 and running.work <= NEVER:
-                self._end(i, running)
+        for unit, running in enumerate(self._running):
+            if running is None:
+                waits, why = self._waits[unit], self._why[unit]
+                waits[why] = waits.get(why, 0.0) + dt
+                continue
+            if running.launch > 0:
+                running.launch = running.launch - dt if running.launch - dt > NEVER else 0.0
+            if running.launch <= 0 and running.work <= NEVER:
+                self._end(unit, running)
 
     def _speeds(self, working: list[tuple[int, Running]]) -> list[float]:
         """How fast each of those at work goes, against being alone."""

@@ -57,6 +57,8 @@ class Reader:
     def __init__(self, spec: ModelSpec, layout: ModelLayout) -> None:
         self.spec, self.layout = spec, layout
         self._spans: dict[int, tuple[FFN, Span]] = {}
+        self._known: dict[tuple[str, int, int], list[Operator]] = {}
+        self._attends: dict[str, list[int]] = {}
         for weights in (layout.weights, layout.whole):
             for layer in weights.layers:
                 if isinstance(layer.ffn, FFN):
@@ -73,9 +75,23 @@ class Reader:
         }
 
     def operators(self, program: Program, rows: Rows) -> list[Operator]:
-        """A program's records for these rows."""
+        """A program's records for these rows. Of steps that differ in their position only, attention is all that
+        differs."""
+        key = program.name, rows.tokens, rows.outputs
+        if key not in self._known:
+            self._known[key] = self._read(program, rows)
+        found = list(self._known[key])
+        for i in self._attends[program.name]:
+            words = program.words[i].tolist()
+            instruction = self._instruction(words, program.kernels[i], rows)
+            found[i] = replace(found[i], instruction=instruction)
+        return found
+
+    def _read(self, program: Program, rows: Rows) -> list[Operator]:
         words = program.words.tolist()
         numbers = {row[r.SET]: i for i, row in enumerate(words[: program.length])}
+        attends = [i for i, row in enumerate(words[: program.length]) if row[r.OPCODE] & 0xFFFF == r.Opcode.ATTEND]
+        self._attends[program.name] = attends
         prepared, found = set[int](), list[Operator]()
         weights = self.layout.whole if program.name == "prefill" else self.layout.weights
         for i, row in enumerate(words[: program.length]):

@@ -118,7 +118,11 @@ class Simulation:
         """The device with as many requests in flight as the ring has room for, where that makes a known difference."""
         device = self.device
         fit = [depth for depth in device.flashes if depth * self.requests_size() <= self.plan.ring]
-        flash = device.flashes[max([d for d in fit if d <= device.flash_depth] or [min(device.flashes)])] if device.flashes else device.flash
+        flash = (
+            device.flashes[max([d for d in fit if d <= device.flash_depth] or [min(device.flashes)])]
+            if device.flashes
+            else device.flash
+        )
         between = device.between if device.streamed is None else device.streamed
         return replace(device, flash=flash, between=between)
 
@@ -179,9 +183,7 @@ class Simulation:
 
     def run(self, steps: Sequence[Step], *, record: bool = True) -> Outcome:
         """Steps one after the other in virtual time."""
-        return Clock(
-            self.device, self.units, steps, self.requests, fence=self.question.fence, record=record
-        ).run()
+        return Clock(self.device, self.units, steps, self.requests, fence=self.question.fence, record=record).run()
 
     def prompt_steps(self) -> list[Step]:
         """A prompt's chunks, and the head for its last row."""

@@ -1,4 +1,4 @@
-"""What is known of a device: its units, memory and flash, and where every constant comes from (soc_file.py reads it)."""
+"""What is known of a device: its units, memory and flash, and where every constant comes from; soc_file.py reads it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,7 +82,7 @@ class UnitModel:
             if name in self.rates:
                 return self.rates[name]
         if self.measured:
-            format = (kernel.split(":") + [format])[1]
+            format = [*kernel.split(":"), format][1]
             raise UsageError(
                 f"{short_name(kernel)} has not been measured here: coterie profile --units --formats {format}"
             )
@@ -108,9 +108,9 @@ class Mark:
 class Device:
     """A device. `memory`: bytes there are; `together`: bytes/s that all units read together at most; `between`: seconds
     between two steps that no unit works, `streamed` where weights are streamed (None: as many); `flashes`: the flash by
-    how many requests are in flight, where that is known; `flash_beside`: share of the flash's rate left while units compute;
-    `flash_power`, `idle_power`: watts (None: not known); `flash_depth`, `flash_block`: how it is read; `emulated`: it
-    is not this machine."""
+    how many requests are in flight, where that is known; `flash_beside`: share of its rate that is left while units
+    compute; `flash_power`, `idle_power`: watts (None: not known); `flash_depth`, `flash_block`: how it is read;
+    `latency`: seconds from asking an idle flash for something to its first byte; `emulated`: it is not this machine."""
 
     name: str
     memory: int
@@ -125,7 +125,7 @@ class Device:
     flash_depth: int = 8
     flash_block: int = 1 << 20
     emulated: bool = True
-    latency: float = 0.0  # seconds from asking for a single read to its first byte
+    latency: float = 0.0
     about: str = ""
     streamed: float | None = None
     flashes: Mapping[int, FlashModel] = field(default_factory=dict)

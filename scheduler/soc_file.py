@@ -7,6 +7,7 @@ say how much of it is known. All errors are one line that names the file and the
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from math import isfinite
@@ -82,21 +83,27 @@ def parse_soc(data: bytes, where: str) -> Device:
     units.done()
     flash = top.table("flash", optional=True)
     model = _flash(flash) if flash.values else None
-    extra = {
-        "flash_beside": flash.share("beside", 1.0),
-        "flash_power": flash.number_or_none("power"),
-        "flash_depth": flash.whole("depth", 8, most=1 << 10),
-        "flash_block": flash.whole("read", 1 << 20, most=1 << 30),
-        "latency": flash.number("latency", 0.0, least=0.0),
-    }
+    device = Device(
+        name,
+        total,
+        together,
+        found,
+        model,
+        between=between,
+        idle_power=idle,
+        about=about,
+        flash_beside=flash.share("beside", 1.0),
+        flash_power=flash.number_or_none("power"),
+        flash_depth=flash.whole("depth", 8, most=1 << 10),
+        flash_block=flash.whole("read", 1 << 20, least=4096, most=1 << 30),
+        latency=flash.number("latency", 0.0, least=0.0),
+    )
     flash.done()
     top.done(marked=False)
     if not found:
         raise UsageError(f"{where}: units: a device needs at least one")
     _check_sharing(where, found)
-    return Device(
-        name, total, together, found, model, tuple(marks), between=between, idle_power=idle, about=about, **extra
-    )
+    return replace(device, marks=tuple(marks))
 
 
 def _unit(name: str, table: "_Table") -> UnitModel:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from coterie.storage.weights import PINNED, Weights
 Shares = tuple[tuple[str, float], ...]  # units, and what part of an operator's rows each takes
 LINEAR = ("matmul", "ffn")
 LEAST_SHARE = 0.01
+NO_LAUNCH = 0.0, 0.0, 0.0
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,14 @@ def placements(
     kinds = {name: device.unit(name).kind for name in units}
     first = next((name for name in units if kinds[name] != "npu"), units[0])
     matrices = next((name for name in units if kinds[name] == "npu"), first)
-    if split and abs(sum(share for _, share in split) - 1) > 1e-6 or any(share < LEAST_SHARE for _, share in split):
+    if split and (abs(sum(s for _, s in split) - 1) > 1e-6 or min(s for _, s in split) < LEAST_SHARE):
         raise UsageError(f"--split {split}: shares must be at least {LEAST_SHARE} and add up to 1")
     decode = dict.fromkeys(LINEAR, split or ((first, 1.0),))
     prefill: dict[str, Shares] = dict.fromkeys(LINEAR, ((matrices, 1.0),))
     return Placement(decode, first, fence, formats), Placement(prefill, first, fence, formats)
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """A piece of work of one unit. `waits`: tasks of the same step; `needs`: tape positions below this must have
     arrived (0: none); `frees`: those below are no longer needed when it ends; `chained`: follows its own first part,
     without a launch. `launch`: alone, queued and drained, seconds; then `work` seconds that want `bytes_per_s`."""
@@ -76,8 +77,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Request:
-    """A read: tape positions `first` to `end`, that lie side by side in the file and in memory; `after`: positions below
-    this must be free before it (of this lap; negative: of the one before)."""
+    """A read: tape positions `first` to `end`, which lie side by side in the file and in memory."""
 
     first: int
     end: int
@@ -167,7 +167,7 @@ class _Maker:
                     before = (self._task(replace(each, unit=unit), before, 0, 0),)
             last.append(self._placed(operator, unit, share, before))
         if len(shares) > 1 and operator.frees:  # what is freed is freed when all parts are done
-            joined = Task(shares[0][0], "join", -1, (0.0, 0.0, 0.0), 0.0, 0.0, tuple(last), 0, operator.frees, True, "")
+            joined = Task(shares[0][0], "join", -1, NO_LAUNCH, 0.0, 0.0, tuple(last), 0, operator.frees, True, "")
             self.tasks.append(joined)
             last = [len(self.tasks) - 1]
         self._last.append(tuple(last))
@@ -182,9 +182,17 @@ class _Maker:
         ends = [min(r.end, operator.end) for r in self._of(operator)]
         for number, (size, end) in enumerate(zip(nbytes, ends, strict=True)):
             final = number == len(ends) - 1
-            before = waits if number == 0 else ()
-            at = self._task(i, before, end, frees if final else 0, size / sum(nbytes), chained=number > 0)
-        return at
+            if number:  # as the first one, but without a launch, and with its own share of the work
+                last = self.tasks[-1]
+                work = last.work / nbytes[number - 1] * size
+                self.tasks.append(
+                    last._replace(
+                        launch=NO_LAUNCH, work=work, waits=(), needs=end, frees=frees if final else 0, chained=True
+                    )
+                )
+            else:
+                self._task(i, waits, end, frees if final else 0, size / sum(nbytes))
+        return len(self.tasks) - 1
 
     def _of(self, operator: Operator) -> list[Request]:
         number = self._starts.get(operator.first)
@@ -196,9 +204,7 @@ class _Maker:
             found.append(self._requests[number])
         return found
 
-    def _task(
-        self, i: Instruction, waits: tuple[int, ...], needs: int, frees: int, share: float = 1.0, chained: bool = False
-    ) -> int:
+    def _task(self, i: Instruction, waits: tuple[int, ...], needs: int, frees: int, share: float = 1.0) -> int:
         unit = self.device.units[i.unit]
         if self.placement.formats and i.unit in self.placement.formats:
             i = replace(i, format=self.placement.formats[i.unit], kernel="")
@@ -210,8 +216,8 @@ class _Maker:
         found, launch = self._costs[i]
         name = i.kernel.partition(":")[0] or i.kind
         task = Task(
-            i.unit, name, i.layer, (0.0, 0.0, 0.0) if chained else launch, found.work * share, found.bytes_per_s,
-            waits, needs, frees, chained, found.bound,
+            i.unit, name, i.layer, launch, found.work * share, found.bytes_per_s,
+            waits, needs, frees, False, found.bound,
         )  # fmt: skip
         self.tasks.append(task)
         return len(self.tasks) - 1

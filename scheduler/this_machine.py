@@ -13,11 +13,9 @@ from coterie.storage.available import available_memory
 UNBOUND = 1e15  # bytes/s: what units do to each other here was measured as such (beside_flash, flash_beside)
 
 
-def this_machine(
-    profile: DeviceProfile | None = None, *, lanes: int | None = None, path: Path | None = None
-) -> Device:
+def this_machine(profile: DeviceProfile | None = None, *, lanes: int | None = None, path: Path | None = None) -> Device:
     """The device that `profile` (default: the one on disk) tells of, with so many lanes (default: as measured), reading
-    the file system of `path` (default: where packed models lie). Raises UsageError where something has not been measured."""
+    the file system of `path` (default: where packed models lie). Raises UsageError for what has not been measured."""
     profile = load_profile() if profile is None else profile
     unit = profile.units.get(str(lanes)) if lanes else next(iter(profile.units.values()), None)
     if unit is None or profile.memory_bandwidth is None:
@@ -53,9 +51,7 @@ def _cpu(unit: UnitProfile, bandwidth: float) -> UnitModel:
         cost.kernel: Rates(cost.rate, cost.fill, bandwidth=cost.bandwidth or UNBOUND, launch=cost.launch)
         for cost in unit.kernels
     }
-    return UnitModel(
-        "cpu", "cpu", bandwidth, rates, next(iter(rates)), beside_flash=unit.beside_flash, measured=True
-    )
+    return UnitModel("cpu", "cpu", bandwidth, rates, next(iter(rates)), beside_flash=unit.beside_flash, measured=True)
 
 
 def _flashes(found: FlashProfile) -> dict[int, FlashModel]:

@@ -1,5 +1,7 @@
-"""Measuring what the CPU unit's own kernels take, for the device profile: programs of two made-up models, a narrow and a
-wide one, compiled as those of real models are, run on weights that caches cannot hold.
+"""Measuring what the CPU unit's own kernels take, for the device profile.
+
+Programs of two made-up models, a narrow and a wide one, are compiled as those of real models are, and run on weights
+that caches cannot hold.
 
 A step's trace gives every instruction's time, from the end of the one before to its own end, so that handing over and
 what lanes prepare for themselves are in it. A kernel's times at several sizes become launch, bytes/s and operations/s.

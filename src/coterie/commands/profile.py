@@ -52,8 +52,8 @@ def profile(
     memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine for later plans (--flash, --units), or count a sparse model's live neurons (--activations); without
-    an option, show what has been measured."""
+    """Measure this machine for later plans (--flash, --units), or count a sparse model's live neurons (--activations);
+    without an option, show what has been measured."""
     if activations is not None:
         if flash or units:
             raise UsageError("--flash and --units measure this machine and --activations a model: one at a time")

@@ -25,7 +25,8 @@ def simulate(
         str, typer.Option("--units", metavar="UNIT,...", help="Who works: the NPU prefills, the first other decodes.")
     ] = "cpu",
     split: Annotated[
-        str, typer.Option("--split", metavar="UNIT=SHARE,...", help="Cut decode's matrices by rows, as gpu=0.75,npu=0.25.")
+        str,
+        typer.Option("--split", metavar="UNIT=SHARE,...", help="Cut decode's matrices by rows: gpu=0.75,npu=0.25."),
     ] = "",
     formats: Annotated[
         str, typer.Option("--formats", metavar="UNIT=FORMAT,...", help="What a unit takes weights for, as npu=int4.")
