@@ -1,9 +1,9 @@
 """The NPU unit: static-shape graphs, run one after the other by a thread that meets the CPU unit's lanes at flags."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +30,12 @@ class BoundGraph(Protocol):
 class NpuUnit:
     """Runs programs of graphs. `abort`: address of the word that calls the CPU unit's lanes off."""
 
-    def __init__(self, arena: Arena, buffers: UnitBuffers, abort: int, about: Mapping[str, Any]) -> None:
-        self.arena, self.buffers, self._about = arena, buffers, dict(about)
+    def __init__(self, arena: Arena, buffers: UnitBuffers, abort: int) -> None:
+        self.arena, self.buffers = arena, buffers
         self._programs: dict[str, list[tuple[tuple[int, ...], BoundGraph]]] = {}
         self._await, self._post = library.function("lane_await", 6), library.function("lane_post", 2)
         self._watch, self._nap = library.function("lane_watch", 4), arena.address(buffers.nap)
-        self._event, self._cycles = library.function("lane_event", 7), library.function("lane_cycles", 0)
+        self._event, self.cycles = library.function("lane_event", 7), library.function("lane_cycles", 0)
         self._abort, self._complaint = abort, ""
         self._counts, self._rate = arena.address(buffers.counts), max(1, int(cycles_per_second() / 1e6))
         self._go = arena.address(buffers.control)
@@ -47,9 +47,6 @@ class NpuUnit:
             arena.numpy(buffers.rings)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS
             self._ring = arena.address(buffers.rings)
         self._thread: threading.Thread | None = None
-
-    def describe(self) -> dict[str, Any]:
-        return {"unit": "npu"} | self._about
 
     def load(self, program: Program, graphs: list[BoundGraph]) -> None:
         """A program, and the graph of each of its records."""
@@ -65,7 +62,7 @@ class NpuUnit:
 
     def built(self, started: int) -> None:
         """Record that a graph was built since `started`, in cycles."""
-        self._record(started, self._cycles(), r.Opcode.BUILD, 0)
+        self._record(started, self.cycles(), r.Opcode.BUILD, 0)
 
     @contextmanager
     def beside(self, name: str, epoch: int) -> Iterator[None]:
@@ -121,14 +118,14 @@ class NpuUnit:
     def _run(self, records: list[tuple[tuple[int, ...], BoundGraph]]) -> None:
         most = int(SLICE * cycles_per_second())
         for (flag, opcode, *waits), graph in records:
-            asked = self._cycles()
+            asked = self.cycles()
             for awaited in waits:
                 while not self._await(awaited, self._epoch, self._own_abort, self._rate, self._counts, most):
                     if self._abort_word[0]:
                         return
-            begun = self._cycles()
+            begun = self.cycles()
             graph.run()
-            self._record(begun, self._cycles(), opcode, begun - asked)
+            self._record(begun, self.cycles(), opcode, begun - asked)
             self._post(flag, self._epoch)
 
     def _fail(self, complaint: str) -> None:

@@ -34,7 +34,9 @@ class GpuLowering:
     ) -> None:
         self.spec, self.weights, self.shared, self.ledger, self.unit = spec, weights, shared, ledger, unit
         if spec.head_dim > MOST_DIM:
-            raise PlanError(f"heads of {spec.head_dim} dimensions are more than a GPU unit takes: drop gpu from --units")
+            raise PlanError(
+                f"heads of {spec.head_dim} dimensions are more than a GPU unit takes: drop gpu from --units"
+            )
         self.tokens = 1 if rows == 1 else TOKENS
         self.rows, self.kv = round_up(rows, self.tokens), KVLayout.of(spec)
         self.width = round_up(spec.dim, COLUMNS)

@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.npu import NpuUnit
+from coterie.graphs import rows_at
 from coterie.kernels import operands as o
 from coterie.kernels.record import OPCODE
 from coterie.models.llama import activated
 from coterie.models.load import Model
 from coterie.scheduler.layout import ModelLayout
-from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.packer import half_split_rows
 from coterie.storage.unit import UnitBuffers
 
@@ -42,7 +42,7 @@ class PlainGraphs:
 
     def __init__(self, cpu: CpuUnit, buffers: UnitBuffers, model: Model, progress: Callable[..., None]) -> None:
         self.arena, self.model = cpu.arena, model
-        self.unit = NpuUnit(cpu.arena, buffers, cpu.abort_address, {"runtime": "numpy"})
+        self.unit = NpuUnit(cpu.arena, buffers, cpu.abort_address)
         self.graphs: list[PlainGraph] = []
 
     def load(self, layout: ModelLayout) -> None:
@@ -56,15 +56,10 @@ class PlainGraphs:
             self.unit.load(program, list(made))
 
     def describe(self) -> dict[str, Any]:
-        return self.unit.describe()
+        return {"unit": "npu", "runtime": "numpy"}
 
     def close(self) -> None:
         self.unit.close()
-
-
-def rows_at(arena: Arena, offset: int, rows: int, row: int) -> Floats:
-    found: Floats = arena.numpy(BufferRef("activations", offset, rows * row, "<f4", (rows, row // 4)))
-    return found
 
 
 def block(model: Model, kind: str, layer: int) -> Callable[[Floats], Floats]:

@@ -272,7 +272,7 @@ def test_run_follows_a_plan(packed: str, plan_file: str) -> None:
     assert data["plan"]["context"] == 300
     assert data["plan"]["sources"] == dict.fromkeys(("threads", "context", "memory", "chunk"), "plan") | {
         "units": "automatic",
-        "memory": "automatic"  # a share of the weights sets no ceiling
+        "memory": "automatic",  # a share of the weights sets no ceiling
     }
     assert data["flash"]["hit_rate"] == data["plan"]["resident"] < 1
     assert "context from plan" in result.stderr
