@@ -32,7 +32,9 @@ class Loaded(Protocol):
 class Device(Protocol):
     """A runtime with a queue: OpenCL (actors/opencl.py) or CUDA (actors/cuda.py)."""
 
-    builds: int  # programs that were compiled, so far
+    @property
+    def builds(self) -> int:
+        """Programs that were compiled so far."""
 
     def describe(self) -> dict[str, Any]: ...
 

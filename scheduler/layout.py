@@ -13,11 +13,12 @@ from coterie.kernels.shapes import SPAN
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec, Rope
 from coterie.scheduler.buffers import Shared
-from coterie.scheduler.lower import Lowering, Mode
+from coterie.scheduler.lower import Lowering
 from coterie.scheduler.lower_gpu import GpuLowering
 from coterie.scheduler.lower_npu import NpuLowering
 from coterie.scheduler.placement import CPU_ONLY, Placement
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
+from coterie.scheduler.workspace import Mode
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.neuron_buffers import NeuronBuffers, bundle_runs, lay_out_neurons, layer_neurons
 from coterie.storage.runs import PAGE, Run, embedding_run

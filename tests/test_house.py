@@ -34,6 +34,7 @@ FRONT_DOOR = {
     "ceiling",
     "part_engine",
     "cut",
+    "stepping",
     "stream",
     "supervision",
     "meter",

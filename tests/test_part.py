@@ -13,7 +13,6 @@ from sparse_models import LARGE
 from tiny_models import write_tiny
 
 from coterie import LLM
-from coterie.engine import _Yield
 from coterie.errors import CoterieError, ModelError, UsageError
 from coterie.models.header import OpenModel
 from coterie.models.load import Model, read_spec
@@ -24,6 +23,7 @@ from coterie.paths import models_dir
 from coterie.scheduler.plan import Wishes
 from coterie.scheduler.residency import pin_order
 from coterie.sizes import Share
+from coterie.stepping import Yield
 from coterie.storage.kv import Sequence as KVSequence
 
 LAYERS = 7  # of gemma3 the sixth has no window
@@ -124,7 +124,7 @@ def test_a_step_that_is_cut_short_begins_with_its_inputs_again(
             real(program, *arguments)
             if program != "head" and program not in yielded:
                 yielded.add(program)
-                raise _Yield
+                raise Yield
 
         monkeypatch.setattr(engine.unit, "run", run)
         assert same_bits(prefilled(engine, tokens), expected)

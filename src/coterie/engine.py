@@ -6,13 +6,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
-from coterie.actors.host import Host, ThreadHost, UnitLost
+from coterie.actors.host import Host, ThreadHost
 from coterie.actors.neurons import neuron_kernels
 from coterie.ceiling import Ceiling
 from coterie.divergence import Divergence, measure_divergence
@@ -32,6 +32,7 @@ from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash
 from coterie.scheduler.residency import ring_room
 from coterie.sizes import Memory
+from coterie.stepping import Again, Rows, Stepping
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.flash_file import FlashFile
@@ -45,29 +46,11 @@ from coterie.stream import Stream
 from coterie.supervision import Supervisor
 from coterie.trace.chrome import write_chrome_trace
 
-
-class _Yield(Exception):
-    """The step under way makes room for a new ceiling."""
-
-
-class _Again(Exception):
-    """The chunk under way must be computed again."""
-
-
-class Rows(NamedTuple):
-    """The rows of a step: token ids, positions, addresses of block tables, and which of them want logits."""
-
-    ids: Sequence[int]
-    positions: npt.ArrayLike
-    tables: npt.ArrayLike
-    outputs: npt.ArrayLike
-
-
 Floats = npt.NDArray[np.float32]
 Progress = Callable[..., None]  # progress(label, done=0, total=0)
 
 
-class Engine:
+class Engine(Stepping):
     """A model in memory, ready to run.
 
     Kernels are compiled before weights are loaded; their machine code is cached on disk. Raises ModelError,
@@ -193,103 +176,12 @@ class Engine:
         for rope, ref in self.layout.shared.ropes.items():
             fill_rope_table(rope, self.arena.numpy(ref)[: self.plan.context])
 
-    def _run(self, name: str, rows: Rows, *, more: bool = False) -> None:
-        """Run a program for one step; `more`: logits of this chunk's rows are wanted after it. A step that a new
-        ceiling cuts short, or that loses a unit, is run again; but not `head`, which cannot be: then the chunk is."""
-        while True:
-            try:
-                if not name.startswith("head"):
-                    self._ceiling.apply()
-                self._step(name, rows, more)
-            except _Yield:
-                continue
-            except UnitLost as loss:
-                self._recover(loss)
-                if name not in ("decode", "batch", "prefill"):
-                    raise _Again from None
-                continue
-            self.supervisor.done()
-            return
-
-    def _step(self, name: str, rows: Rows, more: bool) -> None:
-        """A step, on whichever units it is placed."""
-        if self.others is None:
-            self._on_cpu(name, rows, more)
-        elif self.others.on_gpu(name):
-            self.others.run_on_gpu(name, *rows)
-        else:
-            with self.others.beside(name):
-                self._on_cpu(name, rows, more)
-
-    def _on_cpu(self, name: str, rows: Rows, more: bool) -> None:
-        self.ready(name)
-        program, stream, meter = self.layout.programs[name], self.stream, self.meter
-        ids = np.asarray(rows.ids, np.int64)
-        if stream is None or meter is None:
-            self.unit.run(name, *rows, self._embeddings(ids))
-            return
-
-        def watch() -> None:
-            stream.watch()
-            if self._ceiling.pressing and not name.startswith("head"):
-                raise _Yield
-
-        self.unit.settle()  # no lane is left of a step before, that could use what is read now
-        if self.layout.neurons is not None and stream.neurons is None:  # a unit was lost
-            self._fill_tables()
-        meter.start()
-        try:
-            tape = stream.begin(program, again=more)
-            self.unit.run(name, *rows, self._embeddings(ids), tape, watch)
-        except _Yield:
-            stream.lose()
-            raise
-        except BaseException:
-            stream.lose()
-            stream.watch()  # if the flash unit complains, that is the reason
-            raise
-        meter.stop(ids.size if name in ("decode", "batch") else 0)
-
-    def _recover(self, loss: UnitLost) -> None:
-        """Replace what was lost, and what is lost meanwhile; other units by the CPU unit."""
-        if self.others is not None and loss.unit in self.others.names:
-            self.supervisor.give_up(loss)
-            return self.others.give_up()
-        while True:
-            try:
-                return self.supervisor.recover(loss, self.unit, self.stream)
-            except UnitLost as another:
-                loss = another
-
-    def _surely(self, action: Callable[[], None]) -> None:
-        """Do something that can be done again, until no unit is lost in it."""
-        while True:
-            try:
-                return action()
-            except UnitLost as loss:
-                self._recover(loss)
-
-    def _embeddings(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Addresses of the groups of rows in which the ids' embeddings lie."""
-        layout = self.layout
-        if layout.lookups is not None and layout.bounce is not None:
-            assert self.stream is not None
-            return self.stream.look_up(ids, layout.lookups, layout.bounce)
-        return self.arena.base + layout.weights.embedding_places(ids)[2]
-
     def _compile(self) -> None:
         """Have the machine code of whatever may run, before weights take the memory that the compiler needs."""
         wanted = [kernel for program in self.layout.programs.values() for kernel in program.kernels]
         if self.stream is not None and self._residency.slots:
             wanted += neuron_kernels(self.stream.unit.engine)
         library.compile_missing(wanted, self._progress)
-
-    def ready(self, *names: str) -> None:
-        """Link programs now, rather than when they are first run."""
-        for name in names:
-            if name not in self._loaded:
-                self.unit.load(self.layout.programs[name])
-                self._loaded.add(name)
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence; close it to give its memory back."""
@@ -338,7 +230,7 @@ class Engine:
         graphs = "" if length is None else f"@{length}"
         try:
             self._run(f"prefill{graphs}", Rows(ids, positions, tables, ()), more=wanted.size > 0)
-        except _Again:
+        except Again:
             sequence.length += len(ids)
             return False
         sequence.length += len(ids)
@@ -347,7 +239,7 @@ class Engine:
             try:
                 rows = Rows(ids, positions, tables, outputs)
                 self._run(f"head{graphs}", rows, more=first + OUTPUT_ROWS < wanted.size)
-            except _Again:
+            except Again:
                 return False
             logits[first : first + outputs.size] = self._logits[: outputs.size]
         return True

@@ -1,0 +1,144 @@
+"""Running a model's steps: on the units they are placed on, and again where one is lost or the ceiling changes."""
+
+from collections.abc import Callable, Sequence
+from threading import RLock
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.actors.cpu import CpuUnit
+from coterie.actors.host import UnitLost
+from coterie.ceiling import Ceiling
+from coterie.meter import Meter
+from coterie.others import OtherUnits
+from coterie.scheduler.layout import ModelLayout
+from coterie.storage.arena import Arena
+from coterie.stream import Stream
+from coterie.supervision import Supervisor
+
+
+class Yield(Exception):
+    """The step under way makes room for a new ceiling."""
+
+
+class Again(Exception):
+    """The chunk under way must be computed again."""
+
+
+class Rows(NamedTuple):
+    """The rows of a step: token ids, positions, addresses of block tables, and which of them want logits."""
+
+    ids: Sequence[int]
+    positions: npt.ArrayLike
+    tables: npt.ArrayLike
+    outputs: npt.ArrayLike
+
+
+class Stepping:
+    """What an engine is made of, as far as steps need it."""
+
+    unit: CpuUnit
+    others: OtherUnits | None
+    stream: Stream | None
+    meter: Meter | None
+    arena: Arena
+    layout: ModelLayout
+    supervisor: Supervisor
+    _ceiling: Ceiling
+    _loaded: set[str]  # programs of the CPU unit
+    _lock: RLock  # held while a step runs, or the ceiling changes
+
+    def _fill_tables(self) -> None:
+        raise NotImplementedError
+
+    def _run(self, name: str, rows: Rows, *, more: bool = False) -> None:
+        """Run a program for one step; `more`: logits of this chunk's rows are wanted after it. A step that a new
+        ceiling cuts short, or that loses a unit, is run again; but not `head`, which cannot be: then the chunk is."""
+        while True:
+            try:
+                if not name.startswith("head"):
+                    self._ceiling.apply()
+                self._step(name, rows, more)
+            except Yield:
+                continue
+            except UnitLost as loss:
+                self._recover(loss)
+                if name not in ("decode", "batch", "prefill"):
+                    raise Again from None
+                continue
+            self.supervisor.done()
+            return
+
+    def _step(self, name: str, rows: Rows, more: bool) -> None:
+        """A step, on whichever units it is placed."""
+        if self.others is None:
+            self._on_cpu(name, rows, more)
+        elif self.others.on_gpu(name):
+            self.others.run_on_gpu(name, *rows)
+        else:
+            with self.others.beside(name):
+                self._on_cpu(name, rows, more)
+
+    def _on_cpu(self, name: str, rows: Rows, more: bool) -> None:
+        self.ready(name)
+        program, stream, meter = self.layout.programs[name], self.stream, self.meter
+        ids = np.asarray(rows.ids, np.int64)
+        if stream is None or meter is None:
+            self.unit.run(name, *rows, self._embeddings(ids))
+            return
+
+        def watch() -> None:
+            stream.watch()
+            if self._ceiling.pressing and not name.startswith("head"):
+                raise Yield
+
+        self.unit.settle()  # no lane is left of a step before, that could use what is read now
+        if self.layout.neurons is not None and stream.neurons is None:  # a unit was lost
+            self._fill_tables()
+        meter.start()
+        try:
+            tape = stream.begin(program, again=more)
+            self.unit.run(name, *rows, self._embeddings(ids), tape, watch)
+        except Yield:
+            stream.lose()
+            raise
+        except BaseException:
+            stream.lose()
+            stream.watch()  # if the flash unit complains, that is the reason
+            raise
+        meter.stop(ids.size if name in ("decode", "batch") else 0)
+
+    def _recover(self, loss: UnitLost) -> None:
+        """Replace what was lost, and what is lost meanwhile; other units by the CPU unit."""
+        if self.others is not None and loss.unit in self.others.names:
+            self.supervisor.give_up(loss)
+            return self.others.give_up()
+        while True:
+            try:
+                return self.supervisor.recover(loss, self.unit, self.stream)
+            except UnitLost as another:
+                loss = another
+
+    def _surely(self, action: Callable[[], None]) -> None:
+        """Do something that can be done again, until no unit is lost in it."""
+        while True:
+            try:
+                return action()
+            except UnitLost as loss:
+                self._recover(loss)
+
+    def _embeddings(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Addresses of the groups of rows in which the ids' embeddings lie."""
+        layout = self.layout
+        if layout.lookups is not None and layout.bounce is not None:
+            assert self.stream is not None
+            return self.stream.look_up(ids, layout.lookups, layout.bounce)
+        return self.arena.base + layout.weights.embedding_places(ids)[2]
+
+    def ready(self, *names: str) -> None:
+        """Link programs now, rather than when they are first run."""
+        for name in names:
+            if name not in self._loaded:
+                self.unit.load(self.layout.programs[name])
+                self._loaded.add(name)
