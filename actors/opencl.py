@@ -128,7 +128,9 @@ class OpenCLDevice:
             raise UnitError(f"{self.name} has memory of its own and cannot compute in the machine's; CUDA is for such")
         memory = (ctypes.c_uint8 * arena.size).from_address(arena.base)
         flags = self._cl.mem_flags
-        return self._cl.Buffer(self._context, flags.READ_WRITE | flags.USE_HOST_PTR, hostbuf=np.frombuffer(memory, "u1"))
+        return self._cl.Buffer(
+            self._context, flags.READ_WRITE | flags.USE_HOST_PTR, hostbuf=np.frombuffer(memory, "u1")
+        )
 
 
 class Loaded:
@@ -189,7 +191,7 @@ class Loaded:
         return made
 
     def _warm(self, program: Any) -> None:
-        """Run each kernel once for no rows, on other memory: drivers that compile when a kernel first runs do it now."""
+        """Run each kernel for no rows, on other memory; drivers that compile at a kernel's first run do it now."""
         cl, device = self.device._cl, self.device
         nothing = cl.Buffer(device._context, cl.mem_flags.READ_WRITE, 4096)
         cl.enqueue_fill_buffer(device.queue, nothing, np.uint8(0), 0, 4096)
@@ -220,7 +222,9 @@ def _find_device(cl: Any) -> Any:
     except cl.Error:
         devices = []
     if not devices:
-        raise UnitError("no OpenCL driver is installed: install the GPU vendor's, or pip install pocl-binary-distribution")
+        raise UnitError(
+            "no OpenCL driver is installed: install the GPU vendor's, or pip install pocl-binary-distribution"
+        )
     gpus = [device for device in devices if device.type & cl.device_type.GPU]
     sharing = [device for device in gpus if device.host_unified_memory]
     if gpus and not sharing:

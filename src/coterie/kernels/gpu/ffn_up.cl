@@ -8,6 +8,7 @@ kernel void NAME(PARAMETERS) {
     global const uchar *start = w + weights + (long)(cluster / per) * stride + (long)(cluster % per) * bundle;
     global const uchar *from = a + x + (long)first * x_row;
     real out[2][T];
+#pragma nounroll
     for (int i = 0; i < 2; i++) {
         const int g = block % (neurons / 32) * 2 + i;
         real gates[T], ups[T];

@@ -9,8 +9,8 @@ the whole arena where a device shares memory. Then come the parameters below. Ac
 bytes apart, filled up with zeros to a multiple of 32 columns; where the CPU unit quantises them (docs/numerics.md) they
 are rounded the same way and stored as value times scale, so that a GPU differs from it by float rounding only.
 
-A packed matrix is `groups` of 16 rows, each `blocks` blocks; groups lie `group` bytes apart, `per` of them in an extent,
-extents `stride` bytes apart (docs/packed-format.md). Neuron clusters lie alike, `bundle` bytes apart.
+A packed matrix is `groups` of 16 rows, each `blocks` blocks; groups lie `group` bytes apart, `per` of them in an
+extent, extents `stride` bytes apart (docs/packed-format.md). Neuron clusters lie alike, `bundle` bytes apart.
 """
 
 from typing import Literal, NamedTuple
@@ -37,8 +37,8 @@ def _parameters(text: str) -> tuple[Parameter, ...]:
     return tuple(Parameter(name, kinds[kind]) for name, kind in pairs)
 
 
-# `step`: the step header, int64 (kernels/record.py): TOKENS rows, of which OUTPUTS want logits; `select` 1: the kernel's
-# rows are those, row i being `outputs[i]` (int32) of what is read.
+# `step`: the step header, int64 (kernels/record.py): TOKENS rows, of which OUTPUTS want logits; `select` 1: the
+# kernel's rows are those, row i being `outputs[i]` (int32) of what is read.
 SIGNATURES: dict[str, tuple[Parameter, ...]] = {
     # out[row][0:width] = scale * embedding row ids[row] (int32); zeros where there is no such row, and behind it
     "embed": _parameters(
