@@ -53,13 +53,16 @@ class GpuBench:
         words = np.zeros((1, r.WORDS), np.int64)
         if family in ("rope", "attend"):
             given["base"] = 0
-        for word, value in operands(family, **given).items():  # type: ignore[arg-type]
+        for word, value in operands(family, **given).items():
             if isinstance(value, BufferRef):
                 words[0, word] = value.offset
             elif value is None:
                 words[0, word] = NONE
+            elif isinstance(value, float):
+                words[0, word] = r.float_bits(value)
             else:
-                words[0, word] = r.float_bits(value) if isinstance(value, float) else value
+                assert isinstance(value, int)
+                words[0, word] = value
         return words
 
     def load(self, kernel: str, **values: object) -> Loaded:
@@ -118,7 +121,7 @@ def is_product(got: npt.NDArray[np.float32], x: npt.NDArray[np.float32], w: npt.
     """Whether float32[n][rows] is x float32[n][columns] times w float32[rows][columns], but for float rounding."""
     wide, weights = x.astype(np.float64), w.astype(np.float64)
     wrong = np.abs(got - wide @ weights.T)
-    return bool((wrong <= 1e-6 * (np.abs(wide) @ np.abs(weights).T)).all())
+    return bool((wrong <= 3e-6 * (np.abs(wide) @ np.abs(weights).T)).all())
 
 
 def untouched(values: npt.NDArray[np.float32] | Sequence[float]) -> bool:

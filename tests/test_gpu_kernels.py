@@ -230,8 +230,8 @@ def test_feed_forward_networks(names: tuple[str, str, str], bench: GpuBench) -> 
         ups = {"up": layout.gate_bytes, "blocks": -(-dim // gate.columns), "x": source, "x_row": 4 * source.shape[1]}
         kernel = f"ffn_up:{gate.name}:{up.name}:{activation}:{t}"
         bench.run(kernel, rows, rounded=0, **common, **ups)
-        wide = x.astype(np.float64)
-        expected = activated(activation, wide @ floats_of(gate.name, w_gate).T, wide @ floats_of(up.name, w_up).T)
+        gates, ups_ = (x.astype(np.float64) @ floats_of(f.name, w).T for f, w in ((gate, w_gate), (up, w_up)))
+        expected: Any = activated(activation, gates, ups_)  # type: ignore[arg-type]  # in double precision
         got = bench.look(hidden)
         assert close_to(got[:rows], expected, 1e-5), (rows, activation)
         assert untouched(got[rows:])
@@ -270,14 +270,15 @@ class Sequences:
         """float32[kv heads][positions][dim] of the second layer."""
         k = self.bench.look(self.blocks)[self.places[sequence], 1, 0].astype(np.float32)
         k = k.reshape(len(k), self.kv_heads, SPAN // 16, self.dim, 16).transpose(1, 0, 2, 4, 3)
-        return k.reshape(self.kv_heads, -1, self.dim)
+        keys: Floats = k.reshape(self.kv_heads, -1, self.dim)
+        return keys
 
     def kept(self, sequence: int) -> Floats:
         """The same of the values."""
         v = self.bench.look(self.blocks)[self.places[sequence], 1, 1].astype(np.float32)
-        return (
-            v.reshape(len(v), self.kv_heads, SPAN, self.dim).transpose(1, 0, 2, 3).reshape(self.kv_heads, -1, self.dim)
-        )
+        v = v.reshape(len(v), self.kv_heads, SPAN, self.dim).transpose(1, 0, 2, 3)
+        values: Floats = v.reshape(self.kv_heads, -1, self.dim)
+        return values
 
     def operands(self, rows: list[tuple[int, int]]) -> dict[str, Any]:
         """Of rows (sequence, position)."""

@@ -21,9 +21,10 @@ kernel void NAME(PARAMETERS) {
             out[i][t] = JOIN(activated, ACTIVATION)(slices_sum(gates[t], scratch), slices_sum(ups[t], scratch));
     }
     for (int t = 0; t < T; t++) {
-        if (rounded) round_block(&out[0][t], &out[1][t], scratch);
+        real low = out[0][t], high = out[1][t];
+        round_block(&low, &high, scratch);
         global float *to = (global float *)(a + hidden + (long)(first + t) * hidden_row) + block * 32;
-        if (t < rows && SLICE == 0) put_floats(out[0][t], to);
-        if (t < rows && SLICE == 0) put_floats(out[1][t], to + ROWS);
+        if (t < rows && SLICE == 0) put_floats(rounded ? low : out[0][t], to);
+        if (t < rows && SLICE == 0) put_floats(rounded ? high : out[1][t], to + ROWS);
     }
 }

@@ -8,28 +8,32 @@ static real residual(global const float *x, global const float *y, global const 
     return v + (post ? u * factor * get_floats(post, LANE) : u);
 }
 
+// 32 columns from `c` on into the row `at` bytes behind `list`, where there is such a row and it has them
+static void put_block(real low, real high, global uchar *a, long list, long at, int c, int width) {
+    if (list == NONE || c >= width) return;
+    put_floats(low, (global float *)(a + list + at) + c);
+    put_floats(high, (global float *)(a + list + at) + c + ROWS);
+}
+
 kernel void NAME(PARAMETERS) {
     SCRATCH;
     const int i = get_global_id(0) / LANES;
     if (i >= step_rows(a, step, select)) return;
-    const long from = (long)(select ? int_at(a, outputs, i) : i) * row;
-    global const float *source = (global const float *)(a + x + from), *scales = (global const float *)(w + weight);
-    global const float *added = y == NONE ? 0 : (global const float *)(a + y + from);
-    global const float *posts = post == NONE ? 0 : (global const float *)(w + post);
-    global float *sum = x_out == NONE ? 0 : (global float *)(a + x_out + from);
+    const long at = (long)(select ? int_at(a, outputs, i) : i) * row;
+    global const float *source = (global const float *)(a + x + at), *scales = (global const float *)(w + weight);
+    global const float *added = y == NONE ? 0 : (global const float *)(a + y + at);
+    global const float *posts = post == NONE || !added ? 0 : (global const float *)(w + post);
+    global float *sum = x_out == NONE ? 0 : (global float *)(a + x_out + at);
     const int halves = (dim + 31) / 32 * 2;  // halves of blocks that hold anything
 
-    float factor = 0.0f;
-    if (added && posts) {
-        real squares = (real)0.0f;
-        for (int h = SLICE; h < halves; h += SLICES) {
-            const real v = below(get_floats(added + h * ROWS, LANE), h * ROWS, dim);
-            squares = fma(v, v, squares);
-        }
-        factor = inverse_rms(all_sum(squares, scratch), dim, eps);
-    }
-
     real squares = (real)0.0f;
+    for (int h = SLICE; posts && h < halves; h += SLICES) {
+        const real v = below(get_floats(added + h * ROWS, LANE), h * ROWS, dim);
+        squares = fma(v, v, squares);
+    }
+    const float factor = inverse_rms(all_sum(squares, scratch), dim, eps);
+
+    squares = (real)0.0f;
     for (int block = SLICE; block * 2 < halves; block += SLICES)
         for (int h = 2 * block; h < 2 * block + 2; h++) {
             const int c = h * ROWS;
@@ -38,11 +42,10 @@ kernel void NAME(PARAMETERS) {
             squares = fma(v, v, squares);
             if (sum) put_floats(v, sum + c);
         }
-    if (out == NONE && rounded == NONE) return;
     const float rms = inverse_rms(all_sum(squares, scratch), dim, eps);
 
-    for (int round = 0; round * 32 < width; round += SLICES) {  // every slice, since they round together
-        const int c = (round + SLICE) * 32;
+    for (int from = 0; from < width; from += SLICES * 32) {  // every slice, since they round together
+        const int c = from + SLICE * 32;
         real v[2];
         for (int h = 0; h < 2; h++) {
             const int k = c + h * ROWS;
@@ -52,13 +55,9 @@ kernel void NAME(PARAMETERS) {
                                    : residual(source + k, added ? added + k : 0, posts ? posts + k : 0, factor);
                 v[h] = below(u * rms * get_floats(scales + k, LANE), k, dim);
             }
-            if (out != NONE && k < width) put_floats(v[h], (global float *)(a + out + (long)i * out_row) + k);
         }
-        if (rounded != NONE) {
-            round_block(&v[0], &v[1], scratch);
-            global float *to = (global float *)(a + rounded + (long)i * out_row) + c;
-            if (c < width) put_floats(v[0], to);
-            if (c < width) put_floats(v[1], to + ROWS);
-        }
+        put_block(v[0], v[1], a, out, (long)i * out_row, c, width);
+        round_block(&v[0], &v[1], scratch);
+        put_block(v[0], v[1], a, rounded, (long)i * out_row, c, width);
     }
 }

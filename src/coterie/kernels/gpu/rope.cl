@@ -22,15 +22,12 @@ kernel void NAME(PARAMETERS) {
     }
     const long norm = query ? query_norm : key_norm;
     global const float *weight = (global const float *)(w + (norm == NONE ? 0 : norm));
-    float factor = 1.0f;
-    if (norm != NONE) {
-        real squares = (real)0.0f;
-        for (int j = SLICE; j * ROWS < dim; j += SLICES) {
-            const real v = get_some(x + j * ROWS, dim - j * ROWS);
-            squares = fma(v, v, squares);
-        }
-        factor = inverse_rms(all_sum(squares, scratch), dim, eps);
+    real squares = (real)0.0f;
+    for (int j = SLICE; norm != NONE && j * ROWS < dim; j += SLICES) {
+        const real v = get_some(x + j * ROWS, dim - j * ROWS);
+        squares = fma(v, v, squares);
     }
+    const float factor = inverse_rms(all_sum(squares, scratch), dim, eps);
     global const float *turn = (global const float *)(a + angles) + (long)position * 2 * half_;
     const float size = query ? scale : 1.0f;
     kv += slot / ROWS * dim * ROWS + slot % ROWS;  // of keys: [position / 16][dim][position % 16]
