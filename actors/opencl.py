@@ -66,7 +66,8 @@ class OpenCLDevice:
         except cl.Error as error:
             raise UnitError(f"OpenCL device {self.name} cannot be used: {_line(error)}") from None
         self._builder = Builder(cl, self._context, self.device, self.wide)
-        self._open: list[Loaded] = []
+        self._programs: list[Loaded] = []
+        self._closed = False
 
     @property
     def builds(self) -> int:
@@ -92,7 +93,7 @@ class OpenCLDevice:
         """Get ready to run records int64[n][WORDS], which hold arena offsets, each with its kernel's name. Operands of
         kind `base` are put in here. Raises UnitError for a kernel that there is not, or that cannot be built."""
         loaded = Loaded(self, self._builder.program(kernels), np.asarray(words), list(kernels))
-        self._open.append(loaded)
+        self._programs.append(loaded)
         return loaded
 
     def before_step(self, refs: Sequence[BufferRef]) -> None:
@@ -110,17 +111,16 @@ class OpenCLDevice:
 
     def close(self) -> None:
         """Wait for the device and let the arena go; a second call does nothing."""
-        if self._open is None:
+        if self._closed:
             return
+        self._closed = True
         try:
-            for loaded in self._open:
+            for loaded in self._programs:
                 loaded.close()
             self.queue.finish()
         except self._cl.Error:
             pass  # a device that is gone computes nothing more
-        self._open = []
         self.buffer.release()
-        self._open = None  # type: ignore[assignment]
 
     def _wrap(self) -> Any:
         """The arena as a buffer of the device. Raises UnitError where the device would compute in a copy."""
@@ -132,11 +132,9 @@ class OpenCLDevice:
             )
         if not _shares(self._cl, self._context, self.queue, device):
             raise UnitError(f"{self.name} has memory of its own and cannot compute in the machine's; CUDA is for such")
-        memory = (ctypes.c_uint8 * arena.size).from_address(arena.base)
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * arena.size).from_address(arena.base))
         flags = self._cl.mem_flags
-        return self._cl.Buffer(
-            self._context, flags.READ_WRITE | flags.USE_HOST_PTR, hostbuf=np.frombuffer(memory, "u1")
-        )
+        return self._cl.Buffer(self._context, flags.READ_WRITE | flags.USE_HOST_PTR, hostbuf=memory)
 
 
 class Loaded:
@@ -150,7 +148,7 @@ class Loaded:
         self.control = np.zeros(oq.CONTROL_WORDS, np.int64)
         driver = ctypes.CDLL(device._cl._cl.__file__)  # which has loaded libOpenCL: its names are found through it
         for word, function in FUNCTIONS.items():
-            self.control[word] = ctypes.cast(getattr(driver, function), ctypes.c_void_p).value
+            self.control[word] = ctypes.cast(getattr(driver, function), ctypes.c_void_p).value or 0
         self.control[oq.QUEUE], self.control[oq.SHARE] = device.queue.int_ptr, round(1000 * device.share)
         self.control[oq.LIMIT] = SLICE
         self._run, self._settle = library.function("opencl_run", 5), library.function("opencl_settle", 1)
@@ -190,14 +188,14 @@ class Loaded:
         over = launch(name, values, device.wide)
         lanes, slices = (1, 1) if device.wide else (LANES, SLICES)
         entry = self.table[i]
-        entry[oq.HANDLE], entry[oq.COUNT], entry[oq.TOGETHER] = made.int_ptr, COUNTS[over.count], over.rows
+        entry[oq.HANDLE], entry[oq.COUNT], entry[oq.TOGETHER] = made.int_ptr, COUNTS[over.which], over.rows
         entry[oq.GLOBAL : oq.GLOBAL + 3] = lanes, slices, over.units
         entry[oq.LOCAL : oq.LOCAL + 3] = lanes, slices, 1
         entry[oq.UNITS] = over.units
         return made
 
     def _warm(self, program: Any) -> None:
-        """Run each kernel once for no rows, on other memory: drivers that compile when a kernel first runs do it now."""
+        """Run each kernel for no rows, on other memory; drivers that compile at a kernel's first run do it now."""
         cl, device = self.device._cl, self.device
         nothing = cl.Buffer(device._context, cl.mem_flags.READ_WRITE, 4096)
         cl.enqueue_fill_buffer(device.queue, nothing, np.uint8(0), 0, 4096)

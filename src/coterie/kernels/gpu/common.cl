@@ -5,7 +5,8 @@
 //                      read neighbouring words; slices share the blocks of a row and add up in the end
 //
 // `real` is what one work-item holds of 16 floats. get_... and put_... move the 16 values at `p`, or a lane's one.
-// Work-items of a group take the same branches around anything that waits for the others (all_..., round_block).
+// Work-items of a group wait for each other in all_..., slices_sum and round_block, which stand in no branch: PoCL 3.0
+// gets those wrong.
 
 // Arithmetic is the class `exact` (docs/numerics.md) on devices that divide and take roots as IEEE says: nothing is
 // contracted, every order of sums is fixed.

@@ -41,10 +41,10 @@ assert set(TEMPLATES) == set(SIGNATURES)
 class Launch(NamedTuple):
     """Over what a kernel runs: `units` along dimension 2, and along dimension 0 a step's rows, `rows` together.
 
-    `count`: which rows of the step those are; "none": it runs once a step.
+    `which`: rows of the step those are; "none": it runs once a step.
     """
 
-    count: Literal["tokens", "outputs", "none"]
+    which: Literal["tokens", "outputs", "none"]
     rows: int
     units: int
 
@@ -72,24 +72,24 @@ def launch(name: str, values: Mapping[str, int | float], wide: bool) -> Launch:
     found = parts(name)
     rows = int(found.get("T", 1))
     v = {key: int(value) for key, value in values.items()}
-    count: Literal["tokens", "outputs"] = "outputs" if v.get("select") else "tokens"
+    which: Literal["tokens", "outputs"] = "outputs" if v.get("select") else "tokens"
     items = 1 if wide else LANES * SLICES
     match name.partition(":")[0]:
         case "embed":
-            return Launch(count, rows, -(-v["width"] // (COLUMNS * items)))
+            return Launch(which, rows, -(-v["width"] // (COLUMNS * items)))
         case "norm":
-            return Launch(count, rows, 1)
+            return Launch(which, rows, 1)
         case "rope":
-            return Launch(count, rows, v["heads"] + 2 * v["kv_heads"])
+            return Launch(which, rows, v["heads"] + 2 * v["kv_heads"])
         case "attend":
             unit = COLUMNS // min(v["dim"] & -v["dim"], COLUMNS)  # heads that fill whole blocks
-            return Launch(count, rows, -(-v["heads"] // unit))
+            return Launch(which, rows, -(-v["heads"] // unit))
         case "ffn_up":
-            return Launch(count, rows, v["clusters"] * (v["neurons"] // COLUMNS))
+            return Launch(which, rows, v["clusters"] * (v["neurons"] // COLUMNS))
         case "post":
             return Launch("none", 1, 1)
         case _:  # matmul, ffn_down
-            return Launch(count, rows, v["groups"])
+            return Launch(which, rows, v["groups"])
 
 
 def source(names: Iterable[str], wide: bool) -> str:
