@@ -70,7 +70,8 @@ class GpuUnit:
             self._ring = arena.address(buffers.rings)
 
     def describe(self) -> dict[str, Any]:
-        return {"unit": "gpu"} | self.device.describe()
+        about = self.device.describe()
+        return {"unit": "gpu", "real": not about["stand_in"], "builds": self.device.builds} | about
 
     def load(self, program: Program) -> None:
         """Have the device compile what it needs, before any step."""

@@ -1,6 +1,7 @@
 """coterie units, and doctor, which shows the same."""
 
 import json
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,22 @@ def test_what_is_there_can_run_on_both_hosts() -> None:
     assert hosts["ray"]["cluster"] is None
 
 
-def test_what_is_not_there_says_why() -> None:
+def test_what_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("pyopencl", "openvino", "onnxruntime", "numba_cuda", "cuda"):
+        monkeypatch.setitem(sys.modules, package, None)
     units, _ = found()
     for name in ("gpu", "npu"):
         assert not units[name]["available"]
         assert units[name]["hosts"] == []
         assert units[name]["hardware"] is None
-        assert units[name]["why_not"] == "not in this version"
+        assert units[name]["get"] == f"pip install 'coterie[{name}]'"
+
+
+def test_a_stand_in_is_called_one() -> None:
+    units, _ = found()
+    for name in ("gpu", "npu"):
+        if units[name]["available"] and units[name]["hardware"] != "real":
+            assert "a stand-in, no" in units[name]["runtime"]
 
 
 def test_a_processor_that_will_not_do_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ from coterie.commands import terminal
 from coterie.commands.options import Json
 
 PATHS = {"vnni": "AVX-512 VNNI", "avx2": "AVX2", "dotprod": "ARM dot product"}
-LATER = "not in this version"
 
 
 def units(as_json: Json = False) -> None:
@@ -29,8 +28,11 @@ def describe() -> dict[str, Any]:
     """
     hosts = [{"name": "threads", "available": True, "why_not": None, "get": None}, _ray()]
     names = [host["name"] for host in hosts if host["available"]]
-    found = [_cpu(), _flash(), *(_unit(kind, why_not=LATER, get="a later version") for kind in ("gpu", "npu"))]
-    return {"units": [unit | {"hosts": names if unit["available"] else []} for unit in found], "hosts": hosts}
+    found = [_cpu(), _flash(), _gpu(), _npu()]
+    for unit in found[2:]:
+        unit["hosts"] = names[:1]  # a queue and a thread of this process, on any host of the others
+    found = [{"hosts": names} | unit for unit in found]
+    return {"units": [unit | ({} if unit["available"] else {"hosts": []}) for unit in found], "hosts": hosts}
 
 
 def texts(found: dict[str, Any]) -> dict[str, str]:
@@ -84,6 +86,37 @@ def _flash() -> dict[str, Any]:
         return _unit("flash", runtime=f"{engine}; not measured yet: coterie profile --flash", hardware="real")
     measured = f"{choice.bytes_per_s / 1e9:.2f} GB/s in pieces of {choice.block >> 10} KiB ({choice.source})"
     return _unit("flash", runtime=f"{engine}, {measured}", hardware="real") | {"bytes_per_s": choice.bytes_per_s}
+
+
+def _gpu() -> dict[str, Any]:
+    from coterie.actors.gpus import open_device
+    from coterie.errors import UnitError
+    from coterie.storage.arena import Arena
+
+    try:
+        device = open_device(Arena({"nothing": 1 << 21}))
+    except UnitError as error:
+        return _lacking_runtime("gpu", error)
+    about = device.describe()
+    device.close()
+    runtime = f"{about['runtime']}, {about['name']}" + (": a stand-in, no GPU found" if about["stand_in"] else "")
+    return _unit("gpu", runtime=runtime, hardware="stand-in" if about["stand_in"] else "real")
+
+
+def _npu() -> dict[str, Any]:
+    from coterie.actors.npu_graphs import open_runtime
+    from coterie.errors import UnitError
+
+    try:
+        runtime = open_runtime()
+    except UnitError as error:
+        return _lacking_runtime("npu", error)
+    return _unit("npu", runtime=runtime.describe(), hardware="stand-in" if runtime.stand_in else "real")
+
+
+def _lacking_runtime(kind: str, error: Exception) -> dict[str, Any]:
+    why, _, get = str(error).rpartition(": ")
+    return _unit(kind, why_not=why, get=get)
 
 
 def _ray() -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""GPU and NPU units with their real runtimes (PoCL, OpenVINO, ONNX Runtime, where installed): nothing is built in a
+step, a second start builds nothing, and what vanishes or is damaged is replaced."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import coterie
+from test_other_units import prompts
+from tiny_models import write_tiny
+
+from coterie.actors.gpus import open_device
+from coterie.actors.npu_graphs import open_runtime
+from coterie.engine import Engine
+from coterie.errors import UnitError
+from coterie.opening import open_model
+from coterie.paths import cache_dir, kernels_dir
+from coterie.scheduler.plan import Wishes
+from coterie.storage.arena import Arena
+
+UNITS = ("cpu", "gpu", "npu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _runtimes() -> None:
+    try:
+        open_device(Arena({"nothing": 1 << 21})).close()
+        open_runtime()
+    except UnitError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder in which nothing but the CPU unit's kernels is compiled."""
+    kernels = kernels_dir()
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "kernels").symlink_to(kernels)
+    monkeypatch.setenv("COTERIE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "tiny.gguf", formats="Q8_0")
+
+
+def opened(model: Path, trace: Path | None = None, units: tuple[str, ...] = UNITS) -> Engine:
+    return Engine(open_model(model), Wishes(threads=2, context=512, chunk=64, units=units), trace=trace)
+
+
+def builds(engine: Engine) -> list[int]:
+    assert engine.others is not None
+    return [unit["builds"] for unit in engine.others.describe()]
+
+
+def test_no_step_builds_anything(model: Path, home: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    engine = opened(model, trace)
+    built = builds(engine)
+    assert all(count > 0 for count in built)
+    prompts(engine, [1, 33, 40, 64, 65, 150])
+    assert builds(engine) == built
+    engine.close()
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
+    for unit, work in (("gpu", "step"), ("npu", "ffn")):
+        own = [event for event in events if event["pid"] == names[unit] and event["ph"] == "X"]
+        ends = [event["ts"] + event["dur"] for event in own if event["name"] == "build"]
+        starts = [event["ts"] for event in own if event["name"] == work]
+        assert ends
+        assert starts
+        assert max(ends) <= min(starts)
+
+    again = opened(model)
+    assert builds(again) == [0, 0]
+    again.close()
+
+
+def test_damaged_graphs_and_programs_are_built_again(model: Path, home: Path) -> None:
+    engine = opened(model)
+    built, wanted = builds(engine), prompts(engine, [40])
+    engine.close()
+    files = [*(cache_dir() / "graphs").glob("*.graph"), *(cache_dir() / "gpu").iterdir()]
+    for i, file in enumerate(files):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        file.write_bytes(data if i % 2 else data[: len(data) // 3])
+    engine = opened(model)
+    assert builds(engine) == built
+    np.testing.assert_array_equal(prompts(engine, [40]), wanted)
+    engine.close()
+
+
+def test_a_gpu_that_vanishes_is_replaced_by_the_cpu_unit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, alone = opened(model, units=("gpu",)), opened(model, units=("cpu",))
+    assert engine.others is not None
+    assert engine.others.gpu is not None
+    fails = iter([False, False, True])
+
+    class Vanishing:
+        def __init__(self, loaded: object) -> None:
+            self.loaded = loaded
+
+        def run(self, tokens: int, outputs: int) -> None:
+            if next(fails):
+                raise UnitError("OpenCL device failed at kernel norm: DEVICE_NOT_AVAILABLE (-2)")
+            self.loaded.run(tokens, outputs)  # type: ignore[attr-defined]
+
+    programs = engine.others.gpu._programs
+    for name, (program, loaded) in list(programs.items()):
+        programs[name] = program, Vanishing(loaded)
+    np.testing.assert_array_equal(prompts(engine, [64, 20]), prompts(alone, [64, 20]))
+    (loss,) = engine.supervisor.losses
+    assert (loss.unit, loss.by) == ("gpu", "cpu")
+    assert "DEVICE_NOT_AVAILABLE" in loss.reason
+    engine.close()
+    alone.close()
+
+
+def test_units_are_told_of(model: Path) -> None:
+    result = coterie(
+        "run", str(model), "-p", "the word", "--raw", "-n", "2", "--units", "cpu,gpu,npu", "--json", "-c", "128"
+    )
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert [unit["unit"] for unit in data["units"]] == ["cpu", "gpu", "npu"]
+    assert data["plan"]["numerics"] == "near"
+    assert set(data["plan"]["copies"]) == {"gpu", "npu"}
+    assert data["units"][2]["weight_copies"] > 0
+    assert "KL" in result.stderr
+    assert "npu computes: prompts' matrix products" in result.stderr
+    result = coterie("run", str(model), "-p", "x", "--units", "npu")
+    assert (result.exit_code, "needs the CPU unit" in result.stderr) == (2, True)
