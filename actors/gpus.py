@@ -5,14 +5,15 @@ from coterie.errors import UnitError
 from coterie.storage.arena import Arena
 
 
-def open_device(arena: Arena) -> Device:
-    """The best GPU there is for that arena. Raises UnitError, with what is missing of either runtime."""
+def open_device(arena: Arena, share: float = 1.0) -> Device:
+    """The best GPU there is for that arena, to be busy for that share of the time at most. Raises UnitError, with what
+    is missing of either runtime."""
     from coterie.actors.opencl import OpenCLDevice
 
     reasons = []
     for runtime in (OpenCLDevice,):
         try:
-            device: Device = runtime(arena)
+            device: Device = runtime(arena, share=share)
             return device
         except UnitError as error:
             reasons.append(str(error))

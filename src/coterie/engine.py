@@ -102,7 +102,9 @@ class Engine(Stepping):
         self.divergence: Divergence | None = None
         try:
             if not plan.placement.exact:
-                self.others = OtherUnits(self.unit, self._units, plan.placement, model, self._progress)
+                self.others = OtherUnits(
+                    self.unit, self._units, plan.placement, model, self._progress, wishes.gpu_share
+                )
             if self._packed is not None:
                 self.stream = self._open_stream(self._packed)
                 self.meter = Meter(self.stream.unit, self.unit)

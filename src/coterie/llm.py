@@ -58,6 +58,7 @@ class LLM:
 
     `units` names those that may compute, such as "cpu,gpu,npu" (None: "cpu"). GPU and NPU are of class `near`: their
     tokens may differ from the CPU unit's, and how far they are from it is measured when the model is opened.
+    `gpu_share`: the part of the time, 0.01 to 1, for which the GPU is kept busy at most, a few milliseconds at a time.
 
     Raises FetchError, ModelError, PlanError, UnitError, UsageError.
     """
@@ -77,6 +78,7 @@ class LLM:
         host: str = "threads",
         ray_address: str | None = None,
         units: str | None = None,
+        gpu_share: float | None = None,
     ) -> None:
         check_host(host, ray_address)
         for name, value in (("threads", threads), ("context", context), ("cut", cut)):
@@ -85,7 +87,7 @@ class LLM:
         start = time.perf_counter()
         wanted = Wishes(
             threads, context, None, _ceiling(memory), trace is not None, sources=dict(sources or {}), host=host,
-            units=parse_units(units),
+            units=parse_units(units), gpu_share=_part(gpu_share),
         )  # fmt: skip
         if cut is not None and wanted.units != ("cpu",):
             raise UsageError("a cut model's layers are the CPU unit's: drop units, or cut")
@@ -388,6 +390,13 @@ def _ceiling(memory: int | str | Share | None) -> Memory | None:
     if memory is not None and not isinstance(memory, Share) and (type(memory) is not int or not 1 <= memory <= MOST):
         raise UsageError(f'memory is {memory!r}: give bytes, or text such as "6GiB", "50%" or "auto"')
     return memory
+
+
+def _part(share: float | None) -> float:
+    """A share of a GPU's time; raises UsageError."""
+    if share is not None and not (isinstance(share, int | float) and 0.01 <= share <= 1):
+        raise UsageError(f"gpu_share is {share!r}: give a number from 0.01 to 1")
+    return 1.0 if share is None else float(share)
 
 
 def _required(memory: int | str | Share) -> Memory:

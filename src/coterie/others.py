@@ -23,14 +23,16 @@ class OtherUnits:
     """GPU and NPU units of a model, where `placement` has them; it changes when one is lost. They are a queue and a
     thread of this process, whatever the CPU unit's host is. Raises UnitError where one is missing."""
 
-    def __init__(self, cpu: CpuUnit, units: Units, placement: Placement, model: "Model", progress: Progress) -> None:
+    def __init__(
+        self, cpu: CpuUnit, units: Units, placement: Placement, model: "Model", progress: Progress, gpu_share: float
+    ) -> None:
         self.placement, self._cpu, self._progress = placement, cpu, progress
         self._layout: ModelLayout | None = None
         self.gpu: GpuUnit | None = None
         self.graphs: Graphs | None = None
         try:
             if units.gpu is not None:
-                self.gpu = GpuUnit(cpu.arena, units.gpu, open_device(cpu.arena))
+                self.gpu = GpuUnit(cpu.arena, units.gpu, open_device(cpu.arena, gpu_share))
             if units.npu is not None:
                 self.graphs = Graphs(cpu, units.npu, model, progress)
         except BaseException:

@@ -9,6 +9,7 @@ import typer
 
 from coterie.commands import terminal
 from coterie.commands.options import (
+    GpuShare,
     Host,
     Json,
     Memory,
@@ -43,6 +44,7 @@ def bench(
     threads: Threads = None,
     memory: Memory = None,
     units: Units = None,
+    gpu_share: GpuShare = None,
     host: Host = None,
     ray_address: RayAddress = None,
     output: Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")] = Output.md,
@@ -65,6 +67,7 @@ def bench(
             context=context,
             memory=memory,
             units=units,
+            gpu_share=gpu_share,
             progress=progress,
             sources=value_sources(command),
             host=host or ("ray" if ray_address else "threads"),

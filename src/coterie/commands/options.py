@@ -54,6 +54,16 @@ Units = Annotated[
         help="Units that may compute; GPU and NPU are near, not exact. Default: cpu.",
     ),
 ]
+GpuShare = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-share",
+        min=0.01,
+        max=1.0,
+        envvar="COTERIE_GPU_SHARE",
+        help="Keep the GPU busy for this part of the time at most, a few ms at a time: others draw meanwhile.",
+    ),
+]
 RayAddress = Annotated[
     str | None,
     typer.Option(

@@ -14,6 +14,7 @@ import typer
 from coterie.commands import terminal
 from coterie.commands.options import (
     Context,
+    GpuShare,
     Host,
     Json,
     Memory,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 # What --resume leaves to choose; all else the session says.
 BESIDE_RESUME = {
     *("model", "model_option", "threads", "memory", "plan", "trace", "as_json", "resume"),
-    *("host", "ray_address", "units"),
+    *("host", "ray_address", "units", "gpu_share"),
 }
 
 
@@ -55,6 +56,7 @@ def run(
     threads: Threads = None,
     memory: Memory = None,
     units: Units = None,
+    gpu_share: GpuShare = None,
     temperature: Annotated[
         float, typer.Option("--temp", help="0: the most probable token.")
     ] = SamplingOptions.temperature,
@@ -139,6 +141,7 @@ def run(
             context=context or None,
             memory=memory,
             units=units,
+            gpu_share=gpu_share,
             plan=plan,
             cut=cut,
             trace=trace,
