@@ -100,7 +100,7 @@ class OpenVINOGraph:
         if self._bound is None:
             raise ValueError("bind the graph first")
         try:
-            self._request.infer()
+            self._request.infer(share_inputs=True, share_outputs=True)  # else results would be copied once more
         except RuntimeError as error:
             raise _failed("failed to run a graph", error) from None
 

@@ -1,6 +1,6 @@
 """The NPU unit's graphs beside bare int8 graphs of the same runtimes: speed, lengths, memory, times of building.
 
-    python benchmarks/npu.py [speed] [lengths] [memory] [--pairs 7] [--threads 2] [--json FILE]
+    python benchmarks/npu.py [speed] [lengths] [memory] [--pairs 11] [--threads 2] [--json FILE]
 
 speed    a chain of Up and Down, 576 x 1536 (8 pairs) and 4096 x 14336 (1 pair), 256 rows, as our runtimes build
          w8a8 blocks of it (one graph a matrix, floats between them), against one bare graph of the whole chain as
@@ -71,9 +71,9 @@ def speed(pairs: int, runtimes: dict[str, Runtime], threads: int) -> dict[str, A
     return found
 
 
-def seconds(run: Callable[[], None], least: float = 0.15) -> float:
+def seconds(run: Callable[[], None], least: float = 0.05) -> float:
     """Of a run: the median of as many as take this long, 3 at least."""
-    times, end = [], time.perf_counter() + least
+    times, end = list[float](), time.perf_counter() + least
     while time.perf_counter() < end or len(times) < 3:
         start = time.perf_counter()
         run()
@@ -179,7 +179,7 @@ def resident() -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="*", default=["speed", "lengths", "memory"])
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()

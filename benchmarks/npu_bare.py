@@ -46,7 +46,7 @@ def openvino_chain(matrices: list[Floats], rows: int, threads: int) -> Callable[
     request.set_input_tensor(ov.Tensor(x, shared_memory=True))
 
     def run() -> None:
-        request.infer()
+        request.infer(share_inputs=True, share_outputs=True)
 
     return run
 

@@ -82,9 +82,9 @@ class Variant:
         form = Form(kind, layer, 1, parts[0].shape[1], rows, self._scheme, activation)
         block = make_block(form, parts, seen)
         matrices = tuple(map(self._other, block.matrices, ([*parts[:2]], [parts[2]]) if kind == "ffn" else (parts,)))
-        roundings = tuple(self._rounding(name, layer, each) for name, each in zip(names, seen, strict=True))
-        if self._scheme == "w4a16" or not self._options:
-            roundings = block.roundings
+        roundings = block.roundings
+        if self._options and self._scheme != "w4a16":
+            roundings = tuple(self._rounding(name, layer, each) for name, each in zip(names, seen, strict=True))
         return replace(block, matrices=matrices, roundings=roundings), factors
 
     def _other(self, made: Quantised, parts: list[Floats]) -> Quantised:

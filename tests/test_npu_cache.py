@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def assert_right(graph: Graph, block: Block, x: Floats) -> None:
 
 def test_a_second_start_builds_none(runtime: Runtime, tmp_path: Path) -> None:
     """Checklist, rows 31 and 39."""
-    blocks = [random_block(kind, "w8a8", seed=seed) for kind in ("qkv", "ffn") for seed in range(2)]  # type: ignore[arg-type]
+    blocks = [random_block(kind, "w8a8", seed=seed) for kind in ("qkv", "ffn") for seed in range(2)]
     first = GraphCache(runtime, tmp_path)
     for block, x in blocks:
         assert_right(first.graph(block), block, x)
@@ -53,9 +54,9 @@ def test_a_second_start_builds_none(runtime: Runtime, tmp_path: Path) -> None:
 
 def test_what_is_computed_is_in_the_key(runtime: Runtime, tmp_path: Path) -> None:
     cache = GraphCache(runtime, tmp_path)
-    forms = {}, {"n": 25}, {"swapped": True}, {"folded": (4, 6)}, {"seed": 1}
+    forms: tuple[dict[str, Any], ...] = {}, {"n": 25}, {"swapped": True}, {"folded": (4, 6)}, {"seed": 1}
     for form in forms:
-        cache.graph(random_block("out", "w8a8", **form)[0])  # type: ignore[arg-type]
+        cache.graph(random_block("out", "w8a8", **form)[0])
     cache.graph(random_block("out", "w4a8-outliers")[0])
     assert counts(cache) == (len(forms) + 1, 0)
 

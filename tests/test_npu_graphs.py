@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_swapped_operands_and_folded_rows_give_the_same(runtime: Runtime, kind: 
     plain, x = random_block(kind, scheme)
     expected = computed(runtime, plain, x)
     for form in ({"swapped": True}, {"folded": (4, 6)}, {"folded": (24, 1)}, {"folded": (1, 24)}):
-        other, _ = random_block(kind, scheme, **form)  # type: ignore[arg-type]
+        other, _ = random_block(kind, scheme, **form)
         assert_close(runtime, other, x)
         half = scheme == "w4a16"
         allowed = 2 * tolerance(plain, half) * (max(1.0, float(np.abs(expected).max())) if half else 1)
@@ -78,7 +79,7 @@ def test_swapped_operands_and_folded_rows_give_the_same(runtime: Runtime, kind: 
 def test_ranges_are_exceeded_and_hot_channels_used() -> None:
     """What the blocks here are for, or they would test too little."""
     for kind in ("out", "ffn"):
-        block, x = random_block(kind, "w8a8")  # type: ignore[arg-type]
+        block, x = random_block(kind, "w8a8")
         for rounding in block.roundings:
             assert rounding is not None
             assert len(rounding.hot) == 32
@@ -152,7 +153,7 @@ def test_memory_that_does_not_fit_is_refused(runtime: Runtime) -> None:
     locked.flags.writeable = False
     for bad in ((x[:-1], y), (x.astype(np.float64), y), (wide[:, ::2], y), (x, wide[:, : x.shape[1]]), (x, locked)):
         with pytest.raises(ValueError, match=r"the graph takes float32\[24, 96\] in one piece|cannot be written"):
-            graph.bind(*bad)  # type: ignore[arg-type]
+            graph.bind(*bad)
     with pytest.raises(ValueError, match="bind the graph first"):
         graph.run()
 
@@ -207,7 +208,7 @@ def test_what_is_not_here_is_refused_in_one_line(wanted: str, message: str) -> N
         open_runtime(wanted)
 
 
-def test_the_faster_stand_in_is_measured_once(monkeypatch: pytest.MonkeyPatch, own_home: object) -> None:
+def test_the_faster_stand_in_is_measured_once(monkeypatch: pytest.MonkeyPatch, own_home: Path) -> None:
     both = []
     for name, (package, maker) in RUNTIMES.items():
         pytest.importorskip(package)
@@ -226,7 +227,7 @@ def test_the_faster_stand_in_is_measured_once(monkeypatch: pytest.MonkeyPatch, o
     both[0].version = "another"
     npu_fastest.faster(both)
     assert len(asked) == 2
-    (npu_fastest.cache_dir() / "npu.json").write_text("{]")
+    (own_home / "npu.json").write_text("{]")
     npu_fastest.faster(both)
     assert len(asked) == 3
 
