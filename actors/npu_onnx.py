@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 MISSING = "ONNX Runtime or the package onnx is not installed: pip install 'coterie[npu]'"
+COPIES = 2  # of weights that it keeps on the processor: as they came, and packed
 PROVIDERS: dict[str, dict[str, str]] = {  # of NPUs, with their options
     "QNN": {"backend_type": "htp", "htp_performance_mode": "burst"},
     "VitisAI": {},
@@ -112,7 +113,7 @@ class ONNXRuntime:
         options = self._session_options()
         if self.stand_in:  # it has been optimised
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return ONNXGraph(self._session(blob.tobytes(), options), form, len(blob))
+        return ONNXGraph(self._session(blob.tobytes(), options), form, COPIES * len(blob))
 
     def build(self, block: Block) -> "ONNXGraph":
         return self.load(np.frombuffer(self.compile(block), np.uint8), block.form)

@@ -6,6 +6,7 @@ Constants in i4 would be turned into floats there, which halves the speed, so fo
 processor; on an NPU they are i4. Float activations (w4a16) take i4 in groups as OpenVINO's compressed weights.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +46,10 @@ class OpenVINO:
         self._packed = not self.stand_in if packed is None else packed
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if self.stand_in:  # threads stay unpinned: other units' lanes choose their cores
-            self._settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False, "NUM_STREAMS": 1}
+            # A stream has threads of its own, two a graph. Without one, graphs compute in the caller and share the
+            # process's workers, of which there are as many as cores.
+            streams = int(threads < len(os.sched_getaffinity(0)))
+            self._settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False, "NUM_STREAMS": streams}
 
     def describe(self) -> str:
         return describe(self)
@@ -100,7 +104,7 @@ class OpenVINOGraph:
         if self._bound is None:
             raise ValueError("bind the graph first")
         try:
-            self._request.infer()
+            self._request.infer(share_inputs=True, share_outputs=True)  # else results would be copied once more
         except RuntimeError as error:
             raise _failed("failed to run a graph", error) from None
 

@@ -23,8 +23,8 @@ VERSION = 1
 KIND = "coterie activation ranges"
 LARGEST_FILE = 64 << 20  # bytes
 
-BINS = 1 << 16  # a magnitude's bin is its exponent and eight bits behind it: 0.4 % wide
-BIN_SHIFT = 15
+BINS = 1 << 13  # a magnitude's bin is its exponent and five bits behind it: 3 % wide
+BIN_SHIFT = 18
 
 
 @dataclass(frozen=True)
