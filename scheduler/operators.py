@@ -192,4 +192,5 @@ class Reader:
             format=layout.down.name,
             nbytes=float(span.count * (layout.bundle - layout.down_offset)),
             kernel=kernel,
+            inner=layout.clusters * layout.neurons,
         )

@@ -192,10 +192,13 @@ class Simulation:
         return [*steps, self.step("head", Rows(1, length - 1))] if "head" in self.layout.programs else steps
 
     def prefill(self) -> tuple[Phase, Outcome]:
+        """A prompt. Where weights are streamed, the second of two: reads have run ahead before it, as they have in an
+        engine that is open."""
         steps = self.prompt_steps()
-        outcome = self.run(steps)
-        seconds = outcome.steps[-1][1] - 0.0
-        return self._phase(outcome, seconds, self.question.prompt), outcome
+        outcome = self.run(steps * 2 if steps[0].requests else steps)
+        begun = outcome.steps[len(steps) - 1][1] if steps[0].requests else 0.0
+        seconds = outcome.steps[-1][1] - begun
+        return self._phase(_since(outcome, begun), seconds, self.question.prompt), outcome
 
     def decode(self) -> tuple[Phase, Outcome]:
         """Tokens at the beginning, the middle and the end of the answer, each in a steady state."""
