@@ -29,9 +29,10 @@ class Instruction:
     """What one unit does at a time: an operator, or a part of its rows.
 
     `rows` x `columns` is the weight matrix (of an FFN's first half Gate and Up together), `tokens` its other operand's
-    length; `inner`: columns of the whole matrix, where this is a part of them (0: these are all); `format`: of the weights; `nbytes`: read from memory; `flops`: of what is no matrix product. `kernel`: the
-    compiled one's name, where there is one. A read is of `nbytes` bytes in requests of `block`, "sequential" or
-    "random" within `span` bytes, by `readers` cores of kind `core`.
+    length; `inner`: columns of the whole matrix, where this is a part of them (0: these are all); `format`: of the
+    weights; `nbytes`: read from memory; `flops`: of what is no matrix product. `kernel`: the compiled one's name, where
+    there is one. A read is of `nbytes` bytes in requests of `block`, "sequential" or "random" within `span` bytes, by
+    `readers` cores of kind `core`.
     """
 
     kind: Kind

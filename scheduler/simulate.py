@@ -23,7 +23,7 @@ from coterie.storage.arena import Ledger
 from coterie.storage.runs import lay_out_runs
 
 USUAL_SHARE = 0.75  # of a device's memory that one app may take, if nothing is said
-SETTLE = 2  # tokens until reads run ahead as they will
+SETTLE = 1  # tokens until reads run ahead as they will
 SAMPLES = 3  # positions at which decode is looked at
 MOST_TOKENS = 1 << 20
 
