@@ -63,8 +63,9 @@ class DilatedClock(Clock):
         self._stamps: dict[tuple[str, int], float] = {}
         self._failure: BaseException | None = None
         self._freed_so_far, self._ended = 0, 0
+        mine = [Flags(arena) for _ in range(len(self.units) + 1)]  # linking is not for several threads at a time
         self._begun = time.perf_counter()
-        threads = [threading.Thread(target=self._guard, args=(i,), daemon=True) for i in range(len(self.units) + 1)]
+        threads = [threading.Thread(target=self._guard, args=(i, each), daemon=True) for i, each in enumerate(mine)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -75,12 +76,12 @@ class DilatedClock(Clock):
         self.outcome.events.sort(key=lambda event: (event.start, event.end))
         return self.outcome
 
-    def _guard(self, i: int) -> None:
+    def _guard(self, i: int, flags: Flags) -> None:
         try:
             if i == len(self.units):
-                self._serve_flash()
+                self._serve_flash(flags)
             else:
-                self._serve_unit(i)
+                self._serve_unit(i, flags)
         except BaseException as error:  # the others must not wait for ever
             with self._state:
                 self._failure = self._failure or error
@@ -88,8 +89,8 @@ class DilatedClock(Clock):
 
     # --- threads ------------------------------------------------------------------------------------
 
-    def _serve_unit(self, unit: int) -> None:
-        name, flags, finished, idle = self.units[unit], Flags(self._arena), 0, self._begun
+    def _serve_unit(self, unit: int, flags: Flags) -> None:
+        name, finished, idle = self.units[unit], 0, self._begun
         totals = [0] * len(self.units)  # tasks of all steps before, by unit
         for number, step in enumerate(self.steps):
             places = self._places(step, totals)
@@ -101,7 +102,7 @@ class DilatedClock(Clock):
                 for wait in task.waits:
                     other, place = places[wait]
                     self._await(flags, self.units[other], place)
-                    says = self._says[other] * self.factor if other != unit else 0.0
+                    says = self._says[other][unit] * self.factor if other != unit else 0.0
                     ready = max(ready, self._stamps[self.units[other], place] + says)
                 if task.needs:
                     ready = max(ready, self._await(flags, "arrived", self._bases[number] + task.needs))
@@ -154,8 +155,8 @@ class DilatedClock(Clock):
         if last:
             flags.post(self._lines["step"], number + 1)
 
-    def _serve_flash(self) -> None:
-        flags, idle = Flags(self._arena), self._begun
+    def _serve_flash(self, flags: Flags) -> None:
+        idle = self._begun
         for count, (request, number, after) in enumerate(self._reads):
             ready = idle
             if after:

@@ -1,9 +1,10 @@
 """What the simulator predicts of this machine, against what is measured, in alternation.
 
     python benchmarks/simulator.py MODEL.gguf ... [--shares 100,75,50,25] [--rounds 3] [--json]
+    python benchmarks/simulator.py MODEL.gguf --dilated [--seconds 10]      virtual and dilated time, no measuring
 
 A round: the machine is measured (kernels of the models' formats, flash at the depths that matter), which takes half a
-minute; then, for every model and share, prefill of 256 tokens and decode of 64 are timed and simulated with what was
+minute; then, for every model and share, prefill of 256 tokens and decode of 32 are timed and simulated with what was
 just measured. Memory and disk of a virtual machine wander, so a prediction is compared only within its round. Quoted:
 the median over rounds of predicted / measured - 1, and the median of their sizes over all cells. The bar: every cell
 within 15 %, the median within 8 %. Nothing else should run on the machine.
@@ -16,19 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from coterie import LLM
+from coterie.actors.dilated import DilatedClock
 from coterie.actors.sweep import Sweep, memory_bandwidth
 from coterie.commands.measure_units import measure_units
 from coterie.commands.terminal import Progress
 from coterie.models.load import read_spec
 from coterie.opening import open_file
+from coterie.scheduler.operators import Rows
 from coterie.scheduler.profile import DeviceProfile, FlashProfile, file_system, load_profile
 from coterie.scheduler.simulate import Question, Simulation
 from coterie.scheduler.soc import Device
+from coterie.scheduler.soc_file import load_soc
 from coterie.scheduler.this_machine import this_machine
 from coterie.sizes import Share
 from coterie.storage.flash_writer import packed_path
 
-PROMPT, TOKENS = 256, 64
+PROMPT, TOKENS = 256, 32
 BLOCKS = (256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20)
 DEPTHS = (2, 4, 8, 16, 32)
 POINT = 0.15  # seconds
@@ -78,6 +82,25 @@ def cell(model: Path, share: int, device: Device, lanes: int) -> dict[str, float
     return found | {"prefill simulated": prefill.tokens_per_s, "decode simulated": decode.tokens_per_s}
 
 
+def dilated(model: Path, seconds: float) -> None:
+    """Decode steps of a phone in dilated real time, against the virtual clock. The bar: within 5 %."""
+    device = load_soc("snapdragon-8gen3")
+    print("| units | memory | virtual, ms | dilated, ms | factor | off by |\n|---|---|---|---|---|---|")
+    for units, split, part in (
+        (("cpu",), (), 0.5),
+        (("gpu", "npu"), (("gpu", 0.5), ("npu", 0.5)), 1.0),
+        (("gpu", "npu"), (("gpu", 0.5), ("npu", 0.5)), 0.5),
+    ):
+        with open_file(model) as file:
+            made = Simulation(file, read_spec(file), device, Question(Share(part), units, split, prompt=0))
+        steps = [made.step("decode", Rows(1, at)) for at in (100, 101)]
+        virtual = made.run(steps).steps[-1][1]
+        factor = seconds / virtual
+        real = DilatedClock(made.device, made.units, steps, made.requests, factor=factor).run().steps[-1][1]
+        row = "+".join(units), f"{100 * part:.0f} %", f"{1e3 * virtual:.3f}", f"{1e3 * real:.3f}", f"{factor:.0f}"
+        print("| " + " | ".join([*row, f"{100 * (real / virtual - 1):+.2f} %"]) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", type=Path)
@@ -85,7 +108,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print every figure as JSON")
+    parser.add_argument("--dilated", action="store_true", help="compare the two drivers instead")
+    parser.add_argument("--seconds", type=float, default=10.0, help="that a dilated run takes")
     arguments = parser.parse_args()
+    if arguments.dilated:
+        dilated(arguments.models[0], arguments.seconds)
+        return
     shares = [int(word) for word in arguments.shares.split(",")]
     for model in arguments.models:  # packs it, and measures the disk, once
         with LLM(model, threads=arguments.threads, context=64, memory=Share(0.5)):

@@ -92,7 +92,9 @@ class Clock:
     ) -> None:
         self.device, self.units, self.steps, self.record, self.pace = device, list(units), steps, record, pace
         self._index = {name: i for i, name in enumerate(self.units)}
-        self._says = [device.units[name].fence if fence else device.units[name].sync for name in self.units]
+        models = [device.units[name] for name in self.units]
+        # From a unit to another one: a flag and shared buffers, or a call of the runtime and a copy.
+        self._says = [[a.fence + b.copy if fence else a.sync for b in models] for a in models]
         self._cores = [device.core_of(name) for name in self.units]
         self._beside = [device.units[name].beside_flash for name in self.units]
         self._place(requests)
@@ -169,7 +171,7 @@ class Clock:
                 self._why[unit] = UNITS
                 return
             other = self._index[self.steps[self._current].tasks[wait].unit]
-            end += self._says[other] if other != unit else 0.0
+            end += self._says[other][unit] if other != unit else 0.0
             if end > ready:
                 ready, reason = end, UNITS
         if ready > self.now + NEVER:

@@ -29,9 +29,10 @@ class Instruction:
     """What one unit does at a time: an operator, or a part of its rows.
 
     `rows` x `columns` is the weight matrix (of an FFN's first half Gate and Up together), `tokens` its other operand's
-    length; `format`: of the weights; `nbytes`: read from memory; `flops`: of what is no matrix product. `kernel`: the
-    compiled one's name, where there is one. A read is of `nbytes` bytes in requests of `block`, "sequential" or
-    "random" within `span` bytes, by `readers` cores of kind `core`.
+    length; `inner`: columns of the whole matrix, where this is a part of them (0: these are all); `format`: of the
+    weights; `nbytes`: read from memory; `flops`: of what is no matrix product. `kernel`: the compiled one's name, where
+    there is one. A read is of `nbytes` bytes in requests of `block`, "sequential" or "random" within `span` bytes, by
+    `readers` cores of kind `core`.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class Instruction:
     core: str = "big"
     readers: int = 1
     layer: int = -1
+    inner: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,14 @@ def _matrix(i: Instruction, unit: UnitModel, rates: Rates) -> Cost:
         compute = operations / rates.rate * (1 + rates.fill / streamed(i.order, rows, tokens, rates.swaps))
     unpack = i.rows * i.columns / rates.weights_per_s if rates.weights_per_s else 0.0
     memory = i.nbytes / (rates.bandwidth or unit.bandwidth)
-    work = max(compute, unpack, memory) * lengthening(i.columns, rates.inner, rates.power)
+    work = max(compute, unpack, memory) * lengthening(i.inner or i.columns, rates.inner, rates.power)
     launch = unit.launch if rates.launch is None else rates.launch
     return Cost(launch, work, i.nbytes, "memory" if memory >= max(compute, unpack) else "compute")
 
 
 def _vector(i: Instruction, unit: UnitModel, rates: Rates, vector: Vector) -> Cost:
     memory = i.nbytes / (rates.bandwidth or unit.bandwidth)
-    work = i.tokens * memory * lengthening(i.columns, vector.inner, vector.power)
+    work = i.tokens * memory * lengthening(i.inner or i.columns, vector.inner, vector.power)
     return Cost(vector.launch, work, i.tokens * i.nbytes, "memory")
 
 

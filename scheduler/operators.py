@@ -112,7 +112,7 @@ class Reader:
         opcode = row[r.OPCODE] & 0xFFFF
         if opcode == r.Opcode.MATMUL and row[o.MATMUL_ARRIVAL]:
             first = row[o.MATMUL_ARRIVAL] - 1
-            return first, first - -(-row[o.MATMUL_GROUPS] // row[o.MATMUL_PER])
+            return first, first + -(-row[o.MATMUL_GROUPS] // row[o.MATMUL_PER])
         if opcode == r.Opcode.FFN_UP:
             _, span = self._spans[row[o.UP_LIST]]
             return span.position, span.end
@@ -192,4 +192,5 @@ class Reader:
             format=layout.down.name,
             nbytes=float(span.count * (layout.bundle - layout.down_offset)),
             kernel=kernel,
+            inner=layout.clusters * layout.neurons,
         )

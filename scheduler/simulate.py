@@ -23,7 +23,7 @@ from coterie.storage.arena import Ledger
 from coterie.storage.runs import lay_out_runs
 
 USUAL_SHARE = 0.75  # of a device's memory that one app may take, if nothing is said
-SETTLE = 2  # tokens until reads run ahead as they will
+SETTLE = 1  # tokens until reads run ahead as they will
 SAMPLES = 3  # positions at which decode is looked at
 MOST_TOKENS = 1 << 20
 
@@ -192,10 +192,13 @@ class Simulation:
         return [*steps, self.step("head", Rows(1, length - 1))] if "head" in self.layout.programs else steps
 
     def prefill(self) -> tuple[Phase, Outcome]:
+        """A prompt. Where weights are streamed, the second of two: reads have run ahead before it, as they have in an
+        engine that is open."""
         steps = self.prompt_steps()
-        outcome = self.run(steps)
-        seconds = outcome.steps[-1][1] - 0.0
-        return self._phase(outcome, seconds, self.question.prompt), outcome
+        outcome = self.run(steps * 2 if steps[0].requests else steps)
+        begun = outcome.steps[len(steps) - 1][1] if steps[0].requests else 0.0
+        seconds = outcome.steps[-1][1] - begun
+        return self._phase(_since(outcome, begun), seconds, self.question.prompt), outcome
 
     def decode(self) -> tuple[Phase, Outcome]:
         """Tokens at the beginning, the middle and the end of the answer, each in a steady state."""

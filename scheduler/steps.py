@@ -22,8 +22,8 @@ NO_LAUNCH = 0.0, 0.0, 0.0
 @dataclass(frozen=True)
 class Placement:
     """Who does what in one phase: by the kind of an instruction, else `others`. A unit that follows another one's work
-    waits for it at a flag, or, with `fence`, by the runtime's own call. `formats`: what a unit takes weights for,
-    where it is not to choose by their format."""
+    waits for it at a flag, or, with `fence`, by the runtime's own call and for a copy of its result. `formats`: what a
+    unit takes weights for, where it is not to choose by their format."""
 
     by_kind: Mapping[str, Shares]
     others: str

@@ -47,6 +47,7 @@ CONTEXT, CHUNK, TILE = 1280, 256, 4
 NEAR, FAR = 64, 1024  # positions at which attention is timed
 FEW, MANY = 64, 256  # tokens of a chunk
 REPEAT = 9
+LEAST = 1e-7  # seconds that an instruction takes: what was disturbed may seem to end before it begins
 BESIDE = 1.0  # seconds of reading while lanes compute
 Progress = Callable[..., None]
 Point = tuple[Instruction, float]  # and the seconds it took
@@ -280,7 +281,7 @@ def made_up(shape: Shape, format: str) -> tuple[ModelSpec, dict[str, TensorInfo]
 def fitted(kernel: str, points: Sequence[Point]) -> KernelCost:
     """Launch, bytes/s, operations/s and fill that come nearest to the measured times, relatively: of products for few
     tokens by their bytes, of others by their operations (device_model.time)."""
-    seconds = np.array([time for _, time in points])
+    seconds = np.maximum([time for _, time in points], LEAST)
     few = all(i.kind in ("matmul", "ffn") and i.tokens <= 2 for i, _ in points)
     operations = np.array([2.0 * i.rows * i.columns * i.tokens or i.flops for i, _ in points])
     nbytes = np.array([i.nbytes for i, _ in points])

@@ -52,7 +52,7 @@ def simulate(
         from coterie.scheduler.simulate import Question, Simulation
         from coterie.scheduler.what_if import changed
 
-        device = _device(soc)
+        device = _device(soc, threads)
         question = Question(
             memory, tuple(units.split(",")), _shares(split), _pairs("--formats", formats), prompt=prompt, tokens=tokens,
             context=context or None, threads=threads,
@@ -75,11 +75,11 @@ def simulate(
         terminal.write("\n".join(lines) + "\n")
 
 
-def _device(soc: str) -> "Device":
+def _device(soc: str, threads: int | None) -> "Device":
     from coterie.scheduler.soc_file import load_soc
     from coterie.scheduler.this_machine import this_machine
 
-    return this_machine() if soc == "this" else load_soc(soc)
+    return this_machine(lanes=threads) if soc == "this" else load_soc(soc)
 
 
 def _pairs(option: str, text: str) -> dict[str, str]:
