@@ -1,0 +1,209 @@
+"""CUDA kernels of a feed-forward network's first half: hidden = activation(Gate x) * (Up x).
+
+Grid: (tiles of rows, pairs of groups). A block of threads has 32 neurons, one block of what Down reads: Gate's two
+groups of rows are its first two streams, Up's the others.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from coterie.kernels.formats import FORMATS
+from coterie.kernels.gpu.cuda_memory import cuda, device, nearest, quotient, set_float
+from coterie.kernels.gpu.cuda_products import (
+    MOST,
+    PARTS,
+    THREADS,
+    Tile,
+    bounded,
+    float_sums,
+    integer_sums,
+    inverse_of,
+    rows_of,
+    stage_floats,
+    stage_integers,
+    tile,
+    total,
+)
+
+PAIR = 32  # neurons of a block of threads
+GATES = 2 * PAIR
+STREAMS = 4
+ZERO, ONE = np.float32(0), np.float32(1)
+LOWEST, HIGHEST = np.float32(-87), np.float32(88)
+CUBE, TWICE = np.float32(0.044715), np.float32(1.5957691)
+
+
+@device
+def exponential(x):
+    """exp within the bounds of docs/numerics.md."""
+    return np.float32(math.exp(min(x, HIGHEST))) if x >= LOWEST else ZERO
+
+
+@device
+def _silu(x):
+    return x / (ONE + exponential(-x))
+
+
+@device
+def _gelu(x):
+    return x / (ONE + exponential(-(x + CUBE * (x * x * x)) * TWICE))
+
+
+@device
+def _relu(x):
+    return max(x, ZERO)
+
+
+@device
+def _relu2(x):
+    return max(x, ZERO) * max(x, ZERO)
+
+
+@device
+def _same(x):
+    return x
+
+
+ACTIVATIONS = {
+    "silu": (_silu, _same),
+    "gelu": (_gelu, _same),
+    "relu": (_relu, _same),
+    "relu2": (_relu2, _same),
+    "drelu": (_relu, _relu),
+}
+
+
+def _write(sizes: Tile, activation: str) -> Any:
+    """What becomes of the sums: 32 neurons' hidden values of each row."""
+    finish, tokens = total(sizes), sizes.tokens
+    activate_gate, activate_up = ACTIVATIONS[activation]
+
+    @device
+    def write(sums, rows, hidden, hidden_row, rounded, parts, teams, gates):
+        u = cuda.threadIdx.x
+        for t in range(tokens):
+            whole = finish(sums, t, parts, teams)
+            if u < GATES:
+                gates[u] = whole  # 32 of Gate, then 32 of Up
+            cuda.syncthreads()
+            value = ZERO
+            if u < PAIR:
+                value = activate_gate(gates[u]) * activate_up(gates[PAIR + u])
+            cuda.syncthreads()
+            if u < PAIR:
+                gates[u] = value
+            cuda.syncthreads()
+            if u < PAIR and t < rows:
+                if rounded:
+                    top = ZERO
+                    for i in range(PAIR):
+                        top = max(top, abs(gates[i]))
+                    value = np.float32(nearest(bounded(value * inverse_of(top)))) * (top / MOST)
+                set_float(hidden + t * hidden_row + 4 * u, value)
+
+    return write
+
+
+def ffn_up(gate: str, up: str, activation: str, tokens: int) -> Any:
+    """hidden[row][cluster * neurons + n] = activation(Gate) * Up."""
+    return (_floats if FORMATS[gate].is_float else _integers)(gate, up, activation, tokens)
+
+
+def _place(gate: str, up: str) -> Any:
+    """Where a thread's group begins, of pair number `pair`: Gate's rows for threads below 128, else Up's."""
+    gate_block, up_block = FORMATS[gate].block, FORMATS[up].block
+
+    @device
+    def place(pair, neurons, bundle, per, stride, up, blocks):
+        u = cuda.threadIdx.x
+        pairs = neurons // PAIR
+        cluster = quotient(pair, pairs)
+        extent = quotient(cluster, per)
+        group = 2 * (pair - cluster * pairs) + u // 64 % 2
+        base = extent * stride + (cluster - extent * per) * bundle
+        return base + (group * blocks * gate_block if u < 128 else up + group * blocks * up_block)
+
+    return place
+
+
+def _integers(gate: str, up: str, activation: str, tokens: int) -> Any:
+    sizes = tile(tokens, STREAMS, False)
+    stage, write, place = stage_integers(sizes), _write(sizes, activation), _place(gate, up)
+    add_gate, add_up = integer_sums(gate, sizes, False), integer_sums(up, sizes, False)
+    accumulators, chunk, splits, subs_of = 4 * tokens, sizes.chunk, sizes.splits, FORMATS[gate].subs
+    words, scale_count = 8 * sizes.planes * sizes.blocks, sizes.planes * sizes.blocks
+
+    def kernel(
+        w, a, step, weights, clusters, neurons, bundle, per, stride, up, blocks, x, x_row, hidden, hidden_row, rounded
+    ):  # fmt: skip
+        values = cuda.shared.array(words, np.uint32)
+        scales = cuda.shared.array(scale_count, np.float32)
+        more = cuda.shared.array(1, np.int32)
+        parts = cuda.shared.array(PARTS, np.float32)
+        teams = cuda.shared.array(THREADS, np.float32)
+        gates = cuda.shared.array(GATES, np.float32)
+        sums = cuda.local.array(accumulators, np.float32)
+        u, pair, tile_first = cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.x * tokens
+        rows = rows_of(a, step, 0) - tile_first
+        if rows > 0:
+            base = w + weights + place(pair, neurons, bundle, per, stride, up, blocks)
+            source = a + x + tile_first * x_row
+            subs, j, four = blocks * subs_of, u // 4 % 4, u % 4
+            for i in range(accumulators):
+                sums[i] = ZERO
+            for first in range(0, subs, chunk):
+                end = min(first + chunk, subs)
+                cuda.syncthreads()
+                if u == 0:
+                    more[0] = 0
+                cuda.syncthreads()
+                stage(source, x_row, rows, first, end - first, values, scales, more)
+                cuda.syncthreads()
+                begin, planes = first + u // 16 % splits, 1 + more[0]
+                if u < 128:
+                    add_gate(sums, base, 1, 0, 0, first, begin, end, values, scales, planes, j, four)
+                else:
+                    add_up(sums, base, 1, 0, 0, first, begin, end, values, scales, planes, j, four)
+            target = a + hidden + tile_first * hidden_row + 4 * PAIR * pair
+            write(sums, rows, target, hidden_row, rounded, parts, teams, gates)
+
+    return kernel
+
+
+def _floats(gate: str, up: str, activation: str, tokens: int) -> Any:
+    sizes = tile(tokens, STREAMS, True)
+    stage, write, place = stage_floats(sizes), _write(sizes, activation), _place(gate, up)
+    add_gate, add_up = float_sums(gate, sizes, False), float_sums(up, sizes, False)
+    accumulators, chunk, splits, floats = 4 * tokens, sizes.chunk, sizes.splits, 32 * sizes.blocks
+
+    def kernel(
+        w, a, step, weights, clusters, neurons, bundle, per, stride, up, blocks, x, x_row, hidden, hidden_row, rounded
+    ):  # fmt: skip
+        values = cuda.shared.array(floats, np.float32)
+        parts = cuda.shared.array(PARTS, np.float32)
+        teams = cuda.shared.array(THREADS, np.float32)
+        gates = cuda.shared.array(GATES, np.float32)
+        sums = cuda.local.array(accumulators, np.float32)
+        u, pair, tile_first = cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.x * tokens
+        rows = rows_of(a, step, 0) - tile_first
+        if rows > 0:
+            base = w + weights + place(pair, neurons, bundle, per, stride, up, blocks)
+            source = a + x + tile_first * x_row
+            for i in range(accumulators):
+                sums[i] = ZERO
+            for first in range(0, blocks, chunk):
+                end = min(first + chunk, blocks)
+                cuda.syncthreads()
+                stage(source, x_row, rows, first, end - first, values)
+                cuda.syncthreads()
+                begin = first + u // 16 % splits
+                if u < 128:
+                    add_gate(sums, base, 1, 0, 0, first, begin, end, values, u // 4 % 4, u % 4)
+                else:
+                    add_up(sums, base, 1, 0, 0, first, begin, end, values, u // 4 % 4, u % 4)
+            target = a + hidden + tile_first * hidden_row + 4 * PAIR * pair
+            write(sums, rows, target, hidden_row, rounded, parts, teams, gates)
+
+    return kernel
