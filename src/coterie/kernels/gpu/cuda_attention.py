@@ -1,7 +1,7 @@
 """CUDA kernels of attention: rotation with the way into the KV cache, and softmax over it, span by span.
 
-`rope`: grid (rows, heads + 2 kv_heads), a head a block of threads. `attend`: grid (rows, heads / together), as many heads
-one after the other as make up whole blocks of 32 values (docs/packed-format.md has the KV blocks).
+`rope`: grid (rows, heads + 2 kv_heads), a head a block of threads. `attend`: grid (rows, heads / together), as many
+heads one after the other as make up whole blocks of 32 values (docs/packed-format.md has the KV blocks).
 """
 
 import math

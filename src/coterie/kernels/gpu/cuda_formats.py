@@ -1,7 +1,7 @@
 """Packed weights as CUDA threads read them (docs/packed-format.md).
 
-A *team* of 16 threads takes a sub-block: 32 columns of 16 rows. Thread (j, four), j and four below 4, has rows 4 four to
-4 four + 3 and of these the quads j and 4 + j, columns 4j to 4j + 3 and 16 + 4j to 16 + 4j + 3. So one load of 16 bytes
+A *team* of 16 threads takes a sub-block: 32 columns of 16 rows. Thread (j, four), j and four below 4, has rows 4 four
+to 4 four + 3 and of these the quads j and 4 + j, columns 4j to 4j + 3 and 16 + 4j to 16 + 4j + 3. So one load of 16 bytes
 brings 16 or 32 weights, a team's loads are neighbours, and each activation read is used four times.
 """
 
@@ -50,10 +50,10 @@ def _unsigned(w):
 @device
 def _signed(w):
     return (
-        np.float32(np.int32((w & 255 ^ 128)) - np.int32(128)),
-        np.float32(np.int32((w >> 8 & 255 ^ 128)) - np.int32(128)),
-        np.float32(np.int32((w >> 16 & 255 ^ 128)) - np.int32(128)),
-        np.float32(np.int32((w >> 24 & 255 ^ 128)) - np.int32(128)),
+        np.float32(np.int32(w & 255 ^ 128) - np.int32(128)),
+        np.float32(np.int32(w >> 8 & 255 ^ 128) - np.int32(128)),
+        np.float32(np.int32(w >> 16 & 255 ^ 128) - np.int32(128)),
+        np.float32(np.int32(w >> 24 & 255 ^ 128) - np.int32(128)),
     )
 
 
@@ -124,7 +124,14 @@ def _k_quant(size: int, *, fifth: bool) -> Reader:
         at = block + 64 + size * sub
         v = words4(at + 32 + 64 * j + 16 * four)
         h = words4(at + 288 + 16 * four) if fifth else v
-        return words2(block + 8 * four), words2(block + 32 + 8 * four), word(at + 4 * four), word(at + 16 + 4 * four), v, h
+        return (
+            words2(block + 8 * four),
+            words2(block + 32 + 8 * four),
+            word(at + 4 * four),
+            word(at + 16 + 4 * four),
+            v,
+            h,
+        )
 
     @device
     def expand(raw, j):

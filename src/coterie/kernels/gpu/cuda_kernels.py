@@ -1,6 +1,5 @@
-"""CUDA kernels by name (signatures.py): the function, its PTX, and how many blocks of 256 threads a launch takes."""
+"""CUDA kernels by name (signatures.py): the function, and how many blocks of 256 threads a launch takes."""
 
-import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -8,16 +7,14 @@ from typing import Any, NamedTuple
 from coterie.errors import UnitError
 from coterie.kernels.formats import FORMATS
 from coterie.kernels.gpu import cuda_attention, cuda_ffn, cuda_matmul, cuda_rows
-from coterie.kernels.gpu.cuda_products import THREADS
-from coterie.kernels.gpu.signatures import SIGNATURES
 
 Grid = tuple[int, int]
 Operands = Mapping[str, int | float]
 
 
 class Kernel(NamedTuple):
-    """`function`: what numba compiles; its parameters are w, a and those of `family`. `streams`: groups of 16 rows that a
-    block of threads has. `tokens`: rows of a tile."""
+    """`function`: what numba compiles; its parameters are w, a and those of `family`. `streams`: groups of 16 rows that
+    a block of threads has. `tokens`: rows of a tile."""
 
     name: str
     family: str
@@ -67,7 +64,7 @@ def kernel(name: str) -> Kernel:
             return Kernel(name, family, cuda_attention.attend())
         case "post", []:
             return Kernel(name, family, cuda_rows.post())
-        case ("matmul" | "ffn_down"), [form, ("1" | "8") as tokens]:
+        case (("matmul" | "ffn_down"), [form, ("1" | "8") as tokens]):
             _formats(form)
             make = cuda_matmul.matmul if family == "matmul" else cuda_matmul.ffn_down
             streams = cuda_matmul.sizes_of(form, int(tokens)).streams
@@ -78,20 +75,3 @@ def kernel(name: str) -> Kernel:
                 made = cuda_ffn.ffn_up(gate, up, activation, int(tokens))
                 return Kernel(name, family, made, int(tokens), cuda_ffn.STREAMS)
     raise UnitError(f"CUDA has no kernel {name[:80]!r}")
-
-
-def ptx(name: str, capability: tuple[int, int]) -> tuple[str, str]:
-    """A kernel as PTX for devices of that compute capability and later ones, and the entry's name. Needs numba-cuda and
-    NVVM, no driver."""
-    from numba import cuda, types
-
-    made = kernel(name)
-    kinds = {"int": types.int32, "float": types.float32}
-    parameters = [kinds.get(parameter.kind, types.int64) for parameter in SIGNATURES[made.family]]
-    signature = types.void(types.int64, types.int64, *parameters)
-    text, _ = cuda.compile(
-        made.function, signature, cc=capability, device=False, abi="numba", output="ptx", launch_bounds=THREADS
-    )
-    entry = re.search(r"\.visible\s+\.entry\s+([\w$]+)\s*\(", text)
-    assert entry is not None, name
-    return text, entry[1]

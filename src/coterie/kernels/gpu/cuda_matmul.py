@@ -24,14 +24,14 @@ from coterie.kernels.gpu.cuda_products import (
 
 
 def sizes_of(name: str, tokens: int) -> Tile:
-    """Of one row all threads work on one group, so that there are many blocks; of several rows they share what activations
-    cost to quantise."""
+    """Of one row all threads work on one group, so that there are many blocks; of several rows they share what
+    activations cost to quantise."""
     return tile(tokens, 1 if tokens == 1 else 4, FORMATS[name].is_float)
 
 
 def _rows(name: str, tokens: int, clustered: bool) -> Any:
-    """A function that writes y[row][16 group + r] for one tile of rows and `streams` groups; `base` is where the row of this
-    thread's group begins, `here` whether there is such a group."""
+    """A function that writes y[row][16 group + r] for one tile of rows and `streams` groups; `base` is where the row of
+    this thread's group begins, `here` whether there is such a group."""
     return _float_rows(name, tokens, clustered) if FORMATS[name].is_float else _integer_rows(name, tokens, clustered)
 
 

@@ -3,10 +3,10 @@
 A block of 256 threads is 16 teams (cuda_formats.py). They divide up `streams` groups of 16 rows, and each group's
 sub-blocks of 32 columns; at the end the teams' and their threads' sums are added in a fixed order.
 
-For integer weights an activation block of 32 becomes integers again: first int8 as docs/numerics.md has it, then 1/254ths
-of a step, as int8 too, of what that left. Dots are exact (dp4a). A row that was rounded leaves nothing, and then the
-second plane is skipped: such a product is the CPU's up to the order of float additions. Other rows have 15 bits, as the
-CPU's logits do (docs/decisions/0005-two-planes-for-the-logits.md).
+For integer weights an activation block of 32 becomes integers again: first int8 as docs/numerics.md has it, then
+1/254ths of a step, as int8 too, of what that left. Dots are exact (dp4a). A row that was rounded leaves nothing, and
+then the second plane is skipped: such a product is the CPU's up to the order of float additions. Other rows have 15
+bits, as the CPU's logits do (docs/decisions/0005-two-planes-for-the-logits.md).
 """
 
 from functools import cache
@@ -138,8 +138,8 @@ def stage_floats(sizes: Tile) -> Any:
 
 @cache
 def block_at(name: str, clustered: bool) -> Any:
-    """Where sub-block s of a group's row lies: the address of its block. Blocks are neighbours, or if `clustered` there is
-    one in each cluster, `item` bytes apart, `per` of them in an extent of `stride` bytes."""
+    """Where sub-block s of a group's row lies: the address of its block. Blocks are neighbours, or if `clustered` there
+    is one in each cluster, `item` bytes apart, `per` of them in an extent of `stride` bytes."""
     f = FORMATS[name]
     size, subs = f.block, f.subs
 
@@ -156,8 +156,8 @@ def block_at(name: str, clustered: bool) -> Any:
 
 @cache
 def integer_sums(name: str, sizes: Tile, clustered: bool) -> Any:
-    """Add the products of a thread's share of sub-blocks first to end, every `splits`th of them, to `sums`, float32[token][4
-    rows]. The next sub-block's weights are on their way while one is computed."""
+    """Add the products of a thread's share of sub-blocks, begin to end, every `splits`th of them, to `sums`,
+    float32[token][4 rows]. The next sub-block's weights are on their way while one is computed."""
     f = FORMATS[name]
     fetch, expand = reader(name)
     where, subs = block_at(name, clustered), f.subs
@@ -185,7 +185,9 @@ def integer_sums(name: str, sizes: Tile, clustered: bool) -> Any:
                 for plane in range(planes):
                     for t in range(tokens):
                         at = plane * blocks + t * chunk + (s - first)
-                        low, high, step = values[8 * at + j], values[8 * at + 4 + j], scales[at]
+                        # Indices without a sign, of which none needs to be looked at for being below 0.
+                        low, high = values[np.uint32(8 * at + j)], values[np.uint32(8 * at + 4 + j)]
+                        step = scales[np.uint32(at)]
                         upper_ones = dot4(BITS, high, 0)
                         ones = dot4(BITS, low, 0) if split else dot4(BITS, low, upper_ones)
                         for r in range(4):
@@ -213,7 +215,7 @@ def float_sums(name: str, sizes: Tile, clustered: bool) -> Any:
                 c = 4 * j + i % 4 + i // 4 * 16
                 w = column(block, c, four)
                 for t in range(tokens):
-                    x = values[32 * (t * chunk + s - first) + c]
+                    x = values[np.uint32(32 * (t * chunk + s - first) + c)]
                     sums[4 * t] += w[0] * x
                     sums[4 * t + 1] += w[1] * x
                     sums[4 * t + 2] += w[2] * x

@@ -1,4 +1,4 @@
-"""CUDA kernels of whole rows: embedding, norms, and the flag that ends a step. Grid: (rows); norms have one block a row."""
+"""CUDA kernels of whole rows: embedding, norms, and the flag that ends a step. Grid: (rows)."""
 
 import math
 from typing import Any
@@ -7,7 +7,17 @@ import numpy as np
 
 from coterie.kernels.formats import FORMATS
 from coterie.kernels.gpu.cuda_formats import column_reader, reader
-from coterie.kernels.gpu.cuda_memory import cuda, device, float_at, int_at, long_at, nearest, quotient, raise_flag, set_float
+from coterie.kernels.gpu.cuda_memory import (
+    cuda,
+    device,
+    float_at,
+    int_at,
+    long_at,
+    nearest,
+    quotient,
+    raise_flag,
+    set_float,
+)
 from coterie.kernels.gpu.cuda_products import MOST, THREADS, bounded, inverse_of, rows_of
 from coterie.kernels.record import EPOCH
 
@@ -58,7 +68,7 @@ def _integer_values(name: str) -> Any:
         for i in range(8):
             q = (lower[r] if i < 4 else upper[r]) >> (8 * (i % 4)) & 255
             s = second[r] if split and i >= 4 else scale[r]
-            v = np.float32(np.int32(q) - np.int32(offset)) * s
+            v = np.float32(np.int32(np.int32(q) - offset)) * s
             if minimum:
                 v = v + second[r]
             c = 32 * sub + 4 * j + i % 4 + i // 4 * 16

@@ -4,6 +4,8 @@ Accesses outside of `MEMORY` raise IndexError, so that tests find kernels that r
 """
 
 import ctypes
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +17,28 @@ MEMORY: list[tuple[int, int]] = []  # first address and end of what kernels may 
 Words = tuple[int, ...]
 
 
+class _Shared:
+    """Shared arrays, one for each line that asks; the simulator's own may give two threads that ask at once two arrays.
+    They hold nonsense at first, as on a device."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.arrays: dict[tuple[str, int], npt.NDArray[Any]] = {}
+
+    def array(self, shape: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        frame = sys._getframe(1)
+        line = frame.f_code.co_filename, frame.f_lineno
+        with self.lock:
+            if line not in self.arrays:
+                self.arrays[line] = np.frombuffer(b"\xab" * (shape * np.dtype(dtype).itemsize), dtype).copy()
+            return self.arrays[line]
+
+
 class Cuda:
     """numba.cuda as simulated threads see it. The simulator puts theirs into the globals of the module that a launched
     function is of, which is this one; kernels and what they call lie in several."""
+
+    shared = _Shared()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cuda, name)
@@ -29,6 +50,7 @@ def launch(kernel: Callable[..., Any], grid: tuple[int, int], threads: int, argu
     def entry(*values: Any) -> None:
         kernel(*values)
 
+    Cuda.shared.arrays.clear()
     cuda.jit(entry)[grid, threads](*arguments)
 
 
