@@ -68,8 +68,8 @@ class Loaded:
         self._device.finish()
 
     def run(self, tokens: int, outputs: int) -> None:
-        """Enqueue all records for that many rows, of which `outputs` want logits, and come back at once. The step header
-        must say the same. Raises UnitError naming the kernel where the device failed."""
+        """Enqueue all records for that many rows, of which `outputs` want logits, and come back at once. The step
+        header must say the same. Raises UnitError naming the kernel where the device failed."""
         self._device.enqueue(self._records, tokens, outputs)
 
 
@@ -129,8 +129,8 @@ class CudaDevice:
                 self._driver.upload(rest.at(ref.offset, ref.nbytes), self._arena.base + ref.offset, ref.nbytes)
 
     def after_step(self, refs: Iterable[BufferRef]) -> None:
-        """Fetch results, once the step is done. Nothing to do where memory is shared: there the flag of `post` says when.
-        Raises UnitError where the step failed."""
+        """Fetch results, once the step is done. Nothing to do where memory is shared: there the flag of `post` says
+        when. Raises UnitError where the step failed."""
         _, rest = self._placed()
         if not self.integrated:
             for ref in refs:

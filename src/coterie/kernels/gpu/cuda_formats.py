@@ -1,8 +1,8 @@
 """Packed weights as CUDA threads read them (docs/packed-format.md).
 
 A *team* of 16 threads takes a sub-block: 32 columns of 16 rows. Thread (j, four), j and four below 4, has rows 4 four
-to 4 four + 3 and of these the quads j and 4 + j, columns 4j to 4j + 3 and 16 + 4j to 16 + 4j + 3. So one load of 16 bytes
-brings 16 or 32 weights, a team's loads are neighbours, and each activation read is used four times.
+to 4 four + 3 and of these the quads j and 4 + j, columns 4j to 4j + 3 and 16 + 4j to 16 + 4j + 3. So one load of 16
+bytes brings 16 or 32 weights, a team's loads are neighbours, and each activation read is used four times.
 """
 
 from collections.abc import Callable

@@ -24,8 +24,8 @@ I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatTyp
 
 
 def device(function: Callable[..., Any]) -> Any:
-    """A function that kernels call. It becomes part of them: only kernels are compiled, which takes no driver."""
-    return function if SIMULATED else cuda.jit(device=True, inline="always")(function)
+    """A function that kernels call and that becomes part of them, so that what it is given stays in registers."""
+    return function if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
 def _operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -2,10 +2,12 @@
 
 import hashlib
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 
 from coterie.errors import UnitError
 from coterie.kernels.gpu.cuda_kernels import kernel
@@ -14,6 +16,7 @@ from coterie.kernels.gpu.signatures import SIGNATURES
 from coterie.paths import kernels_dir, replace_file
 
 Capability = tuple[int, int]
+PACKAGES = ("numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12")  # the last two: NVVM of CUDA 13 or 12
 
 
 def ptx(name: str, capability: Capability) -> tuple[str, str]:
@@ -25,10 +28,25 @@ def ptx(name: str, capability: Capability) -> tuple[str, str]:
     kinds = {"int": types.int32, "float": types.float32}
     parameters = [kinds.get(parameter.kind, types.int64) for parameter in SIGNATURES[made.family]]
     signature = types.void(types.int64, types.int64, *parameters)
-    text, _ = cuda.compile(
-        made.function, signature, cc=capability, device=False, abi="numba", output="ptx", launch_bounds=THREADS
-    )
+    with _for_devices_of(capability):
+        text, _ = cuda.compile(
+            made.function, signature, cc=capability, device=False, abi="numba", output="ptx", launch_bounds=THREADS
+        )
     return text, _entry(text, name)
+
+
+@contextmanager
+def _for_devices_of(capability: Capability) -> Iterator[None]:
+    """numba asks the present device what it should compile kernels' functions for, though the kernel says it; there
+    need not be one here."""
+    from numba.cuda import dispatcher
+
+    before = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = before
 
 
 def kept_ptx(name: str, capability: Capability) -> tuple[str, str, bool]:
@@ -58,12 +76,14 @@ def _entry(text: str, name: str) -> str:
 def _folder() -> Path:
     """One for each state of the source and of what compiles it."""
     folder = Path(__file__).parent
-    sources = [
-        *sorted(folder.glob("*.py")),
-        folder.parent / "formats.py",
-        folder.parent / "record.py",
-        folder.parent / "shapes.py",
-    ]
-    packages = [f"{package} {version(package)}" for package in ("numba-cuda", "llvmlite", "nvidia-nvvm")]
-    state = b"".join(path.read_bytes() for path in sources) + " ".join(packages).encode()
+    shared = [folder.parent / f"{module}.py" for module in ("formats", "record", "shapes")]
+    sources = [*sorted(folder.glob("*.py")), *shared]
+    state = b"".join(path.read_bytes() for path in sources) + " ".join(map(_version, PACKAGES)).encode()
     return kernels_dir() / f"cuda-{hashlib.sha256(state).hexdigest()[:16]}"
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return ""
