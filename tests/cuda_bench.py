@@ -1,6 +1,7 @@
-"""Programs for the CUDA runtime in numba's simulator: an arena, a driver without a device, records.
+"""Programs for the CUDA runtime: an arena, records, and numba's simulator as a device (or a real one, see
+benchmarks/cuda_check.py).
 
-Only for processes with NUMBA_ENABLE_CUDASIM=1, set before anything imports numba.
+The simulator is for processes with NUMBA_ENABLE_CUDASIM=1, set before anything imports numba.
 """
 
 import ctypes
@@ -73,7 +74,9 @@ class Simulator:
         return kernel(name).function
 
     def launch(self, function: Any, grid: tuple[int, int], threads: int, parameters: int, name: str) -> None:
-        kinds = [ctypes.c_int64] * 2 + [KINDS.get(p.kind, ctypes.c_int64) for p in SIGNATURES[kernel(name).family]]
+        kinds: list[Any] = [ctypes.c_int64] * 2 + [
+            KINDS.get(p.kind, ctypes.c_int64) for p in SIGNATURES[kernel(name).family]
+        ]
         pointers = (ctypes.c_void_p * len(kinds)).from_address(parameters)
         values = [kind.from_address(at).value for kind, at in zip(kinds, pointers, strict=True)]
         arguments = tuple(np.float32(v) if kind is ctypes.c_float else v for kind, v in zip(kinds, values, strict=True))
@@ -90,16 +93,22 @@ class Simulator:
         pass
 
 
+def make_driver(integrated: bool) -> Any:
+    """What benches run on."""
+    return Simulator(integrated=integrated)
+
+
 class Bench:
     """An arena with a step header, and the runtime over it."""
 
     def __init__(self, *, integrated: bool = True) -> None:
         sys.setswitchinterval(5e-3)
         self.arena = Arena(REGIONS)
-        self.driver = Simulator(integrated=integrated)
+        self.driver = make_driver(integrated)
+        self.refs: list[BufferRef] = []
         self.device = CudaDevice(self.arena, driver=self.driver)
-        self.header = self.arena.allocate("state", HEADER_WORDS, np.int64)
-        self.chosen = self.arena.allocate("state", 16, np.int32)
+        self.header = self.put(np.zeros(HEADER_WORDS, np.int64))
+        self.chosen = self.put(np.zeros(16, np.int32))
 
     def __enter__(self) -> "Bench":
         return self
@@ -113,6 +122,7 @@ class Bench:
     def put(self, values: Array, region: str = "state") -> BufferRef:
         ref = self.arena.allocate(region, values.shape, values.dtype)
         self.look(ref)[...] = values
+        self.refs.append(ref)
         return ref
 
     def room(self, *shape: int) -> BufferRef:
@@ -138,7 +148,8 @@ class Bench:
         words = np.zeros((len(records), WORDS), np.int64)
         for row, (name, operands) in zip(words, records, strict=True):
             parameters = SIGNATURES[name.partition(":")[0]]
-            given = {"step": self.header, "outputs": self.chosen, "base": 0} | dict(operands)
+            given: dict[str, Value] = {"step": self.header, "outputs": self.chosen, "base": 0}
+            given |= operands
             assert {p.name for p in parameters} <= set(given), {p.name for p in parameters} - set(given)
             for i, parameter in enumerate(parameters, OPERANDS):
                 row[i] = _word(given[parameter.name])
@@ -152,9 +163,16 @@ class Bench:
         self.look(self.chosen)[: len(outputs)] = outputs
 
     def run(self, name: str, operands: Mapping[str, Value], tokens: int, outputs: Sequence[int] = ()) -> None:
-        """One kernel, for one step."""
+        """One kernel, for one step, and everything there and back."""
         self.step(tokens, outputs)
-        self.load([(name, operands)]).run(tokens, len(outputs))
+        loaded = self.load([(name, operands)])
+        weights = self.arena.whole("weights")
+        self.device.upload(weights.offset, weights.nbytes)
+        rest = [ref for ref in self.refs if ref.region != "weights"]
+        self.device.before_step(rest)
+        loaded.run(tokens, len(outputs))
+        self.device.after_step(rest)
+        self.device.finish()
 
 
 def _word(value: Value) -> int:

@@ -21,6 +21,7 @@ from coterie.actors import cuda_driver
 from coterie.actors.cuda import CudaDevice
 from coterie.actors.cuda_driver import Driver
 from coterie.errors import UnitError
+from coterie.kernels.gpu.signatures import SIGNATURES
 from coterie.storage.arena import Arena
 
 HERE = Path(__file__).parent
@@ -90,6 +91,14 @@ def test_every_kernel_becomes_ptx(emitted: list[dict[str, Any]]) -> None:
     assert got == {(name, capability) for name in kernel_names() for capability in CAPABILITIES}
     for each in emitted:
         assert each["target"] == ["sm_{}{}".format(*each["capability"])]
+
+
+@needs_nvvm
+def test_launches_pass_what_kernels_take(emitted: list[dict[str, Any]]) -> None:
+    kinds = {"int": "u32", "float": "f32"}
+    for each in emitted:
+        parameters = SIGNATURES[each["name"].partition(":")[0]]
+        assert each["parameters"] == ["u64", "u64", *(kinds.get(p.kind, "u64") for p in parameters)], each["name"]
 
 
 @needs_nvvm
