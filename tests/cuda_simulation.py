@@ -192,8 +192,8 @@ def norm(add: str, dim: str) -> None:
         operands: dict[str, Value] = {
             "select": 1, "x": at, "y": None if add == "nothing" else m.put(y),
             "x_out": None if add == "nothing" else at, "row": 4 * row,
-            "post": m.put(post, "weights") if add == "normed" else None, "weight": m.put(weight, "weights"), "dim": d, "eps": EPS, "out": whole, "rounded": out,
-            "out_row": 4 * width, "width": width,
+            "post": m.put(post, "weights") if add == "normed" else None, "weight": m.put(weight, "weights"), "dim": d,
+            "eps": EPS, "out": whole, "rounded": out, "out_row": 4 * width, "width": width,
         }  # fmt: skip
         m.run("norm", operands, 3, chosen)
         change = {"nothing": 0 * y, "plain": y, "normed": rms(y[:, :d], post[:d])}[add][:, :d]

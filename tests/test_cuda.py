@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,17 @@ CASES = {
 needs_numba_cuda = pytest.mark.skipif(
     find_spec("numba_cuda") is None, reason="numba-cuda is not installed: pip install -c constraints.txt -e .[cuda]"
 )
-needs_nvvm = pytest.mark.skipif(
-    find_spec("nvidia") is None or find_spec("numba_cuda") is None, reason="NVVM is not installed: see docs/cuda.md"
-)
+
+
+def installed(*packages: str) -> bool:
+    try:
+        return all(map(version, packages))
+    except PackageNotFoundError:
+        return False
+
+
+COMPILES = installed("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvrtc")
+needs_nvvm = pytest.mark.skipif(not COMPILES, reason="NVVM and NVRTC are not installed: pip install -e .[cuda]")
 
 
 def start(script: str, *arguments: str, simulate: bool) -> "subprocess.Popen[str]":
@@ -57,7 +66,7 @@ def start(script: str, *arguments: str, simulate: bool) -> "subprocess.Popen[str
 def processes() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
     """All of them side by side, each simulating some cases or compiling some kernels."""
     running = {group: start("cuda_simulation.py", *cases, simulate=True) for group, cases in CASES.items()}
-    if find_spec("nvidia") is not None:
+    if COMPILES:
         for part in range(EMITTERS):
             running[f"emitter {part}"] = start("cuda_emit.py", str(part), str(EMITTERS), simulate=False)
     yield running

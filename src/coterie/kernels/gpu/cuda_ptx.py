@@ -21,7 +21,8 @@ PACKAGES = ("numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12")  #
 
 def ptx(name: str, capability: Capability) -> tuple[str, str]:
     """A kernel as PTX for devices of that compute capability and later ones, and the entry's name. Needs numba-cuda and
-    NVVM, no driver. Raises UnitError where there is no such kernel."""
+    NVVM, no driver. Raises UnitError where there is no such kernel, or no compiler."""
+    from cuda.pathfinder import DynamicLibNotFoundError
     from numba import cuda, types
 
     made = kernel(name)
@@ -29,9 +30,12 @@ def ptx(name: str, capability: Capability) -> tuple[str, str]:
     parameters = [kinds.get(parameter.kind, types.int64) for parameter in SIGNATURES[made.family]]
     signature = types.void(types.int64, types.int64, *parameters)
     with _for_devices_of(capability):
-        text, _ = cuda.compile(
-            made.function, signature, cc=capability, device=False, abi="numba", output="ptx", launch_bounds=THREADS
-        )
+        try:
+            text, _ = cuda.compile(
+                made.function, signature, cc=capability, device=False, abi="numba", output="ptx", launch_bounds=THREADS
+            )
+        except DynamicLibNotFoundError:
+            raise UnitError("NVIDIA's compiler (NVVM, NVRTC) is not installed: pip install 'coterie[cuda]'") from None
     return text, _entry(text, name)
 
 
