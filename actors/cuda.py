@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.errors import UnitError
-from coterie.kernels.gpu.signatures import SIGNATURES
+from coterie.kernels.gpu.signatures import NONE, SIGNATURES
 from coterie.kernels.record import OPERANDS
 from coterie.storage.arena import Arena, BufferRef, round_up
 
@@ -168,7 +168,7 @@ class CudaDevice:
 
     def load(self, words: npt.NDArray[np.int64], kernels: Sequence[str]) -> Loaded:
         """A program: int64[n][WORDS] records with offsets into the arena, and each one's kernel (signatures.py). Raises
-        UnitError for kernels that there are not."""
+        UnitError for kernels that there are not, and for offsets that the device does not have."""
         if len(words) != len(kernels):
             raise UnitError(f"{len(words)} records, but {len(kernels)} kernels")
         return Loaded(self, [self._record(row, name) for row, name in zip(words, kernels, strict=True)])
@@ -192,6 +192,8 @@ class CudaDevice:
                 operands[parameter.name] = float(bits.astype(np.int32).view(np.float32)[0])
             else:
                 operands[parameter.name] = int(bits[0])
+            if parameter.kind in ("weights", "arena") and bits[0] != NONE:
+                (weights if parameter.kind == "weights" else rest).at(int(bits[0]), 1)  # complains of what is not there
         made.grid(operands, 1)  # complains now of what it would complain of later
         pointers = np.arange(len(values), dtype=np.uint64) * np.uint64(8) + np.uint64(values.ctypes.data)
         return Record(made, self._functions[name], operands, values, pointers)

@@ -319,10 +319,12 @@ def program(memory: str) -> None:
             assert built == 4
             m.driver.launched.clear()
         m.load(records).run(n, 0)
+        m.device.share = 0.5  # it waits, and does the same
+        m.load(records).run(0, 0)
         m.device.finish()
         assert m.device.builds == built
         if isinstance(m.driver, Simulator):
-            assert m.driver.launched == ["embed:Q8_0", "post"]  # nothing wants logits
+            assert m.driver.launched == ["embed:Q8_0", "post", "post"]  # nothing wants logits, then there is no row
         assert m.device.describe()["verified"] is False
 
 
@@ -335,6 +337,7 @@ def complaints() -> None:
             lambda: m.device.upload(gain.offset, 1 << 20),
             lambda: m.device.upload(m.header.offset, 8),
             lambda: m.device.before_step([gain]),
+            lambda: m.load([("post", {"flag": gain})]),
             lambda: m.device.load(np.zeros((1, 32), np.int64), ["matmul:Q3_K:1"]),
             lambda: m.device.load(np.zeros((1, 32), np.int64), ["ffn_up:Q4_0:Q4_K:silu:1"]),
             lambda: m.device.load(np.zeros((1, 32), np.int64), ["matmul:Q4_0:3"]),
