@@ -84,7 +84,7 @@ class CpuUnit:
         spinning = self.lanes <= len(os.sched_getaffinity(0))
         self._spin = int(SPIN * cycles_per_second()) if spinning else 0
         header[r.LANES_COUNT], header[r.ABORT], header[r.NEVER] = self.lanes, self._abort, self._never
-        header[r.SPIN], header[r.NAP] = self._spin, self._nap
+        header[r.SPIN], header[r.NAP], header[r.RATE] = self._spin, self._nap, max(1, int(cycles_per_second() / 1e6))
         header[r.COUNTS] = arena.address(buffers.counts)
         for word, ref in buffers.rows.items():
             header[word] = arena.address(ref)
@@ -117,6 +117,11 @@ class CpuUnit:
         """Tell the lanes which flags count a flash unit's reads."""
         self._header[r.ARRIVED], self._header[r.FREED] = arrived, freed
         self._header[r.YIELD] = int(self.lanes >= len(os.sched_getaffinity(0)))
+
+    @property
+    def next_epoch(self) -> int:
+        """The number of the next step."""
+        return self._epoch + 1
 
     def stalled_seconds(self) -> float:
         """How long lanes have waited for weights, on average."""

@@ -4,14 +4,15 @@ For devices that are not here (design section 9): phones' flash depends on all f
 cores that issue reads slow each other down (PowerInfer-2, section 2.3.2).
 """
 
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 from itertools import pairwise
 from math import exp, log
 
 from coterie.errors import UsageError
+
+PATTERNS = ("sequential", "random")
+CORES = ("big", "mid", "little")
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,6 @@ class FlashModel:
                 if same and p.core == core and q.core == "big":
                     return p.bytes_per_s / q.bytes_per_s
         raise UsageError(f"nothing is known of reads from a {core} core")
-
-
-def flash_of_soc(name: str) -> FlashModel:
-    """The flash of a device in configs/soc. Raises UsageError where there is no such device."""
-    folder = resources.files("coterie.configs") / "soc"
-    known = sorted(path.name.removesuffix(".toml") for path in folder.iterdir())
-    if name not in known:
-        raise UsageError(f"no device is called {name!r}; there is {', '.join(known)}")
-    flash = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))["flash"]
-    return FlashModel(tuple(FlashPoint(**point) for point in flash["points"]), flash["crowd"])
 
 
 def between(x: float, points: Iterable[tuple[float, float]]) -> float:

@@ -1,6 +1,7 @@
 """Lay a model out: the same walk counts bytes in a ledger for the plan, and cuts buffers from the arena."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,10 +14,14 @@ from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec, Rope
 from coterie.scheduler.buffers import Shared
 from coterie.scheduler.lower import Lowering, Mode
+from coterie.scheduler.lower_gpu import GpuLowering
+from coterie.scheduler.lower_npu import NpuLowering
+from coterie.scheduler.placement import CPU_ONLY, Placement
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.neuron_buffers import NeuronBuffers, bundle_runs, lay_out_neurons, layer_neurons
 from coterie.storage.runs import PAGE, Run, embedding_run
+from coterie.storage.unit import UnitBuffers, lay_out_unit
 from coterie.storage.weights import Residency, Weights, lay_out
 
 BATCH = 8  # rows of a decode batch
@@ -33,7 +38,9 @@ class ModelLayout:
     prompts use them, which differ from `weights` where decode has a neuron cache. `lookups`:
     uint8[rows][group bytes], room for embeddings that are not pinned; `bounce`: uint8[LOOKUPS][extent bytes];
     `neurons`: buffers of the neuron cache, where there is one. `hidden`: by program, where hidden states enter and
-    leave a part of a model, float32[rows][dim, padded with zeros]."""
+    leave a part of a model, float32[rows][dim, padded with zeros]. `gpu`: the GPU unit's programs, by the names of
+    those they stand for; `npu`: the NPU unit's, by the name of the CPU unit's that runs beside it (`prefill@64`, whose
+    head is `head@64`)."""
 
     weights: Weights
     whole: Weights
@@ -43,6 +50,13 @@ class ModelLayout:
     bounce: BufferRef | None
     neurons: NeuronBuffers | None
     hidden: dict[str, tuple[BufferRef, BufferRef]]
+    gpu: dict[str, Program] = field(default_factory=dict)
+    npu: dict[str, Program] = field(default_factory=dict)
+
+    @property
+    def on_cpu(self) -> list[Program]:
+        """Programs whose tables lie in the arena."""
+        return [*self.programs.values(), *self.npu.values()]
 
 
 def lay_out_model(
@@ -56,13 +70,16 @@ def lay_out_model(
     context: int,
     chunk: int,
     tile: int,
+    placement: Placement = CPU_ONLY,
+    gpu: UnitBuffers | None = None,
     ropes: dict[Rope, BufferRef] | None = None,
     sector: int = PAGE,
     tracing: bool = False,
     counting: bool = False,
 ) -> ModelLayout:
-    """Cut everything but KV blocks and trace rings, in a fixed order. `ropes`: those that are there already;
-    `sector`: of the disk, bytes; `tracing`, `counting`: as of Wishes."""
+    """Cut everything but KV blocks and trace rings, in a fixed order. `gpu`: the GPU unit's own buffers, where
+    `placement` has one; `ropes`: those that are there already; `sector`: of the disk, bytes; `tracing`, `counting`: as
+    of Wishes."""
     weights = lay_out(file.tensors, spec, runs, residency, ledger, whole=not residency.slots)
     whole = weights
     if residency.slots:  # a prompt's chunk uses all neurons, and has a tape of its own
@@ -95,13 +112,60 @@ def lay_out_model(
     if spec.has_head:
         programs.append(prefill.head("head"))
     programs.append(_probe(ledger, weights, shared))
+    on_gpu = _on_gpu(spec, weights, shared, ledger, placement, gpu, chunk)
+    on_npu: dict[str, Program] = {}
+    for length in placement.lengths:
+        beside = NpuLowering(spec, weights, shared, ledger, rows=length)
+        name = f"prefill@{length}"
+        body, on_npu[name] = beside.both(name, f"graphs@{length}")
+        programs += [body, beside.head(f"head@{length}")]
     lookups = bounce = None
     embedding = weights.embedding
     if embedding and sum(part.count for part in embedding.slices) < embedding.run.extents:
         run = embedding.run
         lookups = ledger.allocate("activations", (max(chunk, BATCH), run.item_bytes))
         bounce = ledger.allocate("activations", (LOOKUPS, run.stride), align=PAGE)
-    return ModelLayout(weights, whole, shared, {p.name: p for p in programs}, lookups, bounce, neurons, hidden)
+    named = {p.name: p for p in programs}
+    return ModelLayout(weights, whole, shared, named, lookups, bounce, neurons, hidden, on_gpu, on_npu)
+
+
+class Units(NamedTuple):
+    """The compute units' own buffers; of the GPU, which has one queue, and the NPU, which runs one graph at a time,
+    only where they are placed."""
+
+    cpu: UnitBuffers
+    gpu: UnitBuffers | None
+    npu: UnitBuffers | None
+
+
+def lay_out_units(ledger: Ledger, placement: Placement, lanes: int, chunk: int, *, tracing: bool) -> Units:
+    """Cut the units' own buffers, for steps of up to `chunk` rows."""
+    cpu = lay_out_unit(ledger, lanes, chunk, tracing=tracing)
+    gpu = lay_out_unit(ledger, 1, chunk, tracing=tracing) if placement.gpu else None
+    npu = lay_out_unit(ledger, 1, chunk, tracing=tracing) if placement.prefill == "npu" else None
+    return Units(cpu, gpu, npu)
+
+
+def _on_gpu(
+    spec: ModelSpec,
+    weights: Weights,
+    shared: Shared,
+    ledger: Ledger,
+    placement: Placement,
+    unit: UnitBuffers | None,
+    chunk: int,
+) -> dict[str, Program]:
+    """The GPU unit's programs."""
+    if unit is None:
+        return {}
+    made: list[Program] = []
+    if placement.prefill == "gpu":
+        prefill = GpuLowering(spec, weights, shared, ledger, unit, rows=chunk)
+        made += [prefill.body("prefill"), prefill.head("head")]
+    if placement.decode == "gpu":
+        made += [GpuLowering(spec, weights, shared, ledger, unit, rows=1).whole("decode")]
+        made += [GpuLowering(spec, weights, shared, ledger, unit, rows=BATCH).whole("batch")]
+    return {program.name: program for program in made}
 
 
 def tape_room(runs: tuple[Run, ...]) -> int:

@@ -21,6 +21,7 @@ from coterie.scheduler.lower_sparse import SparseLowering, Woven
 from coterie.scheduler.program import NO_LAYER, Draft, Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.kv import KVLayout
+from coterie.storage.runs import ClusterLayout
 from coterie.storage.weights import FFN, PINNED, Layer, Matrix, Span, SparseFFN, Weights
 
 Mode = Literal["decode", "prefill"]
@@ -65,7 +66,7 @@ class Lowering:
         self.qkv = self._floats(rows, self.qkv_width)
         layers = self.weights.layers
         readers = [m.format for layer in layers for m in layer.projections]
-        dense = [layer.ffn.layout for layer in layers if isinstance(layer.ffn, FFN)]
+        dense = self._dense
         readers += [g for layout in dense for g in (layout.gate, layout.up)]
         readers += [layer.predictor.format for layer in layers if layer.predictor]
         self.normed = self._tiles(spec.dim, rows, readers)
@@ -73,10 +74,7 @@ class Lowering:
         private = self._private
         self.attention = self._floats(private, rows, self.heads_width)
         if dense:
-            hidden = max(layout.clusters * layout.neurons for layout in dense)
-            self.hidden = self._tiles(hidden, rows, [layout.down for layout in dense], shared=True)
-            self.ffn_lane = rows * 2 * max(layout.neurons for layout in dense) * 4
-            self.ffn_scratch = self.ledger.allocate("activations", self.lanes * self.ffn_lane)
+            self._allocate_ffn()
         self.sparse = self._sparse()
         if output := self.weights.output:
             self.planes = 1 if output.format.is_float else 2
@@ -90,6 +88,17 @@ class Lowering:
         self.state_row = spec.n_heads * self.spans * (shapes.HEAD + 4 * spec.head_dim)
         states = rows * self.state_row if self.mode == "decode" else 64
         self.states = self.ledger.allocate("activations", states)
+
+    @property
+    def _dense(self) -> list[ClusterLayout]:
+        return [layer.ffn.layout for layer in self.weights.layers if isinstance(layer.ffn, FFN)]
+
+    def _allocate_ffn(self) -> None:
+        dense = self._dense
+        hidden = max(layout.clusters * layout.neurons for layout in dense)
+        self.hidden = self._tiles(hidden, self.rows, [layout.down for layout in dense], shared=True)
+        self.ffn_lane = self.rows * 2 * max(layout.neurons for layout in dense) * 4
+        self.ffn_scratch = self.ledger.allocate("activations", self.lanes * self.ffn_lane)
 
     def _sparse(self) -> SparseLowering | None:
         if not self.spec.sparse:
@@ -380,7 +389,10 @@ class Lowering:
         else:
             b.add(kernel_name("rope"), Opcode.ROPE, operands, layer=i, waits=waits)
             b.add(kernel_name("attend"), Opcode.ATTEND, operands, layer=i)
-        ready = self._row_wise(b, kernel_name("merge"), Opcode.MERGE, merge, i)
+        self._mix(b, i, layer, self._row_wise(b, kernel_name("merge"), Opcode.MERGE, merge, i))
+
+    def _mix(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> None:
+        """Attention's output matrix."""
         self._matmul(b, i, layer.output, self.attended, self.y, 0, self.width, prepare=ready)
 
     def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN, ready: Draft | None) -> None:

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from coterie.scheduler.hotness import Activity
+from coterie.scheduler.placement import CPU_ONLY, Placement
 from coterie.scheduler.profile import FlashChoice
 from coterie.scheduler.residency import region_bytes
 from coterie.sizes import Memory
 from coterie.storage.activations import Activations
 
-VERSION = 3
+VERSION = 4
 NUMERICS_VERSION = 1  # of docs/numerics.md: within it, equal inputs give equal bits
 MAX_LANES = 64
 OVERHEAD = 200_000_000  # bytes: Python, its libraries, and before weights are loaded the compiler, beside the ceiling
@@ -31,8 +32,9 @@ class Plan:
     """A decision, and where each value came from: "flag", "environment", "config", "argument" (of the Python API),
     "plan", "session" or "automatic". Sizes are bytes.
 
-    `memory` is the ceiling over all regions together (None: whatever they need); Python and its libraries take up to
-    OVERHEAD beside it. `pinned` counts extents in the order of residency.pin_order.
+    `memory` is the ceiling over all regions and copies together (None: whatever they need); Python and its libraries
+    take up to OVERHEAD beside it. `copies`: what units' runtimes keep of weights, and themselves take, by unit.
+    `pinned` counts extents in the order of residency.pin_order.
     """
 
     model: str
@@ -57,14 +59,16 @@ class Plan:
     flash: Flash | None = None
     numerics: str = "exact"
     version: int = VERSION
+    placement: Placement = CPU_ONLY
+    copies: dict[str, int] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=lambda: {"cpu": "everything"})
     host: str = "threads"  # what the units are: threads of this process, or actors of "ray"
     activity: tuple[Activity, ...] = ()  # what a sparse model's steps are expected to use, by batch size
 
     @property
     def total(self) -> int:
-        """Bytes of the arena, if the whole context is used."""
-        return sum(region_bytes(size) for size in self.regions.values())
+        """Bytes of the arena, if the whole context is used, and of units' own copies."""
+        return sum(region_bytes(size) for size in self.regions.values()) + sum(self.copies.values())
 
     @property
     def resident(self) -> float:
@@ -109,8 +113,12 @@ class Plan:
         cpu = (
             f"cpu computes: {self.lanes} lane{'s' * (self.lanes > 1)} on {self.path}, prompts in chunks of {self.chunk}"
         )
+        if self.units.get("cpu", "everything") != "everything":
+            cpu += f" ({self.units['cpu']})"
         ceiling = "" if self.memory is None else f" of a ceiling of {self.memory >> 20} MiB"
-        lines = [f"{self.model}: {self.architecture}, {self._residency()}, numerics {self.numerics}", cpu]
+        lines = [f"{self.model}: {self.architecture}, {self._residency()}, numerics {self.numerics}"]
+        lines += [cpu] if "cpu" in self.units else []
+        lines += [self._unit_line(unit, work) for unit, work in self.units.items() if unit in ("gpu", "npu")]
         if self.flash is not None and self.streamed_per_token:
             rate = f"{self.flash.bytes_per_s / 1e9:.2f} GB/s" if self.flash.bytes_per_s else "speed not known yet"
             engine = f" by {self.flash.engine}" if self.flash.engine else ""
@@ -129,6 +137,12 @@ class Plan:
                 "this process"
             )
         return lines + [activity.line() for activity in self.activity]
+
+    def _unit_line(self, unit: str, work: str) -> str:
+        lengths = " and ".join(map(str, self.placement.lengths))
+        how = f", in graphs of {lengths} rows" if unit == "npu" else ""
+        copies = self.copies.get(unit, 0)
+        return f"{unit} computes: {work}{how}" + (f"; about {copies >> 20} MiB of its own" if copies else "")
 
     def _residency(self) -> str:
         weights = self.regions["weights"] / (1 << 20)
@@ -151,8 +165,9 @@ class Plan:
 class Wishes:
     """What the user wants of a plan; None is for us to choose. `memory` is a ceiling in bytes, a share of the weights,
     or "auto"; `host` as of Plan. `tracing` records events, `counting` in how many steps a sparse model's neurons were
-    live; `activations` are such counts, by which the plan says what it expects. What follows `sources` comes from a
-    plan file: extents pinned, bytes of the ring, neurons in the cache, how flash is read, and of which packed model."""
+    live; `activations` are such counts, by which the plan says what it expects; `units` are those that may compute.
+    What follows `sources` comes from a plan file: extents pinned, bytes of the ring, neurons in the cache, how flash is
+    read, and of which packed model."""
 
     threads: int | None = None
     context: int | None = None
@@ -162,6 +177,7 @@ class Wishes:
     counting: bool = False
     activations: Activations | None = None
     host: str = "threads"
+    units: tuple[str, ...] = ("cpu",)
     sources: Mapping[str, str] = field(default_factory=dict)
     pinned: int | None = None
     ring: int | None = None

@@ -13,8 +13,17 @@ from coterie.kernels import target
 from coterie.kernels.shapes import CLUSTER, TILE_TOKENS
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
+from coterie.scheduler.copies import unit_copies
 from coterie.scheduler.hotness import Activity, allowed_fetches, expected_misses, hot_set
-from coterie.scheduler.layout import BATCH, ModelLayout, block_table_bytes, lay_out_model, tape_room
+from coterie.scheduler.layout import (
+    BATCH,
+    ModelLayout,
+    block_table_bytes,
+    lay_out_model,
+    lay_out_units,
+    tape_room,
+)
+from coterie.scheduler.placement import Placement
 from coterie.scheduler.plan import MAX_LANES, OVERHEAD, Flash, Plan, Wishes
 from coterie.scheduler.profile import flash_choice, load_profile, single_reads
 from coterie.scheduler.residency import choose, least_budget, region_bytes, resume, ring_room
@@ -26,7 +35,6 @@ from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.kv import KVLayout
 from coterie.storage.neuron_buffers import bundle_runs, layer_neurons
 from coterie.storage.runs import PAGE, Extents, lay_out_runs
-from coterie.storage.unit import lay_out_unit
 from coterie.storage.weights import Residency
 
 DEFAULT_CONTEXT = 4096  # positions, where neither the user nor the model says less
@@ -66,6 +74,8 @@ def plan_flash(path: Path, identity: str, wishes: Wishes) -> Flash:
 
 def wants_flash(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> bool:
     """Whether weights may have to be streamed."""
+    if wishes.units != ("cpu",):  # which are told to have everything in memory
+        return False
     if wishes.memory == "auto" or wishes.pinned is not None:
         return True
     if isinstance(wishes.memory, Share):
@@ -87,6 +97,8 @@ def make_plan(file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Flash |
 
 
 def _decided(draft: "_Draft", wishes: Wishes) -> tuple[Plan, Residency]:
+    if wishes.units != ("cpu",):
+        return draft.with_units()
     ceiling = spare_memory() if wishes.memory == "auto" else wishes.memory
     if wishes.pinned is not None:
         return draft.as_told(None if isinstance(ceiling, Share) else ceiling)
@@ -129,6 +141,24 @@ class _Draft:
         self.usual = min(spec.context, DEFAULT_CONTEXT)
         extents = Extents.of(self.runs)
         self.count, self.weight_bytes = int(extents.first[-1]), int(extents.nbytes.sum())
+
+    def with_units(self) -> tuple[Plan, Residency]:
+        """GPU and NPU units have all weights in memory, in the order of the file. Raises PlanError where they do not
+        fit, UsageError for wishes that only the CPU unit can have."""
+        wishes, names = self.wishes, ",".join(self.wishes.units)
+        if self.spec.sparse or self.spec.part is not None:
+            raise PlanError(f"{self.file.path.name}: sparse models and parts are for the CPU unit; drop --units")
+        if isinstance(wishes.memory, Share | str) or wishes.pinned is not None:
+            raise UsageError(f"--units {names} has all weights in memory: --memory must be a size, without a plan file")
+        context = self.context or self.usual
+        residency = Residency(np.arange(self.count))
+        plan = self._plan(context, self.chunks(context)[0], residency, wishes.memory)
+        if wishes.memory is not None and plan.total > wishes.memory:
+            raise PlanError(
+                f"{self.file.path.name} with --units {names} needs {-(-plan.total >> 20)} MiB, more than the ceiling "
+                f"of {wishes.memory >> 20} MiB; raise --memory, lower -c, or drop --units: only the CPU unit streams"
+            )
+        return plan, residency
 
     def as_told(self, ceiling: int | None) -> tuple[Plan, Residency]:
         """What a plan file decided."""
@@ -194,6 +224,9 @@ class _Draft:
             need = least_budget(self.runs, self.sector) - budget >> 20
             raise PlanError(f"{self.file.path.name}: {error}; raise --memory by {need + 1} MiB, or lower -c") from None
 
+    def placement(self, chunk: int) -> Placement:
+        return Placement.of(self.wishes.units, chunk)
+
     def chunks(self, context: int) -> list[int]:
         """Sizes of a prompt's chunk that may be tried, the largest first."""
         if self.wishes.chunk is not None:
@@ -213,20 +246,20 @@ class _Draft:
         return sum(region_bytes(size) for name, size in regions.items() if name not in weights)
 
     def _regions(self, context: int, chunk: int, residency: Residency) -> tuple[dict[str, int], ModelLayout]:
-        ledger, tracing = Ledger(), self.wishes.tracing
+        ledger, tracing, placement = Ledger(), self.wishes.tracing, self.placement(chunk)
+        units = lay_out_units(ledger, placement, self.lanes, chunk, tracing=tracing)
         layout = lay_out_model(
             ledger, self.file, self.spec, self.runs, residency,
             lanes=self.lanes, context=context, chunk=chunk, tile=TILE_TOKENS, sector=self.sector,
-            tracing=tracing, counting=self.wishes.counting,
+            tracing=tracing, counting=self.wishes.counting, placement=placement, gpu=units.gpu,
         )  # fmt: skip
-        lay_out_unit(ledger, self.lanes, chunk, tracing=tracing)
         if self.flash is not None:
             entries, ring = tape_room(self.runs), ring_room(self.runs)
             lay_out_flash(ledger, entries=entries, ring_bytes=ring, depth=self.flash.depth, tracing=tracing)
         regions = ledger.usage()
         regions["kv"] = KVLayout.of(self.spec).region(context)
         regions["state"] += (BATCH + 1) * block_table_bytes(context)
-        regions["programs"] = sum(p.nbytes for p in layout.programs.values())
+        regions["programs"] = sum(p.nbytes for p in layout.on_cpu)
         return regions, layout
 
     def _pinned_neurons(self, residency: Residency) -> npt.NDArray[np.bool_]:
@@ -265,7 +298,9 @@ class _Draft:
         wishes, (regions, layout) = self.wishes, self._regions(context, chunk, residency)
         weights = layout.weights
         given = {name: getattr(wishes, name) for name in ("threads", "context", "memory", "chunk")}
-        flash, bundles = self.flash, bundle_runs(self.runs)
+        given["units"] = None if wishes.units == ("cpu",) else wishes.units
+        flash, bundles, placement = self.flash, bundle_runs(self.runs), self.placement(chunk)
+        numerics = "exact" if placement.exact else "near"
         if flash is not None and residency.ring and wishes.block is None:
             flash = replace(flash, block=_block(flash.block, residency.ring))
         return Plan(
@@ -290,8 +325,10 @@ class _Draft:
             memory=ceiling,
             host=wishes.host,
             flash=flash,
-            numerics="lossy: predictors decide which neurons are computed" if self.spec.predictor else "exact",
-            units={"cpu": "everything"}
+            numerics="lossy: predictors decide which neurons are computed" if self.spec.predictor else numerics,
+            placement=placement,
+            copies=unit_copies(placement, self.spec),
+            units=placement.describe()
             | ({"flash": "reads"} if (weights.streamed or residency.slots) and flash else {}),
         )
 

@@ -51,12 +51,39 @@ class FlashProfile:
     rows: tuple[FlashRow, ...] = ()
 
 
+@dataclass(frozen=True)
+class KernelCost:
+    """What a kernel of the CPU unit takes (soc.Rates): seconds to launch it, operations/s (0: not a bound), bytes/s (0:
+    not a bound), and tokens that loading weights takes the time of. `kernel` as soc.short_name."""
+
+    kernel: str
+    launch: float
+    rate: float
+    bandwidth: float
+    fill: float
+
+
+@dataclass(frozen=True)
+class UnitProfile:
+    """The CPU unit with so many lanes: `between`: seconds between two steps, `streamed` the same where weights are
+    streamed; `beside_flash`: share of its speed that is left while flash is read, `flash_beside` of the reading's."""
+
+    lanes: int
+    kernels: tuple[KernelCost, ...]
+    between: float
+    streamed: float
+    beside_flash: float
+    flash_beside: float
+
+
 @dataclass
 class DeviceProfile:
-    """What is known of this machine: memory_bandwidth in bytes/s, read by all cores; flash by file system."""
+    """What is known of this machine: memory_bandwidth in bytes/s, read by all cores; flash by file system; the CPU unit
+    by its lanes (in a file that an older Coterie wrote there is none)."""
 
     memory_bandwidth: float | None = None
     flash: dict[str, FlashProfile] = field(default_factory=dict)
+    units: dict[str, UnitProfile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -187,6 +214,7 @@ def _parsed(section: Any) -> DeviceProfile:
         return DeviceProfile(
             None if bandwidth is None else _rate(bandwidth),
             {str(name): _flash(each) for name, each in section.get("flash", {}).items()},
+            {str(name): _unit(each) for name, each in section.get("units", {}).items()},
         )
     except (AttributeError, KeyError, TypeError):
         raise ValueError("is damaged") from None
@@ -201,6 +229,26 @@ def _flash(values: dict[str, Any]) -> FlashProfile:
         bool(values["quick"]),
         tuple(_row(row) for row in values["rows"]),
     )
+
+
+def _unit(values: dict[str, Any]) -> UnitProfile:
+    shares = [_rate(values[name]) for name in ("beside_flash", "flash_beside")]
+    if not all(0 < share <= 1 for share in shares) or not values["kernels"]:
+        raise ValueError("is damaged")
+    return UnitProfile(
+        _whole(values["lanes"], 1, 1 << 10),
+        tuple(_kernel(each) for each in values["kernels"]),
+        _rate(values["between"]),
+        _rate(values["streamed"]),
+        *shares,
+    )
+
+
+def _kernel(values: dict[str, Any]) -> KernelCost:
+    name = values["kernel"]
+    if not isinstance(name, str) or len(name) > 200:
+        raise ValueError("is damaged")
+    return KernelCost(name, *(_rate(values[key]) for key in ("launch", "rate", "bandwidth", "fill")))
 
 
 def _row(values: dict[str, Any]) -> FlashRow:

@@ -62,6 +62,7 @@ class Draft:
     flag: int = 0
     claim: int = 0
     done: int = 0
+    foreign: tuple[int, ...] = ()
     prepare: "Draft | None" = None
 
 
@@ -75,6 +76,11 @@ class ProgramBuilder:
     error: BufferRef
     outputs: bool = False
     drafts: list[Draft] = field(default_factory=list)
+    _met: tuple[int, ...] = ()
+
+    def meet(self, flag: int) -> None:
+        """Have the next instruction wait for a flag of another unit's program, at that arena offset."""
+        self._met = (flag,)
 
     def add(
         self,
@@ -92,8 +98,9 @@ class ProgramBuilder:
         nothing is needed once it is finished; `ordered`: its pieces are taken strictly in order."""
         if waits is None:
             waits = [len(self.drafts) - 1] if self.drafts else []
-        assert len(waits) <= r.WAITS
-        draft = Draft(kernel, opcode, layer, operands, waits, True, frees, ordered, prepare=prepare)
+        foreign, self._met = self._met, ()
+        assert len(waits) + len(foreign) <= r.WAITS
+        draft = Draft(kernel, opcode, layer, operands, waits, True, frees, ordered, foreign=foreign, prepare=prepare)
         draft.flag = self.arena.allocate("flags", r.LINE).offset
         draft.claim = self.arena.allocate("flags", r.LINE * self.lanes).offset
         draft.done = self.arena.allocate("flags", r.LINE).offset
@@ -133,8 +140,8 @@ class ProgramBuilder:
             places = {r.ERROR: self.error.offset, r.DONE: draft.done}
             if draft.shared:
                 places |= {r.SET: draft.flag, r.CLAIM: draft.claim}
-            for n, wait in enumerate(draft.waits):
-                places[r.WAIT + n] = self.drafts[wait].flag
+            flags = [self.drafts[wait].flag for wait in draft.waits] + [flag + r.FOREIGN for flag in draft.foreign]
+            places |= {r.WAIT + n: flag for n, flag in enumerate(flags)}
             for index, offset in places.items():
                 row[index], moves[index] = offset, True
             if draft.prepare is not None:

@@ -90,7 +90,6 @@ class FakeLLM:
         self.asked: list[Any] = []
         self.closed = False
         self.plan = SimpleNamespace(
-            lines=lambda: ["plan: all resident"],
             as_dict=lambda: {"lanes": 2},
             forecast_line=lambda forecast: f"expect up to {forecast['tokens_per_s']:.0f} tokens/s",
         )
@@ -121,6 +120,12 @@ class FakeLLM:
 
     def losses(self) -> list[dict[str, Any]]:
         return []
+
+    def lines(self) -> list[str]:
+        return ["plan: all resident"]
+
+    def units(self) -> list[dict[str, Any]]:
+        return [{"unit": "cpu"}]
 
     def host(self) -> dict[str, Any]:
         return {"host": "threads"}

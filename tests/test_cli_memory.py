@@ -271,7 +271,8 @@ def test_run_follows_a_plan(packed: str, plan_file: str) -> None:
     data = json.loads(result.stdout)
     assert data["plan"]["context"] == 300
     assert data["plan"]["sources"] == dict.fromkeys(("threads", "context", "memory", "chunk"), "plan") | {
-        "memory": "automatic"  # a share of the weights sets no ceiling
+        "units": "automatic",
+        "memory": "automatic",  # a share of the weights sets no ceiling
     }
     assert data["flash"]["hit_rate"] == data["plan"]["resident"] < 1
     assert "context from plan" in result.stderr

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from coterie.errors import UsageError
-from coterie.scheduler.flash_model import FlashModel, FlashPoint, between, flash_of_soc
+from coterie.scheduler.flash_model import FlashModel, FlashPoint, between
+from coterie.scheduler.soc_file import flash_of_soc
 
 MB, GB, SPAN = 1e6, 1e9, 128 << 20
 PRINTED = [  # PowerInfer-2, section 2.3.2, figure 3b, table 1

@@ -35,7 +35,7 @@ class Ceiling:
     def set(self, memory: Memory) -> None:
         """Set it for good; see Engine.set_memory."""
         self.unfollow()  # `auto` would soon have its way again
-        if self._engine.stream is None:
+        if self._engine.stream is None or not self._engine.plan.placement.exact:
             self._check_holds(memory)
         elif memory == "auto":
             self.follow()

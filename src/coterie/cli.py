@@ -26,6 +26,7 @@ from coterie.commands.plan import plan
 from coterie.commands.profile import profile
 from coterie.commands.run import run
 from coterie.commands.sessions import sessions
+from coterie.commands.simulate import simulate
 from coterie.commands.terminal import printable
 from coterie.commands.train_predictor import train_predictor
 from coterie.commands.units import units
@@ -149,6 +150,7 @@ for command in (
     train_predictor,
     inspect,
     profile,
+    simulate,
     units,
     doctor,
     models.pull,

@@ -15,6 +15,7 @@ from coterie.actors.cpu import CpuUnit
 from coterie.actors.host import Host, ThreadHost, UnitLost
 from coterie.actors.neurons import neuron_kernels
 from coterie.ceiling import Ceiling
+from coterie.divergence import Divergence, measure_divergence
 from coterie.errors import UsageError
 from coterie.kernels import library
 from coterie.kernels.operands import PROBE_BYTES
@@ -23,8 +24,10 @@ from coterie.models.load import Model
 from coterie.models.rope import fill_rope_table
 from coterie.models.source import WeightSource
 from coterie.models.spec import Rope
+from coterie.others import OtherUnits
 from coterie.room import SCRATCH_ROOM, check_free, room_for
-from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model, tape_room
+from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model, lay_out_units, tape_room
+from coterie.scheduler.placement import Placement
 from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash
 from coterie.scheduler.residency import ring_room
@@ -37,7 +40,6 @@ from coterie.storage.kv import Sequence as KVSequence
 from coterie.storage.packer import RunPacker, pack_into
 from coterie.storage.runs import PAGE, Extents, lay_out_runs
 from coterie.storage.tables import fill_tables
-from coterie.storage.unit import lay_out_unit
 from coterie.storage.weights import Residency
 from coterie.stream import Stream
 from coterie.supervision import Supervisor
@@ -99,10 +101,11 @@ class Engine:
         if self._packed is not None:
             for region in SCRATCH_ROOM:
                 self.arena.use_small_pages(region)
-        buffers = lay_out_unit(self.arena, plan.lanes, plan.chunk, tracing=self._wishes.tracing)
+        self._units = lay_out_units(self.arena, plan.placement, plan.lanes, plan.chunk, tracing=self._wishes.tracing)
+        buffers = self._units.cpu
         self.cache = KVCache(self.arena, KVLayout.of(self.spec), plan.context, BATCH + 1)
         self.supervisor = Supervisor(self.host, self.arena, buffers, self._progress)
-        detached = self._packed is not None or self.host.shared
+        detached = self._packed is not None or self.host.shared or not plan.placement.exact
         actor = self.supervisor.start("cpu")
         self.unit = CpuUnit(self.arena, plan.lanes, buffers, detached=detached, actor=actor)
         self.stream: Stream | None = None
@@ -112,7 +115,11 @@ class Engine:
         self._ropes: dict[Rope, BufferRef] | None = None
         self._loaded: set[str] = set()
         self._closed = False
+        self.others: OtherUnits | None = None
+        self.divergence: Divergence | None = None
         try:
+            if not plan.placement.exact:
+                self.others = OtherUnits(self.unit, self._units, plan.placement, model, self._progress)
             if self._packed is not None:
                 self.stream = self._open_stream(self._packed)
                 self.meter = Meter(self.stream.unit, self.unit)
@@ -120,6 +127,11 @@ class Engine:
             if isinstance(model.file, WeightSource):
                 self._pack(model.file)
             self._fill_rope_tables()
+            if self.others is not None:
+                self.others.load(self.layout)
+                self.divergence = measure_divergence(self)
+                if self.divergence.identical and not plan.placement.lengths:
+                    self.plan = replace(self.plan, numerics="exact")
             self.count_anew()
             if wishes.memory == "auto":
                 self._ceiling.follow()
@@ -152,6 +164,7 @@ class Engine:
             self.arena, self.model.file, self.spec, self.runs, self._residency,
             lanes=plan.lanes, context=plan.context, chunk=plan.chunk, tile=plan.tile, ropes=self._ropes,
             sector=sector, tracing=self._wishes.tracing, counting=self._wishes.counting,
+            placement=plan.placement, gpu=self._units.gpu,
         )  # fmt: skip
         self._compile()
         self._ropes = self.layout.shared.ropes
@@ -185,21 +198,31 @@ class Engine:
         ceiling cuts short, or that loses a unit, is run again; but not `head`, which cannot be: then the chunk is."""
         while True:
             try:
-                if name != "head":
+                if not name.startswith("head"):
                     self._ceiling.apply()
-                self.ready(name)
                 self._step(name, rows, more)
             except _Yield:
                 continue
             except UnitLost as loss:
                 self._recover(loss)
-                if name == "head":
+                if name not in ("decode", "batch", "prefill"):
                     raise _Again from None
                 continue
             self.supervisor.done()
             return
 
     def _step(self, name: str, rows: Rows, more: bool) -> None:
+        """A step, on whichever units it is placed."""
+        if self.others is None:
+            self._on_cpu(name, rows, more)
+        elif self.others.on_gpu(name):
+            self.others.run_on_gpu(name, *rows)
+        else:
+            with self.others.beside(name):
+                self._on_cpu(name, rows, more)
+
+    def _on_cpu(self, name: str, rows: Rows, more: bool) -> None:
+        self.ready(name)
         program, stream, meter = self.layout.programs[name], self.stream, self.meter
         ids = np.asarray(rows.ids, np.int64)
         if stream is None or meter is None:
@@ -208,7 +231,7 @@ class Engine:
 
         def watch() -> None:
             stream.watch()
-            if self._ceiling.pressing and name != "head":
+            if self._ceiling.pressing and not name.startswith("head"):
                 raise _Yield
 
         self.unit.settle()  # no lane is left of a step before, that could use what is read now
@@ -228,7 +251,10 @@ class Engine:
         meter.stop(ids.size if name in ("decode", "batch") else 0)
 
     def _recover(self, loss: UnitLost) -> None:
-        """Replace what was lost, and what is lost meanwhile."""
+        """Replace what was lost, and what is lost meanwhile; other units by the CPU unit."""
+        if self.others is not None and loss.unit in self.others.names:
+            self.supervisor.give_up(loss)
+            return self.others.give_up()
         while True:
             try:
                 return self.supervisor.recover(loss, self.unit, self.stream)
@@ -291,16 +317,16 @@ class Engine:
         wanted = np.array([len(tokens) - 1] if rows is None else rows, np.int64)
         sequence.reserve(sequence.length + len(tokens))
         logits = np.empty((wanted.size, self.spec.vocab), np.float32)
-        done = 0
-        for first in range(0, len(tokens), self.plan.chunk):
-            ids = tokens[first : first + self.plan.chunk]
+        done = first = 0
+        while first < len(tokens):
+            ids = tokens[first : first + self._placement.piece(len(tokens) - first, self.plan.chunk)]
             here = wanted[(wanted >= first) & (wanted < first + len(ids))] - first
             with self._lock:
                 while not self._chunk(sequence, ids, here, logits[done : done + here.size]):
                     sequence.length -= len(ids)
-            done += here.size
+            done, first = done + here.size, first + len(ids)
             after()
-            self._progress("prompt", first + len(ids), len(tokens))
+            self._progress("prompt", first, len(tokens))
         return logits
 
     def _chunk(self, sequence: KVSequence, ids: Sequence[int], wanted: npt.NDArray[np.int64], logits: Floats) -> bool:
@@ -308,12 +334,19 @@ class Engine:
         self._check_open()
         positions = sequence.length + np.arange(len(ids))
         tables = np.full(len(ids), sequence.table_address)
-        self._run("prefill", Rows(ids, positions, tables, ()), more=wanted.size > 0)
+        length = self._placement.length_for(len(ids))
+        graphs = "" if length is None else f"@{length}"
+        try:
+            self._run(f"prefill{graphs}", Rows(ids, positions, tables, ()), more=wanted.size > 0)
+        except _Again:
+            sequence.length += len(ids)
+            return False
         sequence.length += len(ids)
         for first in range(0, wanted.size, OUTPUT_ROWS):
             outputs = wanted[first : first + OUTPUT_ROWS]
             try:
-                self._run("head", Rows(ids, positions, tables, outputs), more=first + OUTPUT_ROWS < wanted.size)
+                rows = Rows(ids, positions, tables, outputs)
+                self._run(f"head{graphs}", rows, more=first + OUTPUT_ROWS < wanted.size)
             except _Again:
                 return False
             logits[first : first + outputs.size] = self._logits[: outputs.size]
@@ -336,6 +369,11 @@ class Engine:
                 s.length += 1
             # A new ceiling, from another thread, may move the buffer.
             return self._logits[:n] if self.stream is None else self._logits[:n].copy()
+
+    @property
+    def _placement(self) -> Placement:
+        """Where steps are computed now."""
+        return self.plan.placement if self.others is None else self.others.placement
 
     def read_bandwidth(self) -> float:
         """Bytes/s at which the lanes read the layers' weights, once through; the better of two times."""
@@ -426,10 +464,13 @@ class Engine:
             if self.stream is not None:
                 last.callback(self.stream.close)
             last.callback(self.unit.close)
+            if self.others is not None:
+                last.callback(self.others.close)
             last.callback(self._ceiling.unfollow)
 
     def _write_trace(self, path: Path) -> None:
-        rings = [("cpu", self.unit.buffers.rings)]
+        others = (("gpu", self._units.gpu), ("npu", self._units.npu))
+        rings = [("cpu", self.unit.buffers.rings)] + [(name, unit.rings) for name, unit in others if unit is not None]
         if self.stream is not None:
             rings.append(("flash", self.stream.unit.buffers.trace))
             if self.stream.neurons is not None:

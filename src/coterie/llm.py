@@ -30,6 +30,7 @@ from coterie.models.template import ChatTemplate
 from coterie.opening import open_to_run
 from coterie.part_engine import Front, PartEngine
 from coterie.sampling import SamplingOptions
+from coterie.scheduler.placement import parse_units
 from coterie.scheduler.plan import NUMERICS_VERSION, OVERHEAD, Plan, Wishes
 from coterie.scheduler.plan_file import read_plan
 from coterie.session import session_path
@@ -55,6 +56,9 @@ class LLM:
     `host` says what the units are: "threads" of this process, or "ray" actors, of a Ray that is started for this model
     or of the one at `ray_address` ("auto": what coterie cluster started). Tokens are the same.
 
+    `units` names those that may compute, such as "cpu,gpu,npu" (None: "cpu"). GPU and NPU are of class `near`: their
+    tokens may differ from the CPU unit's, and how far they are from it is measured when the model is opened.
+
     Raises FetchError, ModelError, PlanError, UnitError, UsageError.
     """
 
@@ -72,6 +76,7 @@ class LLM:
         sources: Mapping[str, str] | None = None,
         host: str = "threads",
         ray_address: str | None = None,
+        units: str | None = None,
     ) -> None:
         check_host(host, ray_address)
         for name, value in (("threads", threads), ("context", context), ("cut", cut)):
@@ -79,8 +84,11 @@ class LLM:
                 raise UsageError(f"{name} is {value!r}: give a whole number above 0, or None to have it chosen")
         start = time.perf_counter()
         wanted = Wishes(
-            threads, context, None, _ceiling(memory), trace is not None, sources=dict(sources or {}), host=host
-        )
+            threads, context, None, _ceiling(memory), trace is not None, sources=dict(sources or {}), host=host,
+            units=parse_units(units),
+        )  # fmt: skip
+        if cut is not None and wanted.units != ("cpu",):
+            raise UsageError("a cut model's layers are the CPU unit's: drop units, or cut")
         if plan is not None:
             if cut is not None:
                 raise UsageError("a plan is for a whole model; give plan or cut, not both")
@@ -288,6 +296,21 @@ class LLM:
             "kv_taken": self._engine.cache.nbytes,
             "peak_rss": peak,
         }
+
+    def lines(self) -> list[str]:
+        """What is going to be done, for people: the plan, and how near units beside the CPU unit are."""
+        engine = self._engine
+        near = [] if engine.divergence is None else [engine.divergence.line(",".join(self.plan.units))]
+        return self.plan.lines() + near
+
+    def units(self) -> list[dict[str, Any]]:
+        """What the units are, truthfully: "unit", "runtime", "real", of a GPU and an NPU what they have built
+        ("builds") and "divergence" from the CPU unit."""
+        engine = self._engine
+        if engine.others is None or engine.divergence is None:
+            return [engine.unit.describe()]
+        found = {"divergence": engine.divergence.as_dict()}
+        return [engine.unit.describe(), *(unit | found for unit in engine.others.describe())]
 
     def flash(self) -> dict[str, Any] | None:
         """What streaming has done so far (None: everything is in memory): see Engine.flash_report."""

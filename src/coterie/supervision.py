@@ -41,6 +41,14 @@ class Supervisor:
         """A step was done, so there is no end of losses to fear."""
         self._in_a_row = 0
 
+    def give_up(self, loss: UnitLost) -> None:
+        """A GPU or an NPU was lost: the CPU unit does its work from now on. Raises UnitError for one that may still go
+        on and write."""
+        if loss.hangs:
+            raise UnitError(f"{loss}; end this process: it may still write") from None
+        self._progress(f"{loss}; the CPU unit does its work from now on")
+        self.losses.append(Loss(loss.unit, loss.reason, "cpu", 0.0))
+
     def recover(self, loss: UnitLost, cpu: CpuUnit, stream: Stream | None) -> None:
         """Have the lost unit's work done by another actor, between two tries of a step: fence first, so that what wakes
         up late writes nowhere. A neuron cache ends with either unit: killed lanes may have left half a demand in its

@@ -16,6 +16,7 @@ from coterie.commands.options import (
     ModelOption,
     RayAddress,
     Threads,
+    Units,
     pick_model,
     value_sources,
 )
@@ -41,6 +42,7 @@ def bench(
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Times each.")] = 5,
     threads: Threads = None,
     memory: Memory = None,
+    units: Units = None,
     host: Host = None,
     ray_address: RayAddress = None,
     output: Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")] = Output.md,
@@ -62,13 +64,14 @@ def bench(
             threads=threads,
             context=context,
             memory=memory,
+            units=units,
             progress=progress,
             sources=value_sources(command),
             host=host or ("ray" if ray_address else "threads"),
             ray_address=ray_address,
         ) as llm,
     ):
-        progress.say(llm.plan.lines())
+        progress.say(llm.lines())
         rows: list[dict[str, Any]] = []
         for n_prompt, n_gen in tests:
             progress(f"timing {_label(n_prompt, n_gen)}, {repetitions} times")

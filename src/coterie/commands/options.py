@@ -45,6 +45,15 @@ Host = Annotated[
     Literal["threads", "ray"] | None,
     typer.Option("--host", envvar="COTERIE_HOST", help="What units are: threads of this process, or Ray actors."),
 ]
+Units = Annotated[
+    str | None,
+    typer.Option(
+        "--units",
+        metavar="cpu,gpu,npu",
+        envvar="COTERIE_UNITS",
+        help="Units that may compute; GPU and NPU are near, not exact. Default: cpu.",
+    ),
+]
 RayAddress = Annotated[
     str | None,
     typer.Option(
@@ -69,7 +78,7 @@ SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "
 
 def value_sources(command: typer.Context) -> dict[str, str]:
     """Where the values that shape a plan came from, for the plan to show."""
-    found = {name: command.get_parameter_source(name) for name in ("threads", "context", "memory", "host")}
+    found = {name: command.get_parameter_source(name) for name in ("threads", "context", "memory", "host", "units")}
     given = {name: SOURCES[source.name] for name, source in found.items() if source and source.name in SOURCES}
     return {"context": "automatic"} | given  # a command may work out how much it needs
 

@@ -14,6 +14,7 @@ from coterie.commands.options import (
     ModelArgument,
     ModelOption,
     Threads,
+    Units,
     pick_model,
     read_text,
     value_sources,
@@ -34,6 +35,7 @@ def perplexity(
     chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks at most; else all.")] = None,
     threads: Threads = None,
     memory: Memory = None,
+    units: Units = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a text with its standard error.
@@ -51,10 +53,16 @@ def perplexity(
     with (
         terminal.Progress() as progress,
         LLM(
-            name, threads=threads, context=context, memory=memory, progress=progress, sources=value_sources(command)
+            name,
+            threads=threads,
+            context=context,
+            memory=memory,
+            units=units,
+            progress=progress,
+            sources=value_sources(command),
         ) as llm,
     ):
-        progress.say(llm.plan.lines())
+        progress.say(llm.lines())
         started = time.perf_counter()
         tokens = llm.tokenize(text)
         count = min(len(tokens) // context, chunks or len(tokens))

@@ -14,6 +14,7 @@ from coterie.commands.options import (
     ModelArgument,
     ModelOption,
     Threads,
+    Units,
     pick_model,
     value_sources,
 )
@@ -26,6 +27,7 @@ def plan(
     context: Context = None,
     threads: Threads = None,
     memory: Memory = None,
+    units: Units = None,
     activations: Annotated[
         Path | None,
         typer.Option("--activations", metavar="COUNTS", help="Say what is expected of neurons (see profile)."),
@@ -41,13 +43,20 @@ def plan(
         from coterie import fetch
         from coterie.models.load import read_spec
         from coterie.opening import flash_of, open_file, open_to_run
+        from coterie.scheduler.placement import parse_units
         from coterie.scheduler.plan import Wishes
         from coterie.scheduler.plan_file import format_plan, write_plan
         from coterie.scheduler.planner import make_plan
         from coterie.scheduler.profile import load_profile
         from coterie.storage.activations import activations_of
 
-        wishes = Wishes(threads, context or None, memory=memory, sources=value_sources(command))
+        wishes = Wishes(
+            threads,
+            context or None,
+            memory=memory,
+            units=parse_units(units),
+            sources=value_sources(command),
+        )
         path = fetch.resolve(name, progress)
         with open_file(path) if save is None else open_to_run(path, wishes, progress).file as file:
             spec = read_spec(file)

@@ -18,7 +18,7 @@ from coterie.commands.options import Json, Memory, ModelOption, Threads, pick_mo
 from coterie.errors import UsageError
 
 if TYPE_CHECKING:
-    from coterie.scheduler.profile import DeviceProfile, FlashProfile, FlashRow
+    from coterie.scheduler.profile import DeviceProfile, FlashProfile, FlashRow, UnitProfile
 
 FILE_BYTES = 1 << 30  # of the file that is made to be read
 SPARE_BYTES = 1 << 30  # that must be left on the disk beside it
@@ -35,6 +35,12 @@ def profile(
     ] = None,
     model_option: ModelOption = None,
     flash: Annotated[bool, typer.Option("--flash", help="Measure how the disk is read fastest, and memory.")] = False,
+    units: Annotated[
+        bool, typer.Option("--units", help="Measure the CPU unit's kernels, for coterie simulate --soc this.")
+    ] = False,
+    formats: Annotated[
+        str, typer.Option("--formats", metavar="FORMAT,...", help="Weight formats to measure units with.")
+    ] = "Q4_0,Q8_0,Q6_K",
     activations: Annotated[
         Path | None,
         typer.Option("--activations", metavar="COUNTS", help="Count a sparse MODEL's live neurons, and add them here."),
@@ -46,11 +52,11 @@ def profile(
     memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine for later plans (--flash), or count a sparse model's live neurons (--activations); without
-    an option, show what has been measured."""
+    """Measure this machine for later plans (--flash, --units), or count a sparse model's live neurons (--activations);
+    without an option, show what has been measured."""
     if activations is not None:
-        if flash:
-            raise UsageError("--flash measures the disk and --activations a model: one at a time")
+        if flash or units:
+            raise UsageError("--flash and --units measure this machine and --activations a model: one at a time")
         name = pick_model(None if file is None else str(file), model_option)
         with terminal.Progress() as progress:
             facts = count(activations, name, text, steps, batches, {"threads": threads, "memory": memory}, progress)
@@ -61,20 +67,24 @@ def profile(
         return
     if model_option is not None or text is not None:
         raise UsageError("-m and -f belong to --activations COUNTS")
-    if file is not None and not flash:
+    if file is not None and not (flash or units):
         raise UsageError(f"to measure by reading {file}, give --flash")
     with terminal.Progress() as progress:
         progress("looking at this machine")
         from coterie.scheduler.profile import file_system, load_profile, profile_path, save_profile
 
         known = load_profile()
-        if flash:
+        if flash or units:
             from coterie.actors.sweep import Sweep, memory_bandwidth
 
             with _given(file) if file is not None else _made(progress) as (path, place):
                 name = file_system(place)
-                with Sweep(path) as sweep:
-                    known.flash[name] = sweep.whole(progress)
+                if flash:
+                    with Sweep(path) as sweep:
+                        known.flash[name] = sweep.whole(progress)
+                if units:
+                    measured = _measured_units(formats, threads, progress, path, known.flash.get(name))
+                    known.units[str(measured.lanes)] = measured
             progress("measuring memory")
             known.memory_bandwidth = memory_bandwidth()
             progress.say([f"wrote {save_profile(known)}"])
@@ -82,6 +92,17 @@ def profile(
         terminal.write_json({"path": profile_path()} | asdict(known))
     else:
         terminal.write("\n".join(_lines(known)) + "\n")
+
+
+def _measured_units(
+    formats: str, threads: int | None, progress: terminal.Progress, path: Path, flash: "FlashProfile | None"
+) -> "UnitProfile":
+    from coterie.actors.sweep import quick_flash
+    from coterie.commands.measure_units import measure_units
+
+    lanes = threads or len(os.sched_getaffinity(0))
+    names = [name.strip() for name in formats.split(",")]
+    return measure_units(names, lanes, progress, (path, flash or quick_flash(path)))
 
 
 @contextmanager
@@ -128,9 +149,23 @@ def _lines(known: "DeviceProfile") -> list[str]:
     lines = []
     for name, found in known.flash.items():
         lines += [f"flash {name}", *_tables(found.rows), "  " + _choice(found), ""]
+    for unit in known.units.values():
+        lines += _unit_lines(unit)
     if known.memory_bandwidth is not None:
         lines.append(f"memory: {known.memory_bandwidth / 1e9:.1f} GB/s read by all cores")
     return lines or ["nothing has been measured yet: coterie profile --flash"]
+
+
+def _unit_lines(unit: "UnitProfile") -> list[str]:
+    """Rates of the CPU unit's kernels."""
+    lines = [f"cpu, {unit.lanes} lane{'s' * (unit.lanes > 1)}: launch in us, bytes/s, operations/s by kernel"]
+    for cost in unit.kernels:
+        memory = f"{cost.bandwidth / 1e9:.1f} GB/s" if cost.bandwidth else ""
+        compute = f"{cost.rate / 1e9:.1f} G/s" if cost.rate else ""
+        lines.append(f"  {cost.kernel:20}{1e6 * cost.launch:8.1f}{memory:>14}{compute:>14}")
+    left = f"{100 * unit.beside_flash:.0f} % of its speed beside flash, which keeps {100 * unit.flash_beside:.0f} %"
+    lines += [f"  {left}; {1e6 * unit.between:.0f} us between steps, {1e6 * unit.streamed:.0f} where streamed", ""]
+    return lines
 
 
 def _choice(found: "FlashProfile") -> str:

@@ -21,6 +21,7 @@ from coterie.commands.options import (
     ModelOption,
     RayAddress,
     Threads,
+    Units,
     pick_model,
     read_stdin,
     read_text,
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 # What --resume leaves to choose; all else the session says.
 BESIDE_RESUME = {
-    *("model", "model_option", "threads", "memory", "plan", "trace", "as_json", "resume", "host", "ray_address"),
+    *("model", "model_option", "threads", "memory", "plan", "trace", "as_json", "resume"),
+    *("host", "ray_address", "units"),
 }
 
 
@@ -52,6 +54,7 @@ def run(
     context: Context = None,
     threads: Threads = None,
     memory: Memory = None,
+    units: Units = None,
     temperature: Annotated[
         float, typer.Option("--temp", help="0: the most probable token.")
     ] = SamplingOptions.temperature,
@@ -135,6 +138,7 @@ def run(
             threads=threads,
             context=context or None,
             memory=memory,
+            units=units,
             plan=plan,
             cut=cut,
             trace=trace,
@@ -147,7 +151,7 @@ def run(
         forecast = llm.forecast()
         # What the other process can do is not known, and the forecast is of the layers here.
         more = llm.front.lines() if llm.front else [llm.plan.forecast_line(forecast)]
-        progress.say([*llm.plan.lines(), *more])
+        progress.say([*llm.lines(), *more])
         generation = begin(llm)
         _show(generation, progress, as_json)
         progress.say([_summary(generation, llm, options)])
@@ -162,6 +166,7 @@ def run(
                     "memory": llm.memory(),
                     "flash": llm.flash(),
                     "host": llm.host(),
+                    "units": llm.units(),
                     "losses": llm.losses(),
                     "link": llm.front and llm.front.report(),
                     "plan": llm.plan.as_dict() | {"forecast": forecast},

@@ -13,8 +13,10 @@ from coterie.kernels.atomics import acquire, call_kernel, cycles, fence, fetch_a
 from coterie.kernels.compiler import kernel
 from coterie.kernels.record import (
     ABORT,
+    COUNTS,
     EPOCH,
     EVENT,
+    FOREIGN,
     HEADER_WORDS,
     KERNEL,
     LINE,
@@ -23,6 +25,7 @@ from coterie.kernels.record import (
     NEVER,
     OPCODE,
     PROGRAM,
+    RATE,
     RECORD_BYTES,
     RECORDS,
     RING_HEADER,
@@ -32,11 +35,12 @@ from coterie.kernels.record import (
     TRACE_STRIDE,
     WAIT,
 )
-from coterie.kernels.sync import give_way, post, reached, sleep_on, tally, wait_flag, word
+from coterie.kernels.sync import await_unit, give_way, post, reached, sleep_on, tally, wait_flag, word
 from coterie.kernels.vector import i64_at, set_i32, set_i64
 
 EVENT_BYTES = EVENT.itemsize
 ABANDONED = -1
+FOREVER = np.int64(0x7FFFFFFFFFFFFFFF)
 # Fields of an event are written by their offsets.
 assert EVENT.fields is not None
 _START, _END, _WAITED, _EPOCH, _OPCODE, _PIECES = (
@@ -73,7 +77,7 @@ def run_program(step, lane, first, deadline):
     """
     count, abort = word(step, RECORDS), word(step, ABORT)
     spin, nap = word(step, SPIN), word(step, NAP)
-    tracing = word(step, TRACE) != 0
+    tracing, counts = word(step, TRACE) != 0, word(step, COUNTS) + lane * LINE
     for number in range(first, count):
         instruction = word(step, PROGRAM) + number * RECORD_BYTES
         waiting = cycles()
@@ -81,7 +85,10 @@ def run_program(step, lane, first, deadline):
             return number
         for flag in range(WAIT, WAIT + 2):
             awaited = word(instruction, flag)
-            if awaited != 0 and not wait_flag(awaited, word(step, EPOCH), spin, abort, nap):
+            if awaited & FOREIGN:
+                if not await_unit(awaited - FOREIGN, word(step, EPOCH), abort, word(step, RATE), counts, FOREVER):
+                    return ABANDONED
+            elif awaited != 0 and not wait_flag(awaited, word(step, EPOCH), spin, abort, nap):
                 return ABANDONED
         if i64_at(abort) != 0:
             return ABANDONED
@@ -142,7 +149,7 @@ def lane_worker() -> Callable[..., Any]:
             epoch = take_step(header, step, go, epoch, idle)
             if word(step, STOP) != 0:
                 return epoch
-            run_program(step, lane, 0, np.int64(0x7FFFFFFFFFFFFFFF))
+            run_program(step, lane, 0, FOREVER)
             post(parked, epoch)
 
     return run
@@ -169,6 +176,38 @@ def lane_watch() -> Callable[..., Any]:
         if not reached(acquire(flag), value):
             sleep_on(flag, value, nap)
         return 1 if reached(acquire(flag), value) else 0
+
+    return run
+
+
+@kernel
+def lane_await() -> Callable[..., Any]:
+    """1 when another unit has posted the flag, 0 when it has not for `most` cycles, or the step is abandoned."""
+
+    def run(flag, value, abort, rate, counts, most):
+        return 1 if await_unit(flag, value, abort, rate, counts, most) else 0
+
+    return run
+
+
+@kernel
+def lane_post() -> Callable[..., Any]:
+    """Set a flag, and wake who sleeps on it."""
+
+    def run(flag, value):
+        post(flag, value)
+        return value
+
+    return run
+
+
+@kernel
+def lane_event() -> Callable[..., Any]:
+    """Write one event into the trace ring at `ring`; times in cycles."""
+
+    def run(ring, start, end, waited, epoch, opcode, pieces):
+        write_event(ring, start, end, waited, epoch, opcode, pieces)
+        return 1
 
     return run
 

@@ -195,5 +195,13 @@ N_BUNDLE = N_LIVE  # `neuron_all`: bytes from one bundle to the next
     ND_SCRATCH_LANE,
 ) = range(OPERANDS, OPERANDS + 19)
 
+# `graph`, which the NPU unit's runtime runs: float32 rows, a fixed number of them
+(
+    GRAPH_X,
+    GRAPH_X_ROW,
+    GRAPH_Y,
+    GRAPH_Y_ROW,
+) = range(OPERANDS, OPERANDS + 4)
+
 # `probe`
 PROBE_BASE, PROBE_BYTES, PROBE_PIECE, PROBE_OUT = range(OPERANDS, OPERANDS + 4)

@@ -8,16 +8,20 @@ from enum import IntEnum
 
 import numpy as np
 
-VERSION = 3
+VERSION = 4
 WORDS = 32
 RECORD_BYTES = 8 * WORDS
 LINE = 64  # bytes of a flag, a claim counter, a done counter
 SLEEPERS = 8  # offset of the count of sleepers in a flag's line
+USUAL = 16  # offset of what waits for it have taken of late, cycles
+LATE = 24  # offset of how much longer than asked for its sleepers have slept of late, cycles
+NAP_FOR = 32  # offset of a timespec: the next nap
 
 KERNEL = 0  # address of the compiled kernel
 OPCODE = 1  # Opcode in the low 16 bits, layer in the next 16 (0xffff: none)
 WAITS = 2
-WAIT = 2  # WAITS flags that must carry this step's epoch before the kernel starts (0: none)
+WAIT = 2  # WAITS flags that must carry this step's epoch before the kernel starts (0: none); odd: see FOREIGN
+FOREIGN = 1  # added to the address of a flag that another unit posts: the wait is slept through, as predicted
 SET = 4  # the flag that the last finished piece sets to the epoch (0: none)
 CLAIM = 5  # first of `lanes` claim lines (0: a preparation, which a lane runs whole for itself)
 DONE = 6  # the line that counts finished pieces; of a preparation, one line a lane: the epoch it last ran in
@@ -46,6 +50,10 @@ class Opcode(IntEnum):
     READ = 10
     FFN_ASK = 11
     FFN_LATE = 12
+    FFN = 13  # Gate, Up, activation and Down in one graph
+    POST = 14
+    BUILD = 15  # of a graph, or of a GPU's program: never in a step
+    STEP = 16  # a whole program, of a unit that is not seen into
 
 
 # Words of the step header. Each lane works on its own copy, taken when the go flag rose, so that a lane which
@@ -75,9 +83,11 @@ FREED = 20  # address of the flag that counts reads whose memory may be used aga
 COUNTS = 21  # address of a line a lane, whose words are LINE_...
 LINE_STALLED, LINE_LIVE, LINE_ASKED = range(3)  # cycles spent waiting for weights; neurons live; asked for
 LINE_PROGRESS = 3  # odd inside of an instruction, waits for weights left out; grows with every piece too
+LINE_SLEPT, LINE_POLLED = 4, 5  # cycles of waits for other units, asleep and at looking
 EMBEDDINGS = 22  # int64[rows]: address of the 16-row group that holds each token's embedding
 YIELD = 23  # 1: a unit that reads shares the lanes' cores, and they let it go first between instructions
-HEADER_WORDS = 24
+RATE = 24  # cycles a microsecond
+HEADER_WORDS = 25
 HEADER_BYTES = 8 * HEADER_WORDS
 
 EVENT = np.dtype(

@@ -36,21 +36,30 @@ from coterie.kernels.record import (
     FREES,
     KERNEL,
     LANES_COUNT,
+    LATE,
     LINE,
+    LINE_POLLED,
     LINE_PROGRESS,
+    LINE_SLEPT,
     LINE_STALLED,
     NAP,
+    NAP_FOR,
     ORDERED,
     PREPARE,
     SET,
     SLEEPERS,
     SPIN,
     TAPE,
+    USUAL,
     YIELD,
 )
 from coterie.kernels.vector import i64_at, set_i64
 
 ARRIVAL_SPIN = 5  # binary digits by which a wait for weights spins less than one for another lane
+MARGIN = 8  # microseconds before the predicted moment at which a wait for another unit is to be awake
+SHORTEST = 20  # microseconds: the shortest nap worth a system call
+LONGEST = 20_000
+LOOK = 2  # microseconds of looking between naps that nothing predicts
 
 
 @register_jitable
@@ -106,6 +115,53 @@ def wait_flag(flag, wanted, spin, abort, timespec):
             return False
         if cycles() - start > spin:
             sleep_on(flag, wanted, timespec)
+
+
+@register_jitable
+def nap_on(flag, wanted, microseconds):
+    """Sleep until the flag is posted, or for so long."""
+    set_i64(flag + NAP_FOR, 0)
+    set_i64(flag + NAP_FOR + 8, microseconds * 1000)  # lanes that wait for one flag want about the same
+    sleep_on(flag, wanted, flag + NAP_FOR)
+
+
+@register_jitable
+def await_unit(flag, wanted, abort, rate, counts, most):
+    """Wait for a flag that another unit posts, perhaps without waking anybody, for `most` cycles; False if it has not
+    come, or the step is abandoned.
+
+    HeteroInfer's way (section 4.3): waits repeat step after step, so sleep for what they usually take, less what naps
+    are usually late, and look only from there on. The usual is kept in the flag's own line. `rate`: cycles a
+    microsecond; what was slept and looked at is added to the line of counts.
+    """
+    if reached(acquire(flag), wanted):
+        return True
+    start, looked = cycles(), 0
+    usual, late = i64_at(flag + USUAL), i64_at(flag + LATE)
+    nap = (usual - late) // rate - MARGIN
+    look = late + 2 * MARGIN * rate if usual else LOOK * rate
+    while True:
+        if nap >= SHORTEST:
+            before = cycles()
+            nap_on(flag, wanted, min(nap, LONGEST))
+            if not reached(acquire(flag), wanted):  # nobody woke this lane
+                late += (cycles() - before - nap * rate - late) // 8
+                set_i64(flag + LATE, max(0, late))
+        begun = cycles()
+        while not reached(acquire(flag), wanted) and i64_at(abort) == 0 and cycles() - begun < look:
+            pause()
+        now = cycles()
+        looked += now - begun
+        here = reached(acquire(flag), wanted)
+        if here or i64_at(abort) != 0 or now - start > most:
+            break
+        nap, look = max(SHORTEST, (now - start) // rate // 8), LOOK * rate
+    taken = cycles() - start
+    set_i64(counts + 8 * LINE_POLLED, i64_at(counts + 8 * LINE_POLLED) + looked)
+    set_i64(counts + 8 * LINE_SLEPT, i64_at(counts + 8 * LINE_SLEPT) + taken - looked)
+    if here:
+        set_i64(flag + USUAL, taken if usual == 0 else usual + (taken - usual) // 4)
+    return here
 
 
 @register_jitable

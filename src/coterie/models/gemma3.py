@@ -16,11 +16,13 @@ from coterie.models.header import ModelHeader
 from coterie.models.llama import (
     Floats,
     Network,
+    Product,
     Weights,
     attention,
     expect_tensors,
     feed_forward,
     linear_scaling,
+    matrix_product,
     read_sizes,
     rms_norm,
     rotate,
@@ -69,8 +71,14 @@ def read_spec(file: ModelHeader) -> ModelSpec:
     return spec
 
 
-def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int], network: Network = feed_forward) -> Floats:
-    """Logits float32[n, vocab] after each of n tokens; weights and network as of llama.forward."""
+def forward(
+    spec: ModelSpec,
+    weights: Weights,
+    tokens: Sequence[int],
+    network: Network = feed_forward,
+    product: Product = matrix_product,
+) -> Floats:
+    """Logits float32[n, vocab] after each of n tokens; weights, network and product as of llama.forward."""
 
     def norm(x: Floats, name: str) -> Floats:
         return rms_norm(x, weights(name + ".weight"), spec.norm_eps)
@@ -79,13 +87,13 @@ def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int], network: N
     for i, layer in enumerate(spec.layers):
         blk = f"blk.{i}."
         h = norm(x, blk + "attn_norm")
-        q = norm(split_heads(h @ weights(blk + "attn_q.weight").T, spec.head_dim), blk + "attn_q_norm")
-        k = norm(split_heads(h @ weights(blk + "attn_k.weight").T, spec.head_dim), blk + "attn_k_norm")
-        v = split_heads(h @ weights(blk + "attn_v.weight").T, spec.head_dim)
+        q = norm(split_heads(product(weights, blk + "attn_q.weight", h), spec.head_dim), blk + "attn_q_norm")
+        k = norm(split_heads(product(weights, blk + "attn_k.weight", h), spec.head_dim), blk + "attn_k_norm")
+        v = split_heads(product(weights, blk + "attn_v.weight", h), spec.head_dim)
         q = rotate(q, layer.rope, spec.interleaved_rope)
         k = rotate(k, layer.rope, spec.interleaved_rope)
         mixed = attention(q, k, v, spec.attention_scale, layer.window)
-        x = x + norm(mixed @ weights(blk + "attn_output.weight").T, blk + "post_attention_norm")
+        x = x + norm(product(weights, blk + "attn_output.weight", mixed), blk + "post_attention_norm")
 
         x = x + norm(network(spec, weights, i, norm(x, blk + "ffn_norm")), blk + "post_ffw_norm")
 

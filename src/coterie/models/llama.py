@@ -20,6 +20,7 @@ from coterie.models.spec import Activation, LayerSpec, ModelSpec, Rope
 Floats = NDArray[np.float32]
 Weights = Callable[[str], Floats]
 Network = Callable[[ModelSpec, Weights, int, Floats], Floats]  # as feed_forward
+Product = Callable[[Weights, str, Floats], Floats]  # as matrix_product
 
 QUERY_BLOCK = 256  # rows of attention at a time: bounds the memory of scores
 
@@ -159,6 +160,11 @@ def expect_tensors(file: ModelHeader, spec: ModelSpec, norms: Sequence[str], hea
         )
 
 
+def matrix_product(weights: Weights, name: str, x: Floats) -> Floats:
+    """float32[n, rows] of x float32[n, cols] with the matrix of that name: what attention's projections do."""
+    return x @ weights(name).T
+
+
 def feed_forward(spec: ModelSpec, weights: Weights, layer: int, h: Floats) -> Floats:
     """A layer's feed-forward network: float32[n, dim] of h float32[n, dim], which is normed."""
     return down(spec, weights, layer, activated(spec.activation, *gate_and_up(weights, layer, h)))
@@ -176,28 +182,42 @@ def down(spec: ModelSpec, weights: Weights, layer: int, hidden: Floats) -> Float
     return hidden @ (weights(blk + "ffn_down_t.weight") if spec.sparse else weights(blk + "ffn_down.weight").T)
 
 
-def forward(spec: ModelSpec, weights: Weights, tokens: Sequence[int], network: Network = feed_forward) -> Floats:
+def forward(
+    spec: ModelSpec,
+    weights: Weights,
+    tokens: Sequence[int],
+    network: Network = feed_forward,
+    product: Product = matrix_product,
+) -> Floats:
     """Logits float32[n, vocab] after each of n tokens.
 
     `weights(name)` gives a float32 matrix, or a vector for norms; `network` may look on at, or change, what is done in
-    place of `feed_forward`.
+    place of `feed_forward`, and `product` what is done in place of attention's four projections.
     """
     x = weights("token_embd.weight")[np.asarray(tokens)]
     for i in range(len(spec.layers)):
-        x = block(spec, weights, i, x, network)
+        x = block(spec, weights, i, x, network, product)
     return logits(spec, weights, x)
 
 
-def block(spec: ModelSpec, weights: Weights, i: int, x: Floats, network: Network = feed_forward) -> Floats:
+def block(
+    spec: ModelSpec,
+    weights: Weights,
+    i: int,
+    x: Floats,
+    network: Network = feed_forward,
+    product: Product = matrix_product,
+) -> Floats:
     """Layer `i`, attention and network: the hidden states float32[n, dim] after it, of those before it."""
     blk, layer = f"blk.{i}.", spec.layers[i]
     h = rms_norm(x, weights(blk + "attn_norm.weight"), spec.norm_eps)
-    q = split_heads(h @ weights(blk + "attn_q.weight").T, spec.head_dim)
-    k = split_heads(h @ weights(blk + "attn_k.weight").T, spec.head_dim)
-    v = split_heads(h @ weights(blk + "attn_v.weight").T, spec.head_dim)
+    q = split_heads(product(weights, blk + "attn_q.weight", h), spec.head_dim)
+    k = split_heads(product(weights, blk + "attn_k.weight", h), spec.head_dim)
+    v = split_heads(product(weights, blk + "attn_v.weight", h), spec.head_dim)
     q = rotate(q, layer.rope, spec.interleaved_rope)
     k = rotate(k, layer.rope, spec.interleaved_rope)
-    x = x + attention(q, k, v, spec.attention_scale, layer.window) @ weights(blk + "attn_output.weight").T
+    mixed = attention(q, k, v, spec.attention_scale, layer.window)
+    x = x + product(weights, blk + "attn_output.weight", mixed)
 
     return x + network(spec, weights, i, rms_norm(x, weights(blk + "ffn_norm.weight"), spec.norm_eps))
 

@@ -1,0 +1,141 @@
+"""The GPU unit: programs that a device's queue runs in order. Between the enqueueing of a step and the flag that its
+last kernel posts, this process does nothing: no wait for a kernel, no finish (HeteroInfer, section 4.3)."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.actors.host import UnitLost
+from coterie.actors.lanes import cycles_per_second
+from coterie.errors import UnitError
+from coterie.kernels import library
+from coterie.kernels import record as r
+from coterie.scheduler.program import NO_LAYER, Program
+from coterie.storage.arena import Arena, BufferRef
+from coterie.storage.unit import TRACE_EVENTS, UnitBuffers
+
+LOOK = 0.05  # seconds after which a wait looks for signals
+PATIENCE = 120.0  # seconds for one step: then the device counts as hung
+
+
+class Loaded(Protocol):
+    """A program on a device."""
+
+    def run(self, tokens: int, outputs: int) -> None:
+        """Enqueue all of it, for so many rows, of which so many want logits, and come back at once."""
+
+
+class Device(Protocol):
+    """A runtime with a queue: OpenCL (actors/opencl.py) or CUDA (actors/cuda.py)."""
+
+    builds: int  # programs that were compiled, so far
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def load(self, words: npt.NDArray[np.int64], kernels: list[str]) -> Loaded: ...
+
+    def before_step(self, refs: Sequence[BufferRef]) -> None:
+        """Let the device see these buffers as they are now; nothing to do where memory is shared."""
+
+    def after_step(self, refs: Sequence[BufferRef]) -> None:
+        """Let this process see these buffers as the device left them."""
+
+    def close(self) -> None: ...
+
+
+class GpuUnit:
+    """Runs programs on `device`; `buffers` are the unit's own, `results` what this process reads of a step. Raises
+    UnitError, UnitLost."""
+
+    def __init__(self, arena: Arena, buffers: UnitBuffers, device: Device) -> None:
+        self.arena, self.buffers, self.device = arena, buffers, device
+        self._programs: dict[str, tuple[Program, Loaded]] = {}
+        self._lock, self._epoch, self._closed = threading.Lock(), 0, False
+        self._await, self._event = library.function("lane_await", 6), library.function("lane_event", 7)
+        self._cycles = library.function("lane_cycles", 0)
+        self._header: npt.NDArray[np.int64] = arena.numpy(buffers.header)
+        self._rows = {word: arena.numpy(ref) for word, ref in buffers.rows.items()}
+        self._told = [buffers.header, *buffers.rows.values()]
+        self._rate = max(1, int(cycles_per_second() / 1e6))
+        self._never = arena.address(buffers.control) + 2 * r.LINE
+        self._ring = 0
+        if buffers.rings is not None:
+            arena.numpy(buffers.rings)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS
+            self._ring = arena.address(buffers.rings)
+
+    def describe(self) -> dict[str, Any]:
+        return {"unit": "gpu"} | self.device.describe()
+
+    def load(self, program: Program) -> None:
+        """Have the device compile what it needs, before any step."""
+        started, builds = self._cycles(), self.device.builds
+        self._programs[program.name] = program, self.device.load(program.words, program.kernels)
+        if self.device.builds != builds:
+            self._record(started, r.Opcode.BUILD, 0)
+
+    def run(
+        self,
+        name: str,
+        ids: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        tables: npt.ArrayLike,
+        outputs: npt.ArrayLike,
+        results: Sequence[BufferRef] = (),
+        watch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run a loaded program for one step, and come back when its flag is posted; arguments as of CpuUnit.run."""
+        with self._lock:
+            if self._closed:
+                raise UnitError("this model has been closed")
+            program, loaded = self._programs[name]
+            rows, wanted = np.size(ids), np.size(outputs)
+            if rows == 0 or (program.outputs and wanted == 0):
+                raise UnitError(f"program {name} was given no rows to work on")
+            given = ((r.IDS, ids), (r.POSITIONS, positions), (r.TABLES, tables), (r.OUTPUT_ROWS, outputs))
+            for word, values in given:
+                array = np.asarray(values)
+                self._rows[word][: array.size] = array
+            self._epoch += 1
+            self._header[[r.EPOCH, r.TOKENS, r.OUTPUTS]] = self._epoch, rows, wanted
+            started = self._cycles()
+            try:
+                self.device.before_step(self._told)
+                loaded.run(rows, wanted)
+                self._join(program, watch)
+                self.device.after_step(results)
+            except UnitLost:
+                raise
+            except UnitError as error:
+                raise UnitLost("gpu", str(error)) from None
+            self._record(started, r.Opcode.STEP, self._epoch)
+
+    def _join(self, program: Program, watch: Callable[[], None]) -> None:
+        """Wait for the flag; Python's signal handlers run between looks. What is in the queue runs on after an
+        interrupt: the next step waits behind it, and a step may be run again."""
+        flag, counts = self.arena.base + program.done, self.arena.address(self.buffers.counts)
+        slice_cycles, end = int(LOOK * cycles_per_second()), time.monotonic() + PATIENCE
+        while not self._await(flag, self._epoch, self._never, self._rate, counts, slice_cycles):
+            watch()
+            if time.monotonic() > end:
+                raise UnitLost("gpu", f"a step has not ended in {PATIENCE:.0f} seconds", hangs=True)
+
+    def waits(self) -> tuple[float, float]:
+        """Seconds of waiting for the device so far: asleep, and looking."""
+        counts = self.arena.numpy(self.buffers.counts)[0]
+        return float(counts[r.LINE_SLEPT]) / cycles_per_second(), float(counts[r.LINE_POLLED]) / cycles_per_second()
+
+    def _record(self, started: int, opcode: r.Opcode, epoch: int) -> None:
+        if self._ring:
+            self._event(self._ring, started, self._cycles(), 0, epoch, opcode | NO_LAYER << 16, 1)
+
+    def close(self) -> None:
+        """Give the device back; a second call does nothing."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._programs.clear()
+                self.device.close()

@@ -1,0 +1,92 @@
+"""Which unit does what, where several are asked for. The partition solver will decide this by measured times; until
+then it follows the seed systems: prompts' products on the NPU or the GPU, decode on the GPU where both are busy
+otherwise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coterie.errors import UsageError
+
+UNITS = ("cpu", "gpu", "npu")
+LENGTHS = (64, 256)  # rows of graphs: a chunk's length, or what is left of a prompt, filled up
+FILLED = 0.6  # of a graph's rows at least: with fewer, it is not used
+ROLES = {  # of the units asked for: who computes prompts, and who decodes
+    ("cpu",): ("cpu", "cpu"),
+    ("gpu",): ("gpu", "gpu"),
+    ("cpu", "gpu"): ("gpu", "cpu"),
+    ("cpu", "npu"): ("npu", "cpu"),
+    ("cpu", "gpu", "npu"): ("npu", "gpu"),
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Who computes prompts, "cpu", "gpu" or "npu" (graphs of `lengths` rows, and the CPU unit all else), and who
+    decodes."""
+
+    prefill: str = "cpu"
+    decode: str = "cpu"
+    lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, units: Sequence[str], chunk: int) -> "Placement":
+        """The placement for a set of units and chunks of so many tokens. Raises UsageError for a set that cannot be."""
+        prefill, decode = ROLES[check_units(units)]
+        lengths = tuple(sorted({min(length, chunk) for length in LENGTHS})) if prefill == "npu" else ()
+        return cls(prefill, decode, lengths)
+
+    @property
+    def exact(self) -> bool:
+        """Whether only units of the class `exact` compute."""
+        return self.prefill == self.decode == "cpu"
+
+    @property
+    def gpu(self) -> bool:
+        return "gpu" in (self.prefill, self.decode)
+
+    def describe(self) -> dict[str, str]:
+        """What each unit does, for people."""
+        parts: dict[str, list[str]] = {"cpu": [], "gpu": [], "npu": []}
+        if self.prefill == "npu":
+            parts["npu"].append("prompts' matrix products")
+            parts["cpu"].append("the rest of prompts")
+        else:
+            parts[self.prefill].append("prompts")
+        parts[self.decode].append("decode")
+        said = {unit: " and ".join(work) for unit, work in parts.items() if work}
+        return {unit: "everything" if work == "prompts and decode" else work for unit, work in said.items()}
+
+    def piece(self, tokens: int, chunk: int) -> int:
+        """How many of a prompt's tokens make the next step: a chunk of at most `chunk`; where there are graphs, as many
+        as one of them takes."""
+        piece = min(tokens, chunk)
+        if self.lengths and self.length_for(piece) is None:
+            piece = max((length for length in self.lengths if length <= piece), default=piece)
+        return piece
+
+    def length_for(self, tokens: int) -> int | None:
+        """The graphs' length for a step of so many tokens: the shortest that holds them, if they fill most of it; None:
+        they are the CPU unit's (HeteroInfer, section 4.2: padding, and the rest on another unit)."""
+        fitting = [length for length in self.lengths if length >= tokens]
+        return fitting[0] if fitting and FILLED * fitting[0] <= tokens else None
+
+
+CPU_ONLY = Placement()
+
+
+def check_units(units: Sequence[str]) -> tuple[str, ...]:
+    """The units in our order. Raises UsageError for one that there is not, or a set that cannot be."""
+    for unit in units:
+        if unit not in UNITS:
+            raise UsageError(f"unit is {unit!r:.40}: there are {', '.join(UNITS)}")
+    wanted = tuple(unit for unit in UNITS if unit in units)
+    if wanted not in ROLES:
+        raise UsageError("the NPU unit needs the CPU unit beside it: --units cpu,npu or cpu,gpu,npu")
+    return wanted
+
+
+def parse_units(text: str | None) -> tuple[str, ...]:
+    """Units as text such as "cpu,npu"; None: the CPU unit. Raises UsageError."""
+    if text is None:
+        return ("cpu",)
+    return check_units([word.strip() for word in text.split(",")])

@@ -1,0 +1,314 @@
+"""Measuring what the CPU unit's own kernels take, for the device profile.
+
+Programs of two made-up models, a narrow and a wide one, are compiled as those of real models are, and run on weights
+that caches cannot hold.
+
+A step's trace gives every instruction's time, from the end of the one before to its own end, so that handing over and
+what lanes prepare for themselves are in it. A kernel's times at several sizes become launch, bytes/s and operations/s.
+"""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.actors.cpu import CpuUnit
+from coterie.actors.sweep import Sweep
+from coterie.errors import CoterieError, UsageError
+from coterie.kernels import library
+from coterie.kernels import record as r
+from coterie.kernels.formats import FORMATS
+from coterie.models.header import BLOCKS, ModelHeader, TensorInfo
+from coterie.models.spec import LayerSpec, ModelSpec, Rope
+from coterie.scheduler.device_model import Instruction
+from coterie.scheduler.layout import BATCH, lay_out_model
+from coterie.scheduler.operators import Reader, Rows
+from coterie.scheduler.profile import FlashProfile, KernelCost, UnitProfile
+from coterie.scheduler.program import Program
+from coterie.scheduler.residency import choose
+from coterie.scheduler.soc import short_name
+from coterie.storage.arena import Arena, Ledger
+from coterie.storage.kv import KVCache, KVLayout
+from coterie.storage.runs import lay_out_runs
+from coterie.storage.tables import fill_tables
+from coterie.storage.unit import lay_out_unit
+from coterie.trace.chrome import read_rings
+
+USUAL = ("Q4_0", "Q8_0", "Q6_K")
+FILL = 0x3C  # every byte of weights: float16 1.06, float32 0.011, so that nothing overflows or is denormal
+CONTEXT, CHUNK, TILE = 1280, 256, 4
+NEAR, FAR = 64, 1024  # positions at which attention is timed
+FEW, MANY = 64, 256  # tokens of a chunk
+REPEAT = 9
+BESIDE = 1.0  # seconds of reading while lanes compute
+Progress = Callable[..., None]
+Point = tuple[Instruction, float]  # and the seconds it took
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A made-up model."""
+
+    dim: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    layers: int
+    vocab: int
+
+
+NARROW = Shape(512, 8, 4, 1536, 32, 8192)
+WIDE = Shape(2048, 32, 8, 8192, 4, 32768)
+
+
+def measure_units(
+    formats: Sequence[str], lanes: int, progress: Progress, flash: tuple[Path, FlashProfile] | None = None
+) -> UnitProfile:
+    """What `lanes` lanes do with weights of these formats; with `flash`, a large file and how it is read, also how
+    computing and reading slow each other. Raises UsageError for a format that there is not."""
+    for name in formats:
+        if name not in FORMATS or name not in BLOCKS:
+            raise UsageError(f"no weights are in {name!r}; there is {', '.join(sorted(set(FORMATS) & set(BLOCKS)))}")
+    points: dict[str, list[Point]] = {}
+    pauses: list[tuple[float, float]] = []
+    beside = 1.0, 1.0
+    for number, (name, shape) in enumerate([(name, shape) for name in formats for shape in (NARROW, WIDE)]):
+        progress("measuring kernels", number, 2 * len(formats))
+        with Bench(shape, name, lanes, progress) as bench:
+            for found in bench.all_points():
+                points.setdefault(short_name(found[0].kernel), []).append(found)
+            if shape is NARROW and not pauses:
+                pauses.append(bench.pause())
+            if shape is WIDE and name == formats[0] and flash is not None:
+                progress("measuring kernels while reading")
+                beside = bench.beside(*flash)
+    between = pauses[0][0]
+    with Bench(NARROW, formats[0], lanes, progress, detached=True) as bench:
+        streamed = bench.pause()[0]
+    kernels = tuple(fitted(kernel, found) for kernel, found in sorted(points.items()))
+    return UnitProfile(lanes, kernels, between, streamed, *beside)
+
+
+class Bench:
+    """A made-up model in memory, all its weights of one format, with a unit to run it. A context manager."""
+
+    def __init__(self, shape: Shape, format: str, lanes: int, progress: Progress, *, detached: bool = False) -> None:
+        self.spec, tensors = made_up(shape, format)
+        runs = lay_out_runs(tensors, self.spec)
+        residency, file = choose(runs, 1 << 62), cast(ModelHeader, SimpleNamespace(tensors=tensors))
+
+        def cut(ledger: Ledger) -> Any:
+            return lay_out_model(
+                ledger, file, self.spec, runs, residency, lanes=lanes, context=CONTEXT, chunk=CHUNK, tile=TILE
+            )
+
+        paper = Ledger()
+        programs = cut(paper).programs
+        lay_out_unit(paper, lanes, CHUNK, tracing=True)
+        regions = paper.usage() | {"kv": KVLayout.of(self.spec).region(CONTEXT)}
+        regions["state"] += (BATCH + 1) * (CONTEXT + 64)
+        regions["programs"] = sum(program.nbytes for program in programs.values())
+        kernels = [kernel for program in programs.values() for kernel in program.kernels]
+        library.compile_missing(kernels, progress)
+        self.arena = Arena(regions)
+        buffers = lay_out_unit(self.arena, lanes, CHUNK, tracing=True)
+        assert buffers.rings is not None
+        self._rings = buffers.rings
+        self.cache = KVCache(self.arena, KVLayout.of(self.spec), CONTEXT, BATCH + 1)
+        self.unit = CpuUnit(self.arena, lanes, buffers, detached=detached)
+        self.layout = cut(self.arena)
+        self.arena.numpy(self.arena.whole("weights"))[:] = FILL
+        fill_tables(self.arena, self.layout.weights, 0)
+        for name in ("decode", "prefill", "head"):
+            self.unit.load(self.layout.programs[name])
+        self.sequence = self.cache.sequence()
+        self.sequence.reserve(CONTEXT)
+        self.reader = Reader(self.spec, self.layout)
+
+    def __enter__(self) -> "Bench":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.unit.close()
+        self.arena.close()
+
+    def step(self, name: str, rows: Rows) -> None:
+        ids = np.arange(rows.tokens) % self.spec.vocab
+        positions = rows.position + np.arange(rows.tokens)
+        tables = np.full(rows.tokens, self.sequence.table_address)
+        outputs = [rows.tokens - 1] if self.layout.programs[name].outputs else []
+        places = self.arena.base + self.layout.weights.embedding_places(ids)[2]
+        self.unit.run(name, ids, positions, tables, outputs, places)
+
+    def all_points(self) -> list[Point]:
+        """Times of all instructions of a few kinds of steps."""
+        steps = [("decode", Rows(1, NEAR)), ("decode", Rows(1, FAR)), ("prefill", Rows(FEW, 0))]
+        steps += [("prefill", Rows(MANY, 0)), ("prefill", Rows(MANY, FAR)), ("head", Rows(MANY, FAR))]
+        found = list[Point]()
+        for name, rows in steps:
+            found += self.points(name, rows)
+        return found
+
+    def points(self, name: str, rows: Rows) -> list[Point]:
+        """Each instruction of a program once, with the median of its times over repetitions and layers."""
+        operators = self.reader.operators(self.layout.programs[name], rows)
+        times = list[npt.NDArray[np.float64]]()
+        for number in range(REPEAT + 1):
+            self._forget_events()
+            self.step(name, rows)
+            spans = self._spans(self.layout.programs[name])
+            if number and spans is not None:  # the first one warms up
+                times.append(spans)
+        if not times:
+            raise UsageError("this machine is too busy to measure its kernels; try again when it is quiet")
+        medians = np.median(np.array(times), axis=0)
+        alike: dict[Instruction, list[float]] = {}
+        for operator, seconds in zip(operators, medians.tolist(), strict=True):
+            i = operator.instruction
+            plain = Instruction(
+                i.kind, "cpu", i.rows, i.columns, i.tokens, i.format, i.nbytes, i.flops, i.kernel
+            )  # of all layers
+            alike.setdefault(plain, []).append(seconds)
+        return [(i, statistics.median(seconds)) for i, seconds in alike.items()]
+
+    def _forget_events(self) -> None:
+        self.arena.numpy(self._rings)[:, :8].view(np.int64)[:] = 0
+
+    def _spans(self, program: Program) -> npt.NDArray[np.float64] | None:
+        """Seconds of each of a step's instructions; None where the trace does not show them all. A lane's events are in
+        the program's order, without those of which it got no piece."""
+        wanted = program.words[: program.length, r.OPCODE].tolist()
+        ends, begun = np.zeros(len(wanted), np.int64), list[int]()
+        for events in read_rings(self.arena.numpy(self._rings)):
+            at = 0
+            for start, end, _, _, opcode, layer, _ in events.tolist():
+                while at < len(wanted) and wanted[at] != opcode | layer << 16:
+                    at += 1
+                if at == len(wanted):
+                    return None
+                ends[at] = max(ends[at], end)
+                begun.append(start)
+                at += 1
+        if not ends.all():
+            return None
+        at_least = np.maximum.accumulate(np.concatenate([[min(begun)], ends]))
+        return np.diff(at_least) / self.unit.cycles_per_second()
+
+    def pause(self) -> tuple[float, float]:
+        """Seconds of a decode step that no instruction takes, and all of it."""
+        rows, pauses, whole = Rows(1, NEAR), list[float](), list[float]()
+        for _ in range(3 * REPEAT):
+            self._forget_events()
+            begun = time.perf_counter()
+            self.step("decode", rows)
+            whole.append(time.perf_counter() - begun)
+            spans = self._spans(self.layout.programs["decode"])
+            if spans is not None:
+                pauses.append(whole[-1] - float(spans.sum()))
+        return max(0.0, statistics.median(pauses or [0.0])), statistics.median(whole)
+
+    def beside(self, path: Path, way: FlashProfile) -> tuple[float, float]:
+        """What share of its speed is left to decode while a file is read, and of reading while lanes decode."""
+        rows = Rows(1, NEAR)
+        self.unit.connect(0, 0)  # lanes let a reading thread go first, as in a real run; nothing waits for a flag
+
+        def steps(until: Callable[[], bool]) -> float:
+            times = list[float]()
+            while not until() or len(times) < 3:
+                begun = time.perf_counter()
+                self.step("decode", rows)
+                times.append(time.perf_counter() - begun)
+            return statistics.median(times)
+
+        end = time.perf_counter() + BESIDE
+        alone = steps(lambda: time.perf_counter() > end)
+        with Sweep(path) as sweep:
+            point = way.engine, "sequential", way.block, way.depth, sweep.size
+            reading_alone = sweep.measure(point, BESIDE).bytes_per_s
+            rates = list[float]()
+
+            def read() -> None:
+                try:
+                    rates.append(sweep.measure(point, BESIDE).bytes_per_s)
+                except CoterieError:
+                    return
+
+            thread = threading.Thread(target=read)
+            thread.start()
+            together = steps(lambda: not thread.is_alive())
+            thread.join()
+        left = rates[0] / reading_alone if rates else 1.0
+        return min(1.0, alone / together), min(1.0, left)
+
+
+def made_up(shape: Shape, format: str) -> tuple[ModelSpec, dict[str, TensorInfo]]:
+    """A dense model of that shape whose matrices are all of one format."""
+    head_dim, tensors = shape.dim // shape.heads, dict[str, TensorInfo]()
+
+    def tensor(name: str, rows: int, columns: int, of: str = format) -> None:
+        values, size = BLOCKS[of]
+        tensors[name] = TensorInfo(name, of, rows, columns, 0, rows * columns // values * size)
+
+    tensor("token_embd.weight", shape.vocab, shape.dim)
+    tensor("output_norm.weight", 1, shape.dim, "F32")
+    for i in range(shape.layers):
+        tensor(f"blk.{i}.attn_norm.weight", 1, shape.dim, "F32")
+        tensor(f"blk.{i}.ffn_norm.weight", 1, shape.dim, "F32")
+        tensor(f"blk.{i}.attn_q.weight", shape.heads * head_dim, shape.dim)
+        tensor(f"blk.{i}.attn_k.weight", shape.kv_heads * head_dim, shape.dim)
+        tensor(f"blk.{i}.attn_v.weight", shape.kv_heads * head_dim, shape.dim)
+        tensor(f"blk.{i}.attn_output.weight", shape.dim, shape.heads * head_dim)
+        tensor(f"blk.{i}.ffn_gate.weight", shape.ffn, shape.dim)
+        tensor(f"blk.{i}.ffn_up.weight", shape.ffn, shape.dim)
+        tensor(f"blk.{i}.ffn_down.weight", shape.dim, shape.ffn)
+    spec = ModelSpec(
+        architecture="llama", name="made up", dim=shape.dim, n_heads=shape.heads, n_kv_heads=shape.kv_heads,
+        head_dim=head_dim, ffn_dim=shape.ffn, vocab=shape.vocab, context=CONTEXT, norm_eps=1e-5, activation="silu",
+        interleaved_rope=True, attention_scale=head_dim**-0.5, embedding_scale=1.0, qk_norm=False, post_norms=False,
+        tied=True, layers=(LayerSpec(Rope(10_000.0, head_dim)),) * shape.layers,
+    )  # fmt: skip
+    return spec, tensors
+
+
+def fitted(kernel: str, points: Sequence[Point]) -> KernelCost:
+    """Launch, bytes/s, operations/s and fill that come nearest to the measured times, relatively: of products for few
+    tokens by their bytes, of others by their operations (device_model.time)."""
+    seconds = np.array([time for _, time in points])
+    few = all(i.kind in ("matmul", "ffn") and i.tokens <= 2 for i, _ in points)
+    operations = np.array([2.0 * i.rows * i.columns * i.tokens or i.flops for i, _ in points])
+    nbytes = np.array([i.nbytes for i, _ in points])
+    tokens = np.array([float(i.tokens) for i, _ in points])
+    if few:
+        launch, per_byte = non_negative(np.stack([np.ones_like(nbytes), nbytes], axis=1), seconds)
+        return KernelCost(kernel, launch, 0.0, 1 / per_byte if per_byte else 0.0, 0.0)
+    many = tokens > 2  # the head's few rows are bound by memory
+    if points[0][0].kind not in ("matmul", "ffn"):
+        launch, each = non_negative(np.stack([np.ones_like(operations), operations], axis=1), seconds)
+        return KernelCost(kernel, launch, 1 / each if each else 0.0, 0.0, 0.0)
+    columns = np.stack([np.ones_like(operations), operations, operations / tokens], axis=1)[many]
+    launch, each, loading = non_negative(columns, seconds[many])
+    rest = [(n, t - launch) for n, t, wide in zip(nbytes, seconds, many, strict=True) if not wide and t > launch]
+    bandwidth = statistics.median(n / t for n, t in rest) if rest else 0.0
+    return KernelCost(kernel, launch, 1 / each if each else 0.0, bandwidth, loading / each if each else 0.0)
+
+
+def non_negative(columns: npt.NDArray[np.float64], seconds: npt.NDArray[np.float64]) -> list[float]:
+    """Coefficients at least 0 that come nearest to `seconds`, relatively; a column that would be negative is left
+    out, the worst first."""
+    scaled, wanted = columns / seconds[:, None], np.ones_like(seconds)
+    kept, found = list(range(columns.shape[1])), np.zeros(columns.shape[1])
+    while kept:
+        norms = np.linalg.norm(scaled[:, kept], axis=0)
+        part = np.linalg.lstsq(scaled[:, kept] / norms, wanted, rcond=None)[0] / norms
+        if part.min() >= 0:
+            found[kept] = part
+            break
+        kept.pop(int(np.argmin(part * norms)))
+    return [float(value) for value in found]

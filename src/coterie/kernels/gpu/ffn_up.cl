@@ -1,0 +1,34 @@
+// ffn_up:G:U:activation:T. Blocks of 32 neurons, which are two groups, along dimension 2, T rows along dimension 0.
+
+kernel void NAME(PARAMETERS) {
+    SCRATCH;
+    PARTS;
+    const int first = get_global_id(0) / LANES * T, rows = step_rows(a, step, 0) - first;
+    const int block = get_global_id(2), cluster = block / (neurons / 32);
+    if (rows <= 0 || cluster >= clusters) return;
+    global const uchar *start = w + weights + (long)(cluster / per) * stride + (long)(cluster % per) * bundle;
+    global const uchar *from = a + x + (long)first * x_row;
+    real out[2][T];
+    for (int i = 0; i < 2; i++) {
+        const int g = block % (neurons / 32) * 2 + i;
+        real gates[T], ups[T];
+        JOIN(JOIN(times, G), T)
+        (start + (long)g * blocks * JOIN(BLOCK, G), blocks, blocks, JOIN(BLOCK, G), 0, from, x_row, rows, gates, parts);
+        JOIN(JOIN(times, U), T)
+        (start + up + (long)g * blocks * JOIN(BLOCK, U), blocks, blocks, JOIN(BLOCK, U), 0, from, x_row, rows, ups,
+         parts);
+#pragma unroll
+        for (int t = 0; t < T; t++) out[i][t] = JOIN(activated, ACTIVATION)(gates[t], ups[t]);
+    }
+    for (int turn = 0; turn < T; turn += SLICES) {  // every slice, since their lanes round together
+        const int t = min(turn + SLICE, T - 1);
+        const bool mine = turn + SLICE < T && t < rows;
+        global float *to = (global float *)(a + hidden + (long)(first + t) * hidden_row);
+        if (rounded) {
+            put_block(&out[0][t], &out[1][t], mine, to + block * BLOCK_FLOATS, scratch);
+        } else if (mine) {
+            put_floats(out[0][t], to + block * 32);
+            put_floats(out[1][t], to + block * 32 + ROWS);
+        }
+    }
+}

@@ -1,0 +1,110 @@
+// The packed formats (docs/packed-format.md). quanta_F: sub-block `sub` of a block as 32 columns of 16 rows, of which a
+// work-item gets its own: whole numbers q as floats, where weight = scale * (q - OFFSET_F) + low. Float formats have
+// columns_F. BLOCK_F: bytes of a block, HEADER_F: before its sub-blocks, SUB_F: of one, SUBS_F: how many.
+
+static void spread(const word *quad, real *q) {
+#pragma unroll
+    for (int c = 0; c < 32; c++) q[c] = TO_REAL((quad[c / 4] >> (c % 4 * 8)) & 255u);
+}
+
+// Eight quads of four bits: vector j has quad j in the low nibbles, quad 4 + j in the high ones.
+static void nibbles(global const uchar *p, int lane, word *quad) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const word v = get_words(p + 64 * j, lane);
+        quad[j] = v & 0x0f0f0f0fu;
+        quad[4 + j] = (v >> 4) & 0x0f0f0f0fu;
+    }
+}
+
+// The fifth bits: bit k of every byte belongs to quad k.
+static void fifth_bits(global const uchar *p, int lane, word *quad) {
+    const word v = get_words(p, lane);
+#pragma unroll
+    for (int k = 0; k < 8; k++) quad[k] |= ((v >> k) & 0x01010101u) << 4;
+}
+
+// Bits 4 and 5: bits 2m and 2m + 1 of vector v belong to quad 4v + m.
+static void upper_bits(global const uchar *p, int lane, word *quad) {
+#pragma unroll
+    for (int k = 0; k < 8; k++) quad[k] |= ((get_words(p + k / 4 * 64, lane) >> (k % 4 * 2)) & 0x03030303u) << 4;
+}
+
+#define QUANTA(F) static void quanta_##F(global const uchar *block, int sub, int lane, real *q, real *scale, real *low)
+
+QUANTA(Q4_0) {
+    word quad[8];
+    *scale = get_halves(block, lane);
+    nibbles(block + 32, lane, quad);
+    spread(quad, q);
+}
+
+QUANTA(Q4_1) {
+    word quad[8];
+    *scale = get_halves(block, lane);
+    *low = get_halves(block + 32, lane);
+    nibbles(block + 64, lane, quad);
+    spread(quad, q);
+}
+
+QUANTA(Q5_0) {
+    word quad[8];
+    *scale = get_halves(block, lane);
+    nibbles(block + 32, lane, quad);
+    fifth_bits(block + 288, lane, quad);
+    spread(quad, q);
+}
+
+QUANTA(Q8_0) {
+    word quad[8];
+    *scale = get_halves(block, lane);
+#pragma unroll
+    for (int k = 0; k < 8; k++) quad[k] = get_words(block + 32 + 64 * k, lane);
+    spread(quad, q);
+}
+
+QUANTA(Q4_K) {
+    word quad[8];
+    global const uchar *at = block + HEADER_Q4_K + sub * SUB_Q4_K;
+    *scale = get_halves(block, lane) * get_octets(at, lane);
+    *low = -get_halves(block + 32, lane) * get_octets(at + 16, lane);
+    nibbles(at + 32, lane, quad);
+    spread(quad, q);
+}
+
+QUANTA(Q5_K) {
+    word quad[8];
+    global const uchar *at = block + HEADER_Q5_K + sub * SUB_Q5_K;
+    *scale = get_halves(block, lane) * get_octets(at, lane);
+    *low = -get_halves(block + 32, lane) * get_octets(at + 16, lane);
+    nibbles(at + 32, lane, quad);
+    fifth_bits(at + 288, lane, quad);
+    spread(quad, q);
+}
+
+// Each half of a sub-block has a whole scale of its own: it is put into the quanta, whose sums stay exact.
+QUANTA(Q6_K) {
+    word quad[8];
+    global const uchar *at = block + HEADER_Q6_K + sub * SUB_Q6_K;
+    *scale = get_halves(block, lane);
+    nibbles(at + 32, lane, quad);
+    upper_bits(at + 288, lane, quad);
+    spread(quad, q);
+#pragma unroll
+    for (int c = 0; c < 32; c++) q[c] = (q[c] - 32.0f) * get_signed(at + c / 16 * 16, lane);
+}
+
+static void columns_F16(global const uchar *block, int lane, real *w) {
+#pragma unroll
+    for (int c = 0; c < 32; c++) w[c] = get_halves(block + 32 * c, lane);
+}
+
+static void columns_BF16(global const uchar *block, int lane, real *w) {
+#pragma unroll
+    for (int c = 0; c < 32; c++) w[c] = get_upper(block + 32 * c, lane);
+}
+
+static void columns_F32(global const uchar *block, int lane, real *w) {
+#pragma unroll
+    for (int c = 0; c < 32; c++) w[c] = get_floats(block + 64 * c, lane);
+}

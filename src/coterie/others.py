@@ -1,0 +1,103 @@
+"""The units beside the CPU unit: which programs they run, and what is theirs (design section 7)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from coterie.actors.cpu import CpuUnit
+from coterie.actors.gpu import GpuUnit
+from coterie.actors.gpus import open_device
+from coterie.graphs import Graphs
+from coterie.scheduler.layout import ModelLayout, Units
+from coterie.scheduler.placement import CPU_ONLY, Placement
+
+if TYPE_CHECKING:
+    from coterie.models.load import Model
+
+Progress = Callable[..., None]
+
+
+class OtherUnits:
+    """GPU and NPU units of a model, where `placement` has them; it changes when one is lost. They are a queue and a
+    thread of this process, whatever the CPU unit's host is. Raises UnitError where one is missing."""
+
+    def __init__(self, cpu: CpuUnit, units: Units, placement: Placement, model: "Model", progress: Progress) -> None:
+        self.placement, self._cpu, self._progress = placement, cpu, progress
+        self._layout: ModelLayout | None = None
+        self.gpu: GpuUnit | None = None
+        self.graphs: Graphs | None = None
+        try:
+            if units.gpu is not None:
+                self.gpu = GpuUnit(cpu.arena, units.gpu, open_device(cpu.arena))
+            if units.npu is not None:
+                self.graphs = Graphs(cpu, units.npu, model, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, layout: ModelLayout) -> None:
+        """Have everything built before the first step: no step builds anything."""
+        self._layout = layout
+        if self.gpu is not None:
+            for done, program in enumerate(layout.gpu.values()):
+                self._progress("building for the GPU", done, len(layout.gpu))
+                self.gpu.load(program)
+        if self.graphs is not None:
+            self.graphs.load(layout)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The units that there are, by name."""
+        return tuple(name for name, unit in (("gpu", self.gpu), ("npu", self.graphs)) if unit is not None)
+
+    def on_gpu(self, name: str) -> bool:
+        """Whether steps of that program are the GPU unit's now."""
+        return (self.placement.decode if name in ("decode", "batch") else self.placement.prefill) == "gpu"
+
+    def run_on_gpu(
+        self,
+        name: str,
+        ids: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        tables: npt.ArrayLike,
+        outputs: npt.ArrayLike,
+    ) -> None:
+        """See GpuUnit.run."""
+        assert self.gpu is not None
+        assert self._layout is not None
+        self.gpu.run(name, ids, positions, tables, outputs, [self._layout.shared.logits])
+
+    @contextmanager
+    def beside(self, name: str) -> Iterator[None]:
+        """While the CPU unit runs a step of that program, the NPU unit runs the graphs in it, if it has any. Raises
+        UnitLost where one of them fails."""
+        program = self._layout.npu.get(name) if self._layout else None
+        if program is None or self.graphs is None:
+            yield
+        else:
+            with self.graphs.unit.beside(program.name, self._cpu.next_epoch):
+                yield
+
+    @contextmanager
+    def none(self) -> Iterator[None]:
+        """Meanwhile the CPU unit does everything."""
+        placement, self.placement = self.placement, CPU_ONLY
+        try:
+            yield
+        finally:
+            self.placement = placement
+
+    def give_up(self) -> None:
+        """From now on the CPU unit does everything."""
+        self.placement = CPU_ONLY
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What they are, with what they have built so far."""
+        return [unit.describe() for unit in (self.gpu, self.graphs) if unit is not None]
+
+    def close(self) -> None:
+        for unit in (self.graphs, self.gpu):
+            if unit is not None:
+                unit.close()
