@@ -6,6 +6,7 @@ of tables, state, activations, flags and KV blocks, which from then on live ther
 fetches only what it names. Unverified on hardware (docs/cuda.md).
 """
 
+import ctypes
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from coterie.errors import UnitError
 from coterie.kernels.gpu.signatures import NONE, SIGNATURES
 from coterie.kernels.record import OPERANDS
+from coterie.kernels.shapes import SPAN
 from coterie.storage.arena import Arena, BufferRef, round_up
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 PAGE = 4096
 WEIGHTS = "weights"
 MIRRORED = ("tables", "state", "activations", "flags", "kv")  # regions that kernels read or write, with what is between
+WRITTEN_ONCE = ("tables", "state")
 MOST_PARTS = 65535  # of a row, in a grid
 THREADS = 256
 
@@ -155,6 +158,8 @@ class CudaDevice:
                 raise UnitError(f"the model takes {wanted >> 20} MiB, and {self._driver.name} has {room >> 20} MiB")
             one = self._span(*bounds[0])
             self._spans = one, self._span(*bounds[1])
+            if not self.integrated:  # rope tables and what else is written once
+                self.before_step([self._arena.whole(name) for name in WRITTEN_ONCE if name in regions])
         return self._spans
 
     def _span(self, first: int, end: int) -> Span:
@@ -202,6 +207,8 @@ class CudaDevice:
         """Launch records for a step's rows; those that have none to compute are left out. With a share below 1 it comes
         back when the last is done."""
         self._driver.prepare()
+        if not self.integrated:
+            self._send_block_tables(records, tokens)
         for record in records:
             rows = outputs if record.operands.get("select") else tokens
             if rows > 0 or record.kernel.family == "post":
@@ -214,6 +221,24 @@ class CudaDevice:
                 if self.share < 1:  # other users' frames get the rest of the time
                     self._driver.synchronize(self._last)
                     time.sleep((time.monotonic() - start) * (1 / self.share - 1))
+                if record.kernel.family == "post" and not self.integrated:  # the host looks at its own
+                    _, rest = self._placed()
+                    flag = int(record.operands["flag"])
+                    self._driver.download(self._arena.base + flag, rest.at(flag, 8), 8)
+
+    def _send_block_tables(self, records: Sequence[Record], tokens: int) -> None:
+        """What rows read of their KV block tables, which nobody names: they grow as sequences do."""
+        _, rest = self._placed()
+        base = self._arena.base
+        found = [record.operands for record in records if record.kernel.family in ("rope", "attend")]
+        for tables, positions in {(int(each["tables"]), int(each["positions"])) for each in found}:
+            addresses = (ctypes.c_int64 * tokens).from_address(base + tables)
+            last = (ctypes.c_int32 * tokens).from_address(base + positions)
+            needed: dict[int, int] = {}
+            for address, position in zip(addresses, last, strict=True):
+                needed[address] = max(needed.get(address, 0), 8 * (position // SPAN + 1))
+            for address, nbytes in needed.items():
+                self._driver.upload(rest.at(address - base, nbytes), address, nbytes)
 
     def close(self) -> None:
         """Give the device's memory back, or let go of the host's. A second call does nothing."""

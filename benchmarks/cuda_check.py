@@ -25,7 +25,7 @@ from test_cuda import CASES
 from coterie.actors.cuda import CudaDevice
 from coterie.actors.cuda_driver import Driver
 from coterie.kernels.formats import FORMATS
-from coterie.kernels.gpu.signatures import SIGNATURES
+from coterie.kernels.gpu.signatures import BLOCK, SIGNATURES
 from coterie.kernels.record import HEADER_WORDS, OPERANDS, TOKENS, WORDS
 from coterie.storage.arena import Arena, round_up
 
@@ -82,13 +82,14 @@ def decode_rate(name: str, nbytes: int) -> float:
     arena = Arena({"weights": round_up(groups * group, 4096), "state": 1 << 16, "activations": 64 * groups + (1 << 20)})
     weights = arena.allocate("weights", groups * group, align=4096)
     header = arena.allocate("state", HEADER_WORDS, np.int64)
-    x, y = (arena.allocate("activations", n, np.float32) for n in (COLUMNS, 16 * groups))
+    x, y = (arena.allocate("activations", n, np.float32) for n in (COLUMNS // 32 * BLOCK, 16 * groups))
     arena.numpy(header)[TOKENS] = 1
-    arena.numpy(x)[:] = np.random.default_rng(1).integers(-127, 128, COLUMNS) / 127  # a rounded row
+    arena.numpy(x)[:] = np.random.default_rng(1).integers(-127, 128, x.shape)
+    row = 4 * (COLUMNS if f.is_float else COLUMNS // 32 * BLOCK)
     values = {
         "step": header.offset, "select": 0, "weights": weights.offset, "groups": groups, "blocks": COLUMNS // f.columns,
-        "group": group, "per": groups, "stride": weights.nbytes, "x": x.offset, "x_row": 4 * COLUMNS, "y": y.offset,
-        "y_row": 64 * groups,
+        "group": group, "per": groups, "stride": weights.nbytes, "x": x.offset, "x_row": row, "planes": 1,
+        "y": y.offset, "y_row": 64 * groups,
     }  # fmt: skip
     words = np.zeros((1, WORDS), np.int64)
     for i, parameter in enumerate(SIGNATURES["matmul"], OPERANDS):

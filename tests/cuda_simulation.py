@@ -26,36 +26,61 @@ def rounded(x: Array) -> Array:
     return (q.astype(np.float32) * scale[..., None]).reshape(x.shape)
 
 
+def blocks(x: Array) -> Array:
+    """float32[n, blocks * 34]: rows as matrices of integer weights read them."""
+    q, scale = quantise(np.ascontiguousarray(x))
+    whole = q.astype(np.float32)
+    return np.concatenate([whole, scale[..., None], whole.sum(-1, keepdims=True)], axis=-1).reshape(len(x), -1)
+
+
+def planes(x: Array) -> Array:
+    """float32[2 n, blocks * 34]: each row, and what rounding left of it."""
+    both = np.stack([blocks(x), blocks(x - rounded(x))], axis=1)
+    return both.reshape(2 * len(x), -1)
+
+
 def assert_rounded(got: Array, exact: Array) -> None:
-    """Values that may have been rounded the other way where they were almost between two steps."""
-    _, scale = quantise(exact)
-    steps = np.abs(got - rounded(exact)).reshape(*scale.shape, 32) / np.maximum(scale, 1e-30)[..., None]
-    assert steps.max() < 1.01, steps.max()
-    assert (steps > 0.01).mean() < 0.01
+    """Blocks of 34; values may have been rounded the other way where they were almost between two steps."""
+    parts, expected = got.reshape(len(got), -1, 34), blocks(exact).reshape(len(exact), -1, 34)
+    np.testing.assert_array_equal(parts[..., 33], parts[..., :32].sum(-1))
+    np.testing.assert_allclose(parts[..., 32], expected[..., 32], rtol=3e-3, atol=1e-30)
+    steps = np.abs(parts[..., :32] - expected[..., :32])
+    assert steps.max() <= 1
+    assert (steps > 0).mean() < 0.02
 
 
-def assert_product(name: str, x: Array, weights: Array, got: Array) -> None:
-    """Rounded rows are exact but for float rounding; others have 15 bits."""
+def assert_product(name: str, x: Array, weights: Array, got: Array, count: int = 1) -> None:
+    """One plane is exact but for float rounding, two have 15 bits."""
+    x = x if name in FLOAT_FORMATS or count == 2 else rounded(x)
     expected = x.astype(np.float64) @ weights.astype(np.float64).T
-    exact = name in FLOAT_FORMATS or bool((rounded(x) == x).all())
-    assert nmse(got, expected) < (1e-12 if exact else 1e-8), nmse(got, expected)
+    assert nmse(got, expected) < (1e-12 if count == 1 else 1e-8), nmse(got, expected)
+
+
+def fed(name: str, x: Array, count: int) -> Array:
+    """Rows as a matrix of that format reads them, in one plane or two."""
+    if name in FLOAT_FORMATS:
+        return x
+    return planes(x) if count == 2 else blocks(x)
 
 
 def matmul(name: str, tokens: str) -> None:
-    """21 rows in extents of one group; one row whatever it holds, or three rounded rows of a tile of eight."""
+    """21 rows in extents of one group; one row in two planes, or three rows of a tile of eight in one."""
     rng, t, count = np.random.default_rng(1), int(tokens), 21
     columns, n = 2 * FORMATS[name].columns, 1 if tokens == "1" else 3
     raw, x = random_raw(rng, name, count, columns), rng.standard_normal((n, columns), np.float32)
-    x = x if t == 1 else rounded(x)
+    count_of = 2 if t == 1 and name not in FLOAT_FORMATS else 1
+    rows = fed(name, x, count_of)
     with Bench() as m:
         _, layout = m.pack(name, raw, columns, per=1)
         y = m.room(n, 32)
         m.run(
             f"matmul:{name}:{t}",
-            layout | {"select": 0, "groups": 2, "x": m.put(x), "x_row": 4 * columns, "y": y, "y_row": 4 * 32},
+            layout
+            | {"select": 0, "groups": 2, "x": m.put(rows), "x_row": 4 * rows.shape[1], "planes": count_of}
+            | {"y": y, "y_row": 4 * 32},
             n,
         )
-        assert_product(name, x, floats_of(name, raw), m.look(y)[:, :count])
+        assert_product(name, x, floats_of(name, raw), m.look(y)[:, :count], count_of)
 
 
 def tiles() -> None:
@@ -65,9 +90,16 @@ def tiles() -> None:
     with Bench() as m:
         _, layout = m.pack("Q4_1", raw, columns, per=1)
         y = m.room(10, 32)
-        where: dict[str, Value] = {"groups": 2, "x": m.put(x), "x_row": 4 * columns, "y": y, "y_row": 4 * 32}
+        where: dict[str, Value] = {
+            "groups": 2,
+            "x": m.put(planes(x)),
+            "x_row": 33 * 136,
+            "planes": 2,
+            "y": y,
+            "y_row": 4 * 32,
+        }
         m.run("matmul:Q4_1:8", layout | where | {"select": 1}, 12, range(9))
-        assert_product("Q4_1", x, floats_of("Q4_1", raw), m.look(y)[:9, :20])
+        assert_product("Q4_1", x, floats_of("Q4_1", raw), m.look(y)[:9, :20], 2)
         assert np.isnan(m.look(y)[9]).all()
 
 
@@ -79,7 +111,15 @@ def narrow() -> None:
     with Bench() as m:
         _, layout = m.pack("Q4_K", raw, 256, per=1)
         y = m.room(1, 16)
-        m.run("matmul:Q4_K:1", layout | {"select": 0, "groups": 1, "x": m.put(x), "x_row": 256, "y": y, "y_row": 64}, 1)
+        where: dict[str, Value] = {
+            "groups": 1,
+            "x": m.put(blocks(x)),
+            "x_row": 2 * 136,
+            "planes": 1,
+            "y": y,
+            "y_row": 64,
+        }
+        m.run("matmul:Q4_K:1", layout | where | {"select": 0}, 1)
         assert_product("Q4_K", x, floats_of("Q4_K", raw)[:, :64], m.look(y))
 
 
@@ -102,9 +142,10 @@ def ffn_up(gate: str, up: str, activation: str, tokens: str) -> None:
     rng, n, neurons = np.random.default_rng(4), 1 if tokens == "1" else 2, 32
     columns = FORMATS[gate].columns
     raws = [random_raw(rng, name, 2 * neurons, columns) for name in (gate, up)]
-    x = rounded(rng.standard_normal((n, columns), np.float32))
+    x = rng.standard_normal((n, columns), np.float32)
     group = [FORMATS[name].group_bytes(columns) for name in (gate, up)]
-    bundle, is_float = 2 * sum(group) + 64, gate in FLOAT_FORMATS
+    bundle, is_float, rows = 2 * sum(group) + 64, gate in FLOAT_FORMATS, fed(gate, x, 1)
+    x = x if is_float else rounded(x)
     with Bench() as m:
         weights = m.arena.allocate("weights", 2 * round_up(bundle, 4096), np.uint8, align=4096)
         for cluster in range(2):
@@ -114,11 +155,11 @@ def ffn_up(gate: str, up: str, activation: str, tokens: str) -> None:
                 first = at + part * 2 * group[0]
                 source = layout["weights"]
                 m.look(weights)[first : first + 2 * group[part]] = m.look(source)[: 2 * group[part]]  # type: ignore[arg-type]
-        hidden = m.room(n, 2 * neurons)
+        hidden = m.room(n, 2 * (32 if is_float else 34))
         operands: dict[str, Value] = {
             "weights": weights, "clusters": 2, "neurons": neurons, "bundle": bundle, "per": 1,
-            "stride": round_up(bundle, 4096), "up": 2 * group[0], "blocks": 1, "x": m.put(x), "x_row": 4 * columns,
-            "hidden": hidden, "hidden_row": 8 * neurons, "rounded": 0 if is_float else 1,
+            "stride": round_up(bundle, 4096), "up": 2 * group[0], "blocks": 1, "x": m.put(rows),
+            "x_row": 4 * rows.shape[1], "hidden": hidden, "hidden_row": 4 * hidden.shape[1], "rounded": 0 if is_float else 1,
         }  # fmt: skip
         m.run(f"ffn_up:{gate}:{up}:{activation}:{tokens}", operands, n)
         g, u = (
@@ -138,7 +179,7 @@ def ffn_down(name: str, tokens: str) -> None:
     f = FORMATS[name]
     columns, down = 3 * f.columns, 192
     raw, x = random_raw(rng, name, count, columns), rng.standard_normal((n, columns), np.float32)
-    x = x if t == 1 else rounded(x)
+    rows = fed(name, x, 1)
     bundle = round_up(down + 2 * f.block, 64)
     stride = round_up(2 * bundle, 4096)
     with Bench() as m:
@@ -151,7 +192,7 @@ def ffn_down(name: str, tokens: str) -> None:
         y = m.room(n, 32)
         operands: dict[str, Value] = {
             "weights": weights, "clusters": 3, "neurons": f.columns, "bundle": bundle, "per": 2, "stride": stride,
-            "down": down, "groups": 2, "hidden": m.put(x), "hidden_row": 4 * columns, "y": y, "y_row": 4 * 32,
+            "down": down, "groups": 2, "hidden": m.put(rows), "hidden_row": 4 * rows.shape[1], "y": y, "y_row": 4 * 32,
         }  # fmt: skip
         m.run(f"ffn_down:{name}:{t}", operands, n)
         assert_product(name, x, floats_of(name, raw), m.look(y)[:, :count])
@@ -188,12 +229,15 @@ def norm(add: str, dim: str) -> None:
     for part in (x, y, weight, post):
         part[..., :d] = rng.standard_normal((*part.shape[:-1], d))
     with Bench() as m:
-        at, out, whole = m.put(x), m.room(2, width), m.room(2, width)
+        levels = 2 if add == "plain" else 1
+        at, out, whole = m.put(x), m.room(2 * levels, width // 32 * 34), m.room(2, width)
+        x_out = m.put(x)
         operands: dict[str, Value] = {
             "select": 1, "x": at, "y": None if add == "nothing" else m.put(y),
-            "x_out": None if add == "nothing" else at, "row": 4 * row,
+            "x_out": None if add == "nothing" else x_out, "row": 4 * row, "planes": levels,
             "post": m.put(post, "weights") if add == "normed" else None, "weight": m.put(weight, "weights"), "dim": d,
-            "eps": EPS, "out": whole, "rounded": out, "out_row": 4 * width, "width": width,
+            "eps": EPS, "out": whole, "out_row": 4 * width, "rounded": out,
+            "rounded_row": 4 * out.shape[1], "width": width,
         }  # fmt: skip
         m.run("norm", operands, 3, chosen)
         change = {"nothing": 0 * y, "plain": y, "normed": rms(y[:, :d], post[:d])}[add][:, :d]
@@ -201,10 +245,15 @@ def norm(add: str, dim: str) -> None:
         expected = np.zeros((2, width))
         expected[:, :d] = rms(residual[chosen], weight[:d])
         np.testing.assert_allclose(m.look(whole), expected, rtol=1e-4, atol=1e-5)
-        assert_rounded(m.look(out), expected.astype(np.float32))
+        assert_rounded(m.look(out)[::levels], expected.astype(np.float32))
+        if levels == 2:
+            parts = m.look(out).reshape(2, 2, -1, 34)
+            values = (parts[..., :32] * parts[..., 32:33]).sum(1).reshape(2, width)
+            np.testing.assert_allclose(values, expected, atol=np.abs(expected).max() / 127 / 127)
+        np.testing.assert_array_equal(m.look(at), x)
         if add != "nothing":
-            np.testing.assert_allclose(m.look(at)[chosen, :d], residual[chosen], rtol=1e-5, atol=1e-6)
-            np.testing.assert_array_equal(m.look(at)[1], x[1])
+            np.testing.assert_allclose(m.look(x_out)[:2, :d], residual[chosen], rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(m.look(x_out)[2], x[2])
 
 
 def attention(dim: str, heads: str, kv_heads: str, window: str, extra: str) -> None:
@@ -212,19 +261,21 @@ def attention(dim: str, heads: str, kv_heads: str, window: str, extra: str) -> N
     rng, d, h, kv, seen = np.random.default_rng(8), int(dim), int(heads), int(kv_heads), int(window)
     half, normed, positions = d // 2 - 2, extra == "norms", np.array([258, 40], np.int32)
     values, layer, scale = kv * 512 * d, 64, d**-0.5
-    with Bench() as m:
+    with Bench(integrated=extra != "own") as m:
         block = 64 + 2 * values
         cache = rng.standard_normal((3, block // 2)).astype(np.float16)
         blocks = m.put(cache, "kv")
         address = m.arena.address(blocks) + block * np.arange(3, dtype=np.int64)
         tables = [m.put(address[[1, 0]]), m.put(address[[2]])]
+        for ref in tables:
+            m.refs.remove(ref)  # nobody names them
         table = m.put(np.array([m.arena.address(ref) for ref in tables], np.int64))
         qkv = rng.standard_normal((2, (h + 2 * kv) * d), np.float32)
         qkv[0, -1] = 1e6  # more than float16 takes
         at, angles = m.put(qkv), rng.standard_normal((259, 2 * half), np.float32)
         weights = rng.standard_normal((2, d), np.float32)
         width = round_up(h * d, 32) + 32
-        out = m.room(2, width)
+        out, whole = m.room(2, width), m.room(2, width // 32 * 34)
         common: dict[str, Value] = {
             "positions": m.put(positions), "tables": table, "qkv": at, "qkv_row": 4 * qkv.shape[1], "heads": h,
             "kv_heads": kv, "dim": d, "layer": layer, "values": values,
@@ -236,7 +287,8 @@ def attention(dim: str, heads: str, kv_heads: str, window: str, extra: str) -> N
         }  # fmt: skip
         m.run("rope", common | rope, 2)
         attend: dict[str, Value] = {"window": seen, "out": out, "out_row": 4 * width, "width": width}
-        m.run("attend", common | attend | {"rounded": int(extra == "rounded")}, 2)
+        attend |= {"rounded": whole if extra == "rounded" else None, "rounded_row": 4 * whole.shape[1]}
+        m.run("attend", common | attend, 2)
 
         queries = np.empty((2, h, d))
         for row, position in enumerate(positions):
@@ -269,9 +321,8 @@ def attention(dim: str, heads: str, kv_heads: str, window: str, extra: str) -> N
                 p = np.exp(scores - scores.max())
                 expected[row, head * d : head * d + d] = p @ v / p.sum()
         if extra == "rounded":
-            assert_rounded(m.look(out), expected.astype(np.float32))
-        else:
-            np.testing.assert_allclose(m.look(out), expected, rtol=2e-3, atol=2e-3)
+            assert_rounded(m.look(whole), m.look(out))
+        np.testing.assert_allclose(m.look(out), expected, rtol=2e-3, atol=2e-3)
 
 
 def program(memory: str) -> None:
@@ -283,7 +334,7 @@ def program(memory: str) -> None:
         embedding, by = m.pack("Q8_0", table, dim, per=2)
         output, layout = m.pack("Q5_0", raw, dim, per=2)
         gain, rows = m.put(weight, "weights"), m.put(ids)
-        x, normed, y = m.room(n, dim), m.room(1, dim), m.room(1, 48)
+        x, normed, y = m.room(n, dim), m.room(2, dim // 32 * 34), m.room(1, 48)
         flag = m.arena.allocate("flags", 8, np.int64)
         for ref in (embedding, output, gain):
             m.device.upload(ref.offset, ref.nbytes)
@@ -295,10 +346,12 @@ def program(memory: str) -> None:
             }),
             ("norm", {
                 "select": 1, "x": x, "y": None, "x_out": None, "row": 4 * dim, "post": None, "weight": gain, "dim": dim,
-                "eps": EPS, "out": None, "rounded": normed, "out_row": 4 * dim, "width": dim,
+                "eps": EPS, "out": None, "out_row": 0, "rounded": normed, "rounded_row": 4 * normed.shape[1],
+                "planes": 2, "width": dim,
             }),
             ("matmul:Q5_0:8", layout | {
-                "select": 1, "groups": 3, "x": normed, "x_row": 4 * dim, "y": y, "y_row": 4 * 48,
+                "select": 1, "groups": 3, "x": normed, "x_row": 4 * normed.shape[1], "planes": 2, "y": y,
+                "y_row": 4 * 48,
             }),
             ("post", {"flag": flag}),
         ]  # fmt: skip
@@ -310,7 +363,7 @@ def program(memory: str) -> None:
         m.device.after_step([y, flag])
         m.device.finish()
         assert m.look(flag)[0] == 77
-        hidden = rounded(rms(floats_of("Q8_0", table)[ids[chosen]], weight).astype(np.float32))
+        hidden = rms(floats_of("Q8_0", table)[ids[chosen]], weight)
         assert (
             nmse(m.look(y)[:, :vocab], hidden.astype(np.float64) @ floats_of("Q5_0", raw).astype(np.float64).T) < 1e-6
         )

@@ -37,7 +37,7 @@ CASES = {
     + ["ffn_up:Q4_K:Q6_K:silu:1"],
     "rows": [f"embed:{name}" for name in FORMATS]
     + ["norm:nothing:32", "norm:plain:100", "norm:normed:100", "program:shared", "program:own", "complaints"],
-    "attention": ["attention:16:4:2:0:norms", "attention:48:2:1:7:rounded", "attention:64:2:2:0:plain"],
+    "attention": ["attention:16:4:2:0:norms", "attention:48:2:1:7:rounded", "attention:64:2:2:0:own"],
 }
 
 needs_numba_cuda = pytest.mark.skipif(

@@ -23,8 +23,8 @@ from coterie.kernels.gpu.cuda_memory import (
     set_half,
     words2,
 )
-from coterie.kernels.gpu.cuda_products import THREADS, rows_of
-from coterie.kernels.gpu.cuda_rows import SUMS, rounded_value, sum_of
+from coterie.kernels.gpu.cuda_products import MOST, ROUNDED, THREADS, inverse_of, rows_of, whole
+from coterie.kernels.gpu.cuda_rows import SUMS, sum_of
 from coterie.kernels.shapes import SPAN
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -161,7 +161,7 @@ def attend() -> Any:
 
     def kernel(
         w, a, step, positions, tables, base, qkv, qkv_row, heads, kv_heads, dim, window, layer, values, out, out_row,
-        rounded, width,
+        rounded, rounded_row, width,
     ):  # fmt: skip
         query = cuda.shared.array(DIMS, np.float32)
         weights = cuda.shared.array(SPAN, np.float32)
@@ -218,22 +218,27 @@ def attend() -> Any:
                         v += partial[4 * (k * quads) + d]
                     mixed[i * dim + d] = v / weight
             cuda.syncthreads()
-            _write(mixed, a + out + row * out_row, first * dim, count * dim, rounded)
-            if first + count == heads:
-                for c in range(heads * dim + u, width, THREADS):
-                    set_float(a + out + row * out_row + 4 * c, ZERO)
+            last = width - first * dim if first + count == heads else count * dim
+            for c in range(u, last, THREADS):
+                set_float(a + out + row * out_row + 4 * (first * dim + c), mixed[c] if c < count * dim else ZERO)
+            if rounded >= 0:
+                target = a + rounded + row * rounded_row + first * dim // 32 * ROUNDED
+                for block in range(u, last // 32, THREADS):
+                    _write_rounded(mixed, 32 * block, count * dim, target + ROUNDED * block)
 
     return kernel
 
 
 @device
-def _write(mixed, out, begin, count, rounded):
-    """Values begin to begin + count of a row, where blocks of 32 begin with the first."""
-    for c in range(cuda.threadIdx.x, count, THREADS):
-        v = mixed[c]
-        if rounded:
-            top = ZERO
-            for k in range(c // 32 * 32, min(c // 32 * 32 + 32, count)):
-                top = max(top, abs(mixed[k]))
-            v = rounded_value(v, top)
-        set_float(out + 4 * (begin + c), v)
+def _write_rounded(mixed, begin, end, target):
+    """A block of 32 values rounded; behind `end` there are none."""
+    top, count = ZERO, ZERO
+    for c in range(begin, min(begin + 32, end)):
+        top = max(top, abs(mixed[c]))
+    inverse = inverse_of(top)
+    for c in range(begin, begin + 32):
+        q = whole(mixed[c], inverse) if c < end else ZERO
+        set_float(target + 4 * (c - begin), q)
+        count += q
+    set_float(target + 128, top / MOST)
+    set_float(target + 132, count)

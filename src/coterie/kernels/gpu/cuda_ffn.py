@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from coterie.kernels.formats import FORMATS
-from coterie.kernels.gpu.cuda_memory import cuda, device, nearest, quotient, set_float
+from coterie.kernels.gpu.cuda_memory import cuda, device, quotient, set_float
 from coterie.kernels.gpu.cuda_products import (
     MOST,
     PARTS,
+    ROUNDED,
     THREADS,
     Tile,
-    bounded,
     float_sums,
     integer_sums,
     inverse_of,
@@ -25,6 +25,7 @@ from coterie.kernels.gpu.cuda_products import (
     stage_integers,
     tile,
     total,
+    whole,
 )
 
 PAIR = 32  # neurons of a block of threads
@@ -81,12 +82,12 @@ def _write(sizes: Tile, activation: str) -> Any:
     activate_gate, activate_up = ACTIVATIONS[activation]
 
     @device
-    def write(sums, rows, hidden, hidden_row, rounded, parts, teams, gates):
+    def write(sums, rows, hidden, hidden_row, pair, rounded, parts, teams, gates):
         u = cuda.threadIdx.x
         for t in range(tokens):
-            whole = finish(sums, t, parts, teams)
+            total_of_row = finish(sums, t, parts, teams)
             if u < GATES:
-                gates[u] = whole  # 32 of Gate, then 32 of Up
+                gates[u] = total_of_row  # 32 of Gate, then 32 of Up
             cuda.syncthreads()
             value = ZERO
             if u < PAIR:
@@ -96,12 +97,21 @@ def _write(sizes: Tile, activation: str) -> Any:
                 gates[u] = value
             cuda.syncthreads()
             if u < PAIR and t < rows:
+                target = hidden + t * hidden_row
                 if rounded:
-                    top = ZERO
+                    top, count = ZERO, ZERO
                     for i in range(PAIR):
                         top = max(top, abs(gates[i]))
-                    value = np.float32(nearest(bounded(value * inverse_of(top)))) * (top / MOST)
-                set_float(hidden + t * hidden_row + 4 * u, value)
+                    inverse = inverse_of(top)
+                    target += ROUNDED * pair
+                    if u == 0:
+                        for i in range(PAIR):
+                            count += whole(gates[i], inverse)
+                        set_float(target + 128, top / MOST)
+                        set_float(target + 132, count)
+                    set_float(target + 4 * u, whole(value, inverse))
+                else:
+                    set_float(target + 4 * (PAIR * pair + u), value)
 
     return write
 
@@ -140,7 +150,6 @@ def _integers(gate: str, up: str, activation: str, tokens: int) -> Any:
     ):  # fmt: skip
         values = cuda.shared.array(words, np.uint32)
         scales = cuda.shared.array(scale_count, np.float32)
-        more = cuda.shared.array(1, np.int32)
         parts = cuda.shared.array(PARTS, np.float32)
         teams = cuda.shared.array(THREADS, np.float32)
         gates = cuda.shared.array(GATES, np.float32)
@@ -156,18 +165,14 @@ def _integers(gate: str, up: str, activation: str, tokens: int) -> Any:
             for first in range(0, subs, chunk):
                 end = min(first + chunk, subs)
                 cuda.syncthreads()
-                if u == 0:
-                    more[0] = 0
+                stage(source, x_row, 1, rows, first, end - first, values, scales)
                 cuda.syncthreads()
-                stage(source, x_row, rows, first, end - first, values, scales, more)
-                cuda.syncthreads()
-                begin, planes = first + u // 16 % splits, 1 + more[0]
+                begin = first + u // 16 % splits
                 if u < 128:
-                    add_gate(sums, base, 1, 0, 0, first, begin, end, values, scales, planes, j, four)
+                    add_gate(sums, base, 1, 0, 0, first, begin, end, values, scales, 1, j, four)
                 else:
-                    add_up(sums, base, 1, 0, 0, first, begin, end, values, scales, planes, j, four)
-            target = a + hidden + tile_first * hidden_row + 4 * PAIR * pair
-            write(sums, rows, target, hidden_row, rounded, parts, teams, gates)
+                    add_up(sums, base, 1, 0, 0, first, begin, end, values, scales, 1, j, four)
+            write(sums, rows, a + hidden + tile_first * hidden_row, hidden_row, pair, rounded, parts, teams, gates)
 
     return kernel
 
@@ -203,7 +208,6 @@ def _floats(gate: str, up: str, activation: str, tokens: int) -> Any:
                     add_gate(sums, base, 1, 0, 0, first, begin, end, values, u // 4 % 4, u % 4)
                 else:
                     add_up(sums, base, 1, 0, 0, first, begin, end, values, u // 4 % 4, u % 4)
-            target = a + hidden + tile_first * hidden_row + 4 * PAIR * pair
-            write(sums, rows, target, hidden_row, rounded, parts, teams, gates)
+            write(sums, rows, a + hidden + tile_first * hidden_row, hidden_row, pair, rounded, parts, teams, gates)
 
     return kernel

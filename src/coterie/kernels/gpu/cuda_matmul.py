@@ -56,10 +56,9 @@ def _integer_rows(name: str, tokens: int, clustered: bool) -> Any:
     words, blocks = 8 * sizes.planes * sizes.blocks, sizes.planes * sizes.blocks
 
     @device
-    def compute(base, here, per, stride, item, subs, x, x_row, rows, y, y_row, group, groups):
+    def compute(base, here, per, stride, item, subs, x, x_row, planes, rows, y, y_row, group, groups):
         values = cuda.shared.array(words, np.uint32)
         scales = cuda.shared.array(blocks, np.float32)
-        more = cuda.shared.array(1, np.int32)
         parts = cuda.shared.array(PARTS, np.float32)
         teams = cuda.shared.array(THREADS, np.float32)
         sums = cuda.local.array(accumulators, np.float32)
@@ -69,13 +68,10 @@ def _integer_rows(name: str, tokens: int, clustered: bool) -> Any:
         for first in range(0, subs, chunk):
             end = min(first + chunk, subs)
             cuda.syncthreads()
-            if u == 0:
-                more[0] = 0
-            cuda.syncthreads()
-            stage(x, x_row, rows, first, end - first, values, scales, more)
+            stage(x, x_row, planes, rows, first, end - first, values, scales)
             cuda.syncthreads()
             begin = first + u // 16 % splits if here else end
-            add(sums, base, per, stride, item, first, begin, end, values, scales, 1 + more[0], u // 4 % 4, u % 4)
+            add(sums, base, per, stride, item, first, begin, end, values, scales, planes, u // 4 % 4, u % 4)
         write(sums, rows, y, y_row, group, groups, parts, teams)
 
     return compute
@@ -87,7 +83,7 @@ def _float_rows(name: str, tokens: int, clustered: bool) -> Any:
     accumulators, chunk, splits, floats = 4 * tokens, sizes.chunk, sizes.splits, 32 * sizes.blocks
 
     @device
-    def compute(base, here, per, stride, item, subs, x, x_row, rows, y, y_row, group, groups):
+    def compute(base, here, per, stride, item, subs, x, x_row, planes, rows, y, y_row, group, groups):
         values = cuda.shared.array(floats, np.float32)
         parts = cuda.shared.array(PARTS, np.float32)
         teams = cuda.shared.array(THREADS, np.float32)
@@ -112,7 +108,7 @@ def matmul(name: str, tokens: int) -> Any:
     compute, sizes, subs_of = _rows(name, tokens, False), sizes_of(name, tokens), FORMATS[name].subs
     streams, splits = sizes.streams, sizes.splits
 
-    def kernel(w, a, step, select, weights, groups, blocks, group, per, stride, x, x_row, y, y_row):
+    def kernel(w, a, step, select, weights, groups, blocks, group, per, stride, x, x_row, planes, y, y_row):
         first = cuda.blockIdx.x * tokens
         rows = rows_of(a, step, select) - first
         if rows > 0:
@@ -121,7 +117,8 @@ def matmul(name: str, tokens: int) -> Any:
             extent = quotient(mine, per)
             base = w + weights + extent * stride + (mine - extent * per) * group
             compute(
-                base, mine < groups, 1, 0, 0, blocks * subs_of, a + x + first * x_row, x_row, rows,
+                base, mine < groups, 1, 0, 0, blocks * subs_of, a + x + first * planes * x_row, x_row,
+                planes, rows,
                 a + y + first * y_row, y_row, block, groups,
             )  # fmt: skip
 
@@ -144,7 +141,7 @@ def ffn_down(name: str, tokens: int) -> Any:
             base = w + weights + down + mine * size
             compute(
                 base, mine < groups, per, stride, bundle, clusters * subs_of, a + hidden + first * hidden_row,
-                hidden_row, rows, a + y + first * y_row, y_row, block, groups,
+                hidden_row, 1, rows, a + y + first * y_row, y_row, block, groups,
             )  # fmt: skip
 
     return kernel

@@ -3,10 +3,9 @@
 A block of 256 threads is 16 teams (cuda_formats.py). They divide up `streams` groups of 16 rows, and each group's
 sub-blocks of 32 columns; at the end the teams' and their threads' sums are added in a fixed order.
 
-For integer weights an activation block of 32 becomes integers again: first int8 as docs/numerics.md has it, then
-1/254ths of a step, as int8 too, of what that left. Dots are exact (dp4a). A row that was rounded leaves nothing, and
-then the second plane is skipped: such a product is the CPU's up to the order of float additions. Other rows have 15
-bits, as the CPU's logits do (docs/decisions/0005-two-planes-for-the-logits.md).
+Integer weights meet the whole numbers of rounded rows, four at a time (dp4a), with exact int32 dots as on the CPU;
+float sums are added in another order than there, but always in the same. Of two planes the products are added up
+together.
 """
 
 from functools import cache
@@ -16,13 +15,25 @@ import numpy as np
 
 from coterie.kernels.formats import FORMATS
 from coterie.kernels.gpu.cuda_formats import BITS, column_reader, reader
-from coterie.kernels.gpu.cuda_memory import as_float, cuda, device, dot4, int_at, nearest, quotient, words4
+from coterie.kernels.gpu.cuda_memory import (
+    as_float,
+    cuda,
+    device,
+    dot4,
+    int_at,
+    nearest,
+    quotient,
+    word,
+    words2,
+    words4,
+)
+from coterie.kernels.gpu.signatures import BLOCK
 from coterie.kernels.record import OUTPUTS, TOKENS
 
 THREADS = 256
 PARTS = 4 * THREADS  # floats of shared memory for threads' sums
 TEAMS = 16
-RESIDUAL = np.float32(254)  # parts of a step that the second plane counts
+ROUNDED = 4 * BLOCK  # bytes of 32 rounded columns: whole numbers, scale, sum
 LEAST, MOST = np.float32(-127), np.float32(127)
 
 
@@ -53,6 +64,11 @@ def tile(tokens: int, streams: int, is_float: bool) -> Tile:
 
 
 @device
+def _octet(bits):
+    return nearest(as_float(bits)) & 255
+
+
+@device
 def rows_of(a, step, select):
     """How many rows this step has, or those that want logits."""
     return int_at(a + step + 8 * (OUTPUTS if select else TOKENS))
@@ -69,6 +85,12 @@ def bounded(v):
 
 
 @device
+def whole(v, inverse):
+    """A value as int8, as a float."""
+    return np.float32(nearest(bounded(v * inverse)))
+
+
+@device
 def inverse_of(top):
     """By what a block with that largest magnitude is multiplied to become int8."""
     return MOST / top if top > np.float32(0) else np.float32(0)
@@ -76,42 +98,27 @@ def inverse_of(top):
 
 @cache
 def stage_integers(sizes: Tile) -> Any:
-    """Quantise blocks first to first + chunk of the tile's rows; `more[0]` becomes 1 where a row is no int8."""
-    tokens, chunk, blocks = sizes.tokens, sizes.chunk, sizes.blocks
+    """Rounded blocks first to first + chunk of the tile's rows as int8: `values`, four in a word, and `scales`, for
+    each plane; zeros where there are none. A row is `planes` rows, `x_row` bytes apart."""
+    chunk, blocks = sizes.chunk, sizes.blocks
 
     @device
-    def stage(x, x_row, rows, first, count, values, scales, more):
+    def stage(x, x_row, planes, rows, first, count, values, scales):
         for item in range(cuda.threadIdx.x, blocks, THREADS):
             t, local = item // chunk, item % chunk
-            at = x + t * x_row + 128 * (first + local)
-            there = t < rows and local < count and 128 * (first + local) < x_row
-            top = np.float32(0)
-            if there:
+            begin = ROUNDED * (first + local)
+            there = t < rows and local < count and begin + ROUNDED <= x_row
+            for plane in range(planes):
+                at = x + (t * planes + plane) * x_row + begin
+                place = plane * blocks + item
                 for k in range(8):
-                    w = words4(at + 16 * k)
-                    top = max(max(top, abs(as_float(w[0]))), abs(as_float(w[1])))
-                    top = max(max(top, abs(as_float(w[2]))), abs(as_float(w[3])))
-            inverse = inverse_of(top)
-            left = 0
-            for k in range(8):
-                first_plane, second_plane = 0, 0
-                if there:
-                    w = words4(at + 16 * k)
-                    for i in range(4):
-                        scaled = as_float(w[i]) * inverse
-                        q = nearest(bounded(scaled))
-                        rest = nearest(bounded((scaled - np.float32(q)) * RESIDUAL))
-                        first_plane |= (q & 255) << (8 * i)
-                        second_plane |= (rest & 255) << (8 * i)
-                values[8 * item + k] = first_plane
-                values[8 * (blocks + item) + k] = second_plane
-                left |= second_plane
-            scales[item] = top / MOST
-            scales[blocks + item] = top / MOST / RESIDUAL
-            if left != 0:
-                more[0] = 1
+                    four = 0
+                    if there:
+                        low, high = words2(at + 16 * k), words2(at + 16 * k + 8)
+                        four = _octet(low[0]) | _octet(low[1]) << 8 | _octet(high[0]) << 16 | _octet(high[1]) << 24
+                    values[8 * place + k] = four
+                scales[place] = as_float(word(at + 128)) if there else np.float32(0)
 
-    assert tokens * chunk == blocks
     return stage
 
 
@@ -241,10 +248,10 @@ def total(sizes: Tile) -> Any:
         at = u // 16 * 64 + u % 16
         teams[u] = (parts[at] + parts[at + 16]) + (parts[at + 32] + parts[at + 48])
         cuda.syncthreads()
-        whole = np.float32(0)
+        sum_of_all = np.float32(0)
         if u < 16 * streams:
             for k in range(splits):
-                whole += teams[(u // 16 * splits + k) * 16 + u % 16]
-        return whole
+                sum_of_all += teams[(u // 16 * splits + k) * 16 + u % 16]
+        return sum_of_all
 
     return add

@@ -13,12 +13,11 @@ from coterie.kernels.gpu.cuda_memory import (
     float_at,
     int_at,
     long_at,
-    nearest,
     quotient,
     raise_flag,
     set_float,
 )
-from coterie.kernels.gpu.cuda_products import MOST, THREADS, bounded, inverse_of, rows_of
+from coterie.kernels.gpu.cuda_products import MOST, ROUNDED, THREADS, inverse_of, rows_of, whole
 from coterie.kernels.record import EPOCH
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -43,12 +42,6 @@ def sum_of(v, parts):
     for i in range(16):
         s += parts[THREADS + i]
     return s
-
-
-@device
-def rounded_value(v, top):
-    """A value as it comes back from int8, in a block with that largest magnitude (docs/numerics.md)."""
-    return np.float32(nearest(bounded(v * inverse_of(top)))) * (top / MOST)
 
 
 # --- embedding -----------------------------------------------------------------------------------------
@@ -125,16 +118,17 @@ def _inverse_rms(squares, dim, eps):
 
 
 def norm() -> Any:
-    """x_out = x + y, or x + rms_norm(y) * post; out = rms_norm(x_out) * weight, `rounded` the same rounded."""
+    """x_out = x + y, or x + rms_norm(y) * post; out = rms_norm(x_out) * weight, `rounded` the same in `planes` rows."""
 
     def kernel(
-        w, a, step, select, outputs, x, y, x_out, row, post, weight, dim, eps, out, rounded, out_row, width
+        w, a, step, select, outputs, x, y, x_out, row, post, weight, dim, eps, out, out_row, rounded, rounded_row,
+        planes, width,
     ):  # fmt: skip
         parts = cuda.shared.array(SUMS, np.float32)
         u, i = cuda.threadIdx.x, cuda.blockIdx.x
         if i < rows_of(a, step, select):
             source = int_at(a + outputs + 4 * i) if select else i
-            at_x, at_y, at_out = a + x + source * row, a + y + source * row, a + x_out + source * row
+            at_x, at_y, at_out = a + x + source * row, a + y + source * row, a + x_out + i * row
             factor = ONE
             if y >= 0 and post >= 0:
                 squares = ZERO
@@ -147,31 +141,60 @@ def norm() -> Any:
                 for c in range(begin, min(begin + EIGHT, dim)):
                     v = _residual(w, at_x, at_y, y, post, factor, c)
                     squares += v * v
-            inverse = _inverse_rms(sum_of(squares, parts), dim, eps)
+            rms = _inverse_rms(sum_of(squares, parts), dim, eps)
+            levels = planes if rounded >= 0 else 1
             last = quotient(width + EIGHT * THREADS - 1, EIGHT * THREADS) * EIGHT * THREADS
             for begin in range(EIGHT * u, last, EIGHT * THREADS):  # all threads make the same number of rounds
-                top = ZERO
-                for c in range(begin, min(begin + EIGHT, dim)):
-                    v = _residual(w, at_x, at_y, y, post, factor, c)
-                    top = max(top, abs(v * inverse * float_at(w + weight + 4 * c)))
-                cuda.syncthreads()
-                parts[u] = top
-                cuda.syncthreads()
-                four = u // 4 * 4
-                top = max(max(parts[four], parts[four + 1]), max(parts[four + 2], parts[four + 3]))
-                for c in range(begin, min(begin + EIGHT, width)):
-                    normed = ZERO
-                    if c < dim:
-                        v = _residual(w, at_x, at_y, y, post, factor, c)
-                        normed = v * inverse * float_at(w + weight + 4 * c)
-                        if x_out >= 0:
-                            set_float(at_out + 4 * c, v)
-                    if out >= 0:
-                        set_float(a + out + i * out_row + 4 * c, normed)
-                    if rounded >= 0:
-                        set_float(a + rounded + i * out_row + 4 * c, rounded_value(normed, top))
+                before, before_inverse = ZERO, ZERO
+                for plane in range(levels):
+                    top, count = ZERO, ZERO
+                    for c in range(begin, min(begin + EIGHT, dim)):
+                        v = _residual(w, at_x, at_y, y, post, factor, c) * rms * float_at(w + weight + 4 * c)
+                        top = max(top, abs(v - before * whole(v, before_inverse)))
+                    top = _largest_of_four(top, parts)
+                    inverse = inverse_of(top)
+                    to = a + rounded + (i * planes + plane) * rounded_row + begin // 32 * ROUNDED
+                    for c in range(begin, min(begin + EIGHT, width)):
+                        v = ZERO
+                        if c < dim:
+                            r = _residual(w, at_x, at_y, y, post, factor, c)
+                            v = r * rms * float_at(w + weight + 4 * c)
+                            if y >= 0 and plane == levels - 1:  # x_out may be x, which is not read again
+                                set_float(at_out + 4 * c, r)
+                        if out >= 0 and plane == 0:
+                            set_float(a + out + i * out_row + 4 * c, v)
+                        if rounded >= 0:
+                            q = whole(v - before * whole(v, before_inverse), inverse)
+                            set_float(to + 4 * (c % 32), q)
+                            count += q
+                    count = _sum_of_four(count, parts)
+                    if rounded >= 0 and u % 4 == 0 and begin < width:
+                        set_float(to + 128, top / MOST)
+                        set_float(to + 132, count)
+                    before, before_inverse = top / MOST, inverse
 
     return kernel
+
+
+@device
+def _largest_of_four(v, parts):
+    """Of the four threads that have a block of 32 columns. All threads come here."""
+    u = cuda.threadIdx.x
+    cuda.syncthreads()
+    parts[u] = v
+    cuda.syncthreads()
+    four = u // 4 * 4
+    return max(max(parts[four], parts[four + 1]), max(parts[four + 2], parts[four + 3]))
+
+
+@device
+def _sum_of_four(v, parts):
+    u = cuda.threadIdx.x
+    cuda.syncthreads()
+    parts[u] = v
+    cuda.syncthreads()
+    four = u // 4 * 4
+    return (parts[four] + parts[four + 1]) + (parts[four + 2] + parts[four + 3])
 
 
 @device
