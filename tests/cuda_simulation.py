@@ -159,7 +159,8 @@ def ffn_up(gate: str, up: str, activation: str, tokens: str) -> None:
         operands: dict[str, Value] = {
             "weights": weights, "clusters": 2, "neurons": neurons, "bundle": bundle, "per": 1,
             "stride": round_up(bundle, 4096), "up": 2 * group[0], "blocks": 1, "x": m.put(rows),
-            "x_row": 4 * rows.shape[1], "hidden": hidden, "hidden_row": 4 * hidden.shape[1], "rounded": 0 if is_float else 1,
+            "x_row": 4 * rows.shape[1], "hidden": hidden, "hidden_row": 4 * hidden.shape[1],
+            "rounded": 0 if is_float else 1,
         }  # fmt: skip
         m.run(f"ffn_up:{gate}:{up}:{activation}:{tokens}", operands, n)
         g, u = (
