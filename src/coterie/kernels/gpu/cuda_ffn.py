@@ -87,31 +87,32 @@ def _write(sizes: Tile, activation: str) -> Any:
         for t in range(tokens):
             total_of_row = finish(sums, t, parts, teams)
             if u < GATES:
-                gates[u] = total_of_row  # 32 of Gate, then 32 of Up
-            cuda.syncthreads()
-            value = ZERO
-            if u < PAIR:
-                value = activate_gate(gates[u]) * activate_up(gates[PAIR + u])
-            cuda.syncthreads()
-            if u < PAIR:
-                gates[u] = value
-            cuda.syncthreads()
-            if u < PAIR and t < rows:
-                target = hidden + t * hidden_row
-                if rounded:
-                    top, count = ZERO, ZERO
+                gates[GATES * t + u] = total_of_row  # 32 of Gate, then 32 of Up
+        cuda.syncthreads()
+        t, n = u // PAIR, u % PAIR  # from here on a thread has one value of one row
+        here, at, value = t < tokens, GATES * t, ZERO
+        if here:
+            value = activate_gate(gates[at + n]) * activate_up(gates[at + PAIR + n])
+        cuda.syncthreads()
+        if here:
+            gates[at + n] = value
+        cuda.syncthreads()
+        if here and t < rows:
+            target = hidden + t * hidden_row
+            if rounded:
+                top, count = ZERO, ZERO
+                for i in range(PAIR):
+                    top = max(top, abs(gates[at + i]))
+                inverse = inverse_of(top)
+                target += ROUNDED * pair
+                if n == 0:
                     for i in range(PAIR):
-                        top = max(top, abs(gates[i]))
-                    inverse = inverse_of(top)
-                    target += ROUNDED * pair
-                    if u == 0:
-                        for i in range(PAIR):
-                            count += whole(gates[i], inverse)
-                        set_float(target + 128, top / MOST)
-                        set_float(target + 132, count)
-                    set_float(target + 4 * u, whole(value, inverse))
-                else:
-                    set_float(target + 4 * (PAIR * pair + u), value)
+                        count += whole(gates[at + i], inverse)
+                    set_float(target + 128, top / MOST)
+                    set_float(target + 132, count)
+                set_float(target + 4 * n, whole(value, inverse))
+            else:
+                set_float(target + 4 * (PAIR * pair + n), value)
 
     return write
 
@@ -143,6 +144,7 @@ def _integers(gate: str, up: str, activation: str, tokens: int) -> Any:
     stage, write, place = stage_integers(sizes), _write(sizes, activation), _place(gate, up)
     add_gate, add_up = integer_sums(gate, sizes, False), integer_sums(up, sizes, False)
     accumulators, chunk, splits, subs_of = 4 * tokens, sizes.chunk, sizes.splits, FORMATS[gate].subs
+    values_of_pair = GATES * tokens
     words, scale_count = 8 * sizes.planes * sizes.blocks, sizes.planes * sizes.blocks
 
     def kernel(
@@ -152,7 +154,7 @@ def _integers(gate: str, up: str, activation: str, tokens: int) -> Any:
         scales = cuda.shared.array(scale_count, np.float32)
         parts = cuda.shared.array(PARTS, np.float32)
         teams = cuda.shared.array(THREADS, np.float32)
-        gates = cuda.shared.array(GATES, np.float32)
+        gates = cuda.shared.array(values_of_pair, np.float32)
         sums = cuda.local.array(accumulators, np.float32)
         u, pair, tile_first = cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.x * tokens
         rows = rows_of(a, step, 0) - tile_first
@@ -182,6 +184,7 @@ def _floats(gate: str, up: str, activation: str, tokens: int) -> Any:
     stage, write, place = stage_floats(sizes), _write(sizes, activation), _place(gate, up)
     add_gate, add_up = float_sums(gate, sizes, False), float_sums(up, sizes, False)
     accumulators, chunk, splits, floats = 4 * tokens, sizes.chunk, sizes.splits, 32 * sizes.blocks
+    values_of_pair = GATES * tokens
 
     def kernel(
         w, a, step, weights, clusters, neurons, bundle, per, stride, up, blocks, x, x_row, hidden, hidden_row, rounded
@@ -189,7 +192,7 @@ def _floats(gate: str, up: str, activation: str, tokens: int) -> Any:
         values = cuda.shared.array(floats, np.float32)
         parts = cuda.shared.array(PARTS, np.float32)
         teams = cuda.shared.array(THREADS, np.float32)
-        gates = cuda.shared.array(GATES, np.float32)
+        gates = cuda.shared.array(values_of_pair, np.float32)
         sums = cuda.local.array(accumulators, np.float32)
         u, pair, tile_first = cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.x * tokens
         rows = rows_of(a, step, 0) - tile_first
