@@ -90,7 +90,11 @@ class CudaDevice:
         self._functions: dict[str, Any] = {}
         self._spans: tuple[Span, Span] | None = None
         self._last = "(none)"
-        self.integrated = bool(self._driver.integrated)
+
+    @property
+    def integrated(self) -> bool:
+        """Whether it shares the host's memory."""
+        return bool(self._driver.integrated)
 
     @property
     def builds(self) -> int:

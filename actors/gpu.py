@@ -36,7 +36,15 @@ class Device(Protocol):
     def builds(self) -> int:
         """Programs that were compiled so far."""
 
+    @property
+    def integrated(self) -> bool:
+        """Whether it computes in the arena itself; else weights, KV blocks and activations live in memory of its
+        own."""
+
     def describe(self) -> dict[str, Any]: ...
+
+    def upload(self, offset: int, nbytes: int) -> None:
+        """Copy pinned weights at that arena offset to a device with memory of its own."""
 
     def load(self, words: npt.NDArray[np.int64], kernels: list[str]) -> Loaded: ...
 

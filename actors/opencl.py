@@ -96,8 +96,13 @@ class OpenCLDevice:
         self._programs.append(loaded)
         return loaded
 
-    def before_step(self, refs: Sequence[BufferRef]) -> None:
+    integrated = True
+
+    def upload(self, offset: int, nbytes: int) -> None:
         """The device sees what this process sees."""
+
+    def before_step(self, refs: Sequence[BufferRef]) -> None:
+        """The same."""
 
     def after_step(self, refs: Sequence[BufferRef]) -> None:
         """And the other way round."""

@@ -115,6 +115,7 @@ class Engine(Stepping):
             if self.others is not None:
                 self.others.load(self.layout)
                 self.divergence = measure_divergence(self)
+                self.others.keep_weights_once()
                 if self.divergence.identical and not plan.placement.lengths:
                     self.plan = replace(self.plan, numerics="exact")
             self.count_anew()

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.gpu import GpuUnit
 from coterie.actors.gpus import open_device
+from coterie.errors import UnitError
 from coterie.graphs import Graphs
 from coterie.scheduler.layout import ModelLayout, Units
 from coterie.scheduler.placement import CPU_ONLY, Placement
@@ -28,11 +29,14 @@ class OtherUnits:
     ) -> None:
         self.placement, self._cpu, self._progress = placement, cpu, progress
         self._layout: ModelLayout | None = None
+        self._alone = False
         self.gpu: GpuUnit | None = None
         self.graphs: Graphs | None = None
         try:
             if units.gpu is not None:
                 self.gpu = GpuUnit(cpu.arena, units.gpu, open_device(cpu.arena, gpu_share))
+                if not self.gpu.device.integrated and (placement.prefill, placement.decode) != ("gpu", "gpu"):
+                    raise UnitError("this GPU has memory of its own, and so a KV cache of its own: use --units gpu")
             if units.npu is not None:
                 self.graphs = Graphs(cpu, units.npu, model, progress)
         except BaseException:
@@ -43,11 +47,19 @@ class OtherUnits:
         """Have everything built before the first step: no step builds anything."""
         self._layout = layout
         if self.gpu is not None:
+            weights = layout.weights.pinned
+            self.gpu.device.upload(weights.offset, weights.nbytes)
             for done, program in enumerate(layout.gpu.values()):
                 self._progress("building for the GPU", done, len(layout.gpu))
                 self.gpu.load(program)
         if self.graphs is not None:
             self.graphs.load(layout)
+
+    def keep_weights_once(self) -> None:
+        """Where a device has its own copy of the weights, give the host's back: nobody could do its work then."""
+        if self.gpu is not None and not self.gpu.device.integrated:
+            self._cpu.arena.release("weights")
+            self._alone = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,7 +104,9 @@ class OtherUnits:
             self.placement = placement
 
     def give_up(self) -> None:
-        """From now on the CPU unit does everything."""
+        """From now on the CPU unit does everything. Raises UnitError where it has no weights."""
+        if self._alone:
+            raise UnitError("the GPU that has the weights is gone; open the model again")
         self.placement = CPU_ONLY
 
     def describe(self) -> list[dict[str, Any]]:
