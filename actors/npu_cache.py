@@ -7,6 +7,7 @@ damaged, or that the runtime refuses, is built anew. Files are mapped, not read:
 while it loads cost no memory of ours afterwards.
 """
 
+import mmap
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,6 +39,7 @@ class GraphCache:
         self.builds = self.loads = 0
         self._limit, self._files = limit, files
         self._opened: set[Path] = set()
+        self._maps: list[mmap.mmap] = []
 
     def graph(self, block: Block) -> Graph:
         """The block's graph. Raises UnitError where it cannot be built."""
@@ -60,6 +62,12 @@ class GraphCache:
             graph = self._load(path, form)
         return graph or self.runtime.load(np.frombuffer(blob, np.uint8), form)
 
+    def drop_pages(self) -> None:
+        """Let go of the files' pages in memory: runtimes have read what they keep of them, and what they look at again
+        is read again."""
+        for pages in self._maps:
+            pages.madvise(mmap.MADV_DONTNEED)
+
     def path(self, form: Form, weights: bytes) -> Path:
         """Where the graph lies, or would lie."""
         runtime = self.runtime
@@ -69,7 +77,9 @@ class GraphCache:
     def _load(self, path: Path, form: Form) -> Graph | None:
         """The graph in a file; None, and no file, where it is not there or not what was written."""
         try:
-            mapped: Bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)
+            with path.open("rb") as file:
+                pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+            mapped: Bytes = np.frombuffer(pages, np.uint8)
         except (OSError, ValueError):  # ValueError: an empty file
             return None
         blob, digest = mapped[:-DIGEST], mapped[-DIGEST:].tobytes()
@@ -77,6 +87,7 @@ class GraphCache:
             if digest == _checksum(path, blob):
                 graph = self.runtime.load(blob, form)
                 self._opened.add(path)
+                self._maps.append(pages)
                 with suppress(OSError):
                     os.utime(path)
                 return graph

@@ -5,17 +5,19 @@ from coterie.scheduler.placement import Placement
 
 GPU_RUNTIME = 160 << 20  # bytes: an OpenCL driver and its compiler (measured: PoCL, docs/benchmarks.md)
 NPU_RUNTIME = 160 << 20  # bytes: OpenVINO or ONNX Runtime, loaded
-GRAPH = 1 << 20  # bytes of a graph beside its weights
+WEIGHTS = 2.2  # times the int8 weights that a graph takes (measured: OpenVINO)
 
 
 def unit_copies(placement: Placement, spec: ModelSpec) -> dict[str, int]:
-    """Bytes of weights that runtimes copy, and of the runtimes, by unit: graphs hold int8 weights of their own, one for
-    each length."""
+    """Bytes that runtimes take, by unit: themselves, and of graphs the weights and what is computed within, for each
+    length (docs/benchmarks.md compares this with what processes grew by)."""
     copies = {}
     if placement.gpu:
         copies["gpu"] = GPU_RUNTIME
     if placement.prefill == "npu":
         heads = (2 * spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
-        weights = len(spec.layers) * spec.dim * (heads + 3 * spec.ffn_dim)
-        copies["npu"] = NPU_RUNTIME + len(placement.lengths) * (weights + 3 * len(spec.layers) * GRAPH)
+        weights = WEIGHTS * spec.dim * (heads + 3 * spec.ffn_dim)
+        widths = 4 * (4 * spec.dim + heads + 3 * spec.ffn_dim)  # bytes of a row in a layer's graphs
+        layers = len(spec.layers)
+        copies["npu"] = NPU_RUNTIME + sum(int(layers * (weights + rows * widths)) for rows in placement.lengths)
     return copies

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from coterie.errors import UsageError
 
 UNITS = ("cpu", "gpu", "npu")
-LENGTHS = (64, 256)  # rows of graphs: a chunk's length, or what is left of a prompt, filled up
+LENGTHS = (128,)  # rows of graphs; each length costs another copy of all weights
 FILLED = 0.6  # of a graph's rows at least: with fewer, it is not used
 ROLES = {  # of the units asked for: who computes prompts, and who decodes
     ("cpu",): ("cpu", "cpu"),

@@ -1,6 +1,7 @@
 """The graphs of a model's prompts on an NPU: made of its weights, built or read from the disk, bound to the arena."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Graphs:
         self.cache = GraphCache(self.runtime)
         self.unit = NpuUnit(cpu.arena, buffers, cpu.abort_address)
         self._ranges: Ranges | None = None
-        self.nbytes = 0  # of the runtime's copies of weights
+        self.nbytes = 0  # that the process grew by when graphs were loaded
 
     def load(self, layout: ModelLayout) -> None:
         """Have every graph, and give it its buffers. Raises PlanError where an NPU cannot address them all."""
@@ -52,13 +53,15 @@ class Graphs:
             sizes = [(form, form.width_in * form.width_out) for form in forms]
             if len(choose_blocks(sizes)) < len(forms):
                 raise PlanError(f"the graphs are more than the {WINDOW >> 30} GiB that an NPU addresses; drop npu")
-        graphs: dict[str, list[BoundGraph]] = {}
+        graphs, before = dict[str, list[BoundGraph]](), _private_bytes()
         for done, ((program, i), form) in enumerate(zip(records, forms, strict=True)):
             self._progress("graphs for the NPU", done, len(records))
             graphs.setdefault(program.name, []).append(self._bound(program, i, form))
         for program in layout.npu.values():
             self.unit.load(program, graphs[program.name])
         self._ranges = None
+        self.nbytes = _private_bytes() - before
+        self.cache.drop_pages()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -90,7 +93,7 @@ class Graphs:
         words = program.words[i]
         x, y = (rows_at(self.arena, int(words[at]), form.n, int(words[at + 1])) for at in (o.GRAPH_X, o.GRAPH_Y))
         graph.bind(x, y)
-        self.nbytes += graph.nbytes
+        graph.run()  # what runtimes leave for the first time is done now, on whatever the buffers hold
         return graph
 
     def _block(self, form: Form) -> Block:
@@ -116,6 +119,12 @@ class Graphs:
 
 
 _KINDS: dict[str, Kind] = {"qkv": "qkv", "out": "out", "ffn": "ffn"}
+
+
+def _private_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def rows_at(arena: Arena, offset: int, rows: int, row: int) -> Floats:
