@@ -122,7 +122,7 @@ def test_a_gpu_that_vanishes_is_replaced_by_the_cpu_unit(model: Path, monkeypatc
 
 def test_units_are_told_of(model: Path) -> None:
     result = coterie(
-        "run", str(model), "-p", "the word", "--raw", "-n", "2", "--units", "cpu,gpu,npu", "--json", "-c", "128"
+        "run", str(model), "-p", "the word", "--raw", "-n", "2", "--units", "cpu,gpu,npu", "--json", "-c", "256"
     )
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)

@@ -8,13 +8,17 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from coterie.engine import Engine
 
-PROMPT, DECODED = 64, 8  # tokens of the text computed as a prompt, and one by one
-APART = 4  # of the prompt's positions every so many are compared: vocabularies are large
+PROMPT, DECODED = 128, 8  # tokens of the text computed as a prompt, and one by one
+APART = 8  # of the prompt's positions every so many are compared: vocabularies are large
 TEXT = (
     "The lighthouse keeper had kept a diary for thirty years. On calm days he wrote about the weather, the boats "
     "that passed, and the price of oil; on rough ones he wrote nothing at all. When the light was automated, he was "
     "asked to leave, and the diaries went to a small museum, where a student of history found them. She counted the "
-    "storms, compared them with the records of the coast guard, and saw that every third one was missing from both."
+    "storms, compared them with the records of the coast guard, and saw that every third one was missing from both. "
+    "It took her a winter to find out why. The keeper had been paid by the day, the coast guard by the report, and "
+    "neither had been paid for the nights of the new moon, when no ship was allowed to leave the harbour. She wrote "
+    "this down in a small book of forty pages, with a map, two tables and a photograph of the lamp, and the museum "
+    "printed three hundred copies. The first was sent to the keeper, who by then was ninety, and lived inland."
 )
 Floats = npt.NDArray[np.float32]
 
