@@ -57,6 +57,6 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	@echo "Adding the tools of development: 30 MB more"
+	@echo "Adding the tools of development, and runtimes that stand in for GPUs and NPUs: 250 MB more"
 	@$(INSTALL) -e '.[dev]' | $(SHOW)
 	@touch $@
