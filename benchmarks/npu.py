@@ -4,8 +4,9 @@
 
 speed    a chain of Up and Down, 576 x 1536 (8 pairs) and 4096 x 14336 (1 pair), 256 rows, as our runtimes build
          w8a8 blocks of it (one graph a matrix, floats between them), against one bare graph of the whole chain as
-         OpenVINO's or ONNX Runtime's own quantiser would write it; and a SwiGLU network, one graph each. In turn, in this process; quoted are the medians
-         over pairs, the ratio's too. Bar: the faster of ours >= 0.9 x the faster bare graph.
+         OpenVINO's or ONNX Runtime's own quantiser would write it; and a SwiGLU network, one graph each. In turn, in
+         this process; quoted are medians over pairs, the ratio's too. Bar: the faster of ours >= 0.9 x the faster
+         bare graph.
 lengths  a w8a8 SwiGLU network at 32, 64, 128, 256 rows: rate of each length.
 memory   the same network: what a process grows by for each length, time to build and to load.
 """
