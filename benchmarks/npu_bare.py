@@ -27,22 +27,43 @@ def chains(matrices: list[Floats], rows: int, threads: int) -> dict[str, Callabl
     }
 
 
+def openvino_network(k: int, n: int, rows: int, threads: int) -> Callable[[], Any]:
+    """A SwiGLU network of k and n columns, FakeQuantize of both sides of its three products."""
+    from openvino import opset13 as op
+
+    up, down, gate = (*weights(k, n, 1), weights(k, n, 1)[0])
+    given = op.parameter([rows, k], np.float32)
+    hidden = op.multiply(op.swish(_rounded_product(given, gate)), _rounded_product(given, up))
+    return _openvino(_rounded_product(hidden, down), given, threads)
+
+
 def openvino_chain(matrices: list[Floats], rows: int, threads: int) -> Callable[[], Any]:
     """FakeQuantize of both sides."""
-    import openvino as ov
     from openvino import opset13 as op
 
     given = op.parameter([rows, matrices[0].shape[1]], np.float32)
     y = given
-    ends = [op.constant(np.float32(end)) for end in (-LARGEST, LARGEST * 127 / 128)]
     for w in matrices:
-        largest = np.abs(w).max(axis=1, keepdims=True)
-        sides = [op.constant(side) for side in (-largest, largest)]
-        rounded = op.fake_quantize(y, *ends, *ends, 256)
-        y = op.matmul(rounded, op.fake_quantize(op.constant(w), *sides, *sides, 255), False, True)
+        y = _rounded_product(y, w)
+    return _openvino(y, given, threads)
+
+
+def _rounded_product(x: Any, w: Floats) -> Any:
+    from openvino import opset13 as op
+
+    ends = [op.constant(np.float32(end)) for end in (-LARGEST, LARGEST * 127 / 128)]
+    largest = np.abs(w).max(axis=1, keepdims=True)
+    sides = [op.constant(side) for side in (-largest, largest)]
+    rounded = op.fake_quantize(x, *ends, *ends, 256)
+    return op.matmul(rounded, op.fake_quantize(op.constant(w), *sides, *sides, 255), False, True)
+
+
+def _openvino(y: Any, given: Any, threads: int) -> Callable[[], Any]:
+    import openvino as ov
+
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     request = ov.Core().compile_model(ov.Model([y], [given]), "CPU", settings).create_infer_request()
-    x = np.random.default_rng(1).standard_normal((rows, matrices[0].shape[1])).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal(tuple(given.get_output_shape(0))).astype(np.float32)
     request.set_input_tensor(ov.Tensor(x, shared_memory=True))
     return lambda: (request.infer(share_inputs=True, share_outputs=True), x)  # a tensor does not keep its array
 
