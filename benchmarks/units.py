@@ -55,10 +55,17 @@ def main() -> None:
             peak = cgroup.peak(group)
         found = json.loads(done.output) if done.status == 0 else {}
         grown = [unit["weight_copies"] for unit in found.get("units", []) if "weight_copies" in unit]
-        print(f"exit {done.status} {done.error}; total {total >> 20} MiB, of it copies {found.get('copies')}; grown by
-        {grown}; "
-              f"group's peak {peak >> 20} of {total + OVERHEAD >> 20} MiB; "
-              f"peak RSS {found.get('memory', {}).get('peak_rss', 0) >> 20} MiB", flush=True)  # fmt: skip
+        said = {
+            "status": done.status,
+            "error": done.error,
+            "total": total,
+            "limit": total + OVERHEAD,
+            "copies": found.get("copies"),
+            "grown": grown,
+            "group_peak": peak,
+            "peak_rss": found.get("memory", {}).get("peak_rss"),
+        }
+        print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":
