@@ -45,9 +45,10 @@ class OpenVINO:
         self.stand_in = device == "CPU"
         self._packed = not self.stand_in if packed is None else packed
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-        if self.stand_in:  # threads stay unpinned: other units' lanes choose their cores
-            # A stream has threads of its own, two a graph. Without one, graphs compute in the caller and share the
-            # process's workers, of which there are as many as cores.
+        if self.stand_in:
+            # Threads stay unpinned: other units' lanes choose their cores. A stream has threads of its own, two a graph,
+            # and small graphs that follow one another lose up to half of their speed by changing between them. Without
+            # one, graphs compute in the caller and share the process's workers, as many as there are cores.
             streams = int(threads < len(os.sched_getaffinity(0)))
             self._settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False, "NUM_STREAMS": streams}
 
@@ -132,9 +133,11 @@ def _model(block: Block, packed: bool) -> "ov.Model":
         x = op.reshape(x, np.array([*form.folded, form.width_in]), False)
     if form.swapped:
         x = op.transpose(x, np.array([1, 0]))
-    y = _product(x, block.matrices[0], block.roundings[0], form, packed)
-    if form.activation is not None:
-        gate, up = op.split(y, op.constant(0 if form.swapped else -1), 2).outputs()
+    first, rounding = block.matrices[0], block.roundings[0]
+    if form.activation is None:
+        y = _product(x, first, rounding, form, packed)
+    else:  # Gate and Up apart: splitting their outputs would copy them
+        gate, up = (_product(x, half, rounding, form, packed) for half in first.halves())
         y = _product(_activated(form.activation, gate, up), block.matrices[1], block.roundings[1], form, packed)
     if form.swapped:
         y = op.transpose(y, np.array([1, 0]))

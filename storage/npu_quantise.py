@@ -101,6 +101,15 @@ class Quantised:
         weights[:, self.outliers.index] = self.outliers.values * self.outliers.scales[:, None]
         return weights
 
+    def halves(self) -> "tuple[Quantised, Quantised]":
+        """The upper and the lower half of the rows."""
+        middle = len(self.values) // 2
+        return self._rows(slice(None, middle)), self._rows(slice(middle, None))
+
+    def _rows(self, rows: slice) -> "Quantised":
+        columns = (Columns(part.index, part.values[rows], part.scales[rows]) for part in (self.outliers, self.hot))
+        return Quantised(self.values[rows], self.scales[rows], self.bits, *columns)
+
     def padded(self, rows: int, cols: int) -> "Quantised":
         """The same with zeros in further rows and columns. Raises ValueError where it has more already, or a group
         would be cut."""

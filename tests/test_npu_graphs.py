@@ -109,7 +109,7 @@ def test_openvino_multiplies_integers(scheme: Scheme, form: dict[str, object]) -
     block, _ = random_block("ffn", scheme, **form)  # type: ignore[arg-type]
     graph = npu_openvino.open_device("CPU", 2).build(block)
     products = [kind for operation, kind in graph.primitives() if operation.startswith(("FullyConnected", "MatMul"))]
-    assert len(products) == 4 + 2 * (scheme == "w4a8-outliers")
+    assert len(products) == 6 + 3 * (scheme == "w4a8-outliers")
     assert all(kind.endswith("_i8") for kind in products), products
 
 
