@@ -34,7 +34,7 @@ from coterie.scheduler.placement import parse_units
 from coterie.scheduler.plan import NUMERICS_VERSION, OVERHEAD, Plan, Wishes
 from coterie.scheduler.plan_file import read_plan
 from coterie.session import session_path
-from coterie.sizes import MOST, Memory, Share, parse_memory
+from coterie.sizes import Share, as_ceiling, as_part, required_ceiling
 from coterie.storage.activations import model_key
 from coterie.storage.journal import Journal, Request
 
@@ -86,8 +86,8 @@ class LLM:
                 raise UsageError(f"{name} is {value!r}: give a whole number above 0, or None to have it chosen")
         start = time.perf_counter()
         wanted = Wishes(
-            threads, context, None, _ceiling(memory), trace is not None, sources=dict(sources or {}), host=host,
-            units=parse_units(units), gpu_share=_part(gpu_share),
+            threads, context, None, as_ceiling(memory), trace is not None, sources=dict(sources or {}), host=host,
+            units=parse_units(units), gpu_share=as_part(gpu_share),
         )  # fmt: skip
         if cut is not None and wanted.units != ("cpu",):
             raise UsageError("a cut model's layers are the CPU unit's: drop units, or cut")
@@ -146,7 +146,7 @@ class LLM:
         Raises PlanError if the new ceiling cannot hold them (the old one then stays), UsageError for a model that was
         opened without `memory` from a file that is not packed.
         """
-        self._engine.set_memory(_required(memory))
+        self._engine.set_memory(required_ceiling(memory))
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of plain text, begun as the model wants it; special tokens are not recognised."""
@@ -382,28 +382,6 @@ def _weight_kind(file: ModelHeader) -> str:
     for tensor in file.tensors.values():
         sizes[tensor.format] = sizes.get(tensor.format, 0) + tensor.nbytes
     return max(sizes, key=lambda name: sizes[name])
-
-
-def _ceiling(memory: int | str | Share | None) -> Memory | None:
-    if isinstance(memory, str):
-        return parse_memory(memory)
-    if memory is not None and not isinstance(memory, Share) and (type(memory) is not int or not 1 <= memory <= MOST):
-        raise UsageError(f'memory is {memory!r}: give bytes, or text such as "6GiB", "50%" or "auto"')
-    return memory
-
-
-def _part(share: float | None) -> float:
-    """A share of a GPU's time; raises UsageError."""
-    if share is not None and not (isinstance(share, int | float) and 0.01 <= share <= 1):
-        raise UsageError(f"gpu_share is {share!r}: give a number from 0.01 to 1")
-    return 1.0 if share is None else float(share)
-
-
-def _required(memory: int | str | Share) -> Memory:
-    ceiling = _ceiling(memory)
-    if ceiling is None:
-        raise UsageError('memory is None: give bytes, or text such as "6GiB", "50%" or "auto"')
-    return ceiling
 
 
 def _forget_vocabulary(metadata: dict[str, Any]) -> None:

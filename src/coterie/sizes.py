@@ -46,3 +46,27 @@ def parse_memory(text: str) -> Memory:
             raise UsageError(f"--memory {text!r}: a share of the weights is above 0% and at most 100%")
         return Share(float(match[1]) / 100)
     return parse_size(text)
+
+
+def as_ceiling(memory: int | str | Share | None) -> Memory | None:
+    """A ceiling as the Python API takes it; raises UsageError."""
+    if isinstance(memory, str):
+        return parse_memory(memory)
+    if memory is not None and not isinstance(memory, Share) and (type(memory) is not int or not 1 <= memory <= MOST):
+        raise UsageError(f'memory is {memory!r}: give bytes, or text such as "6GiB", "50%" or "auto"')
+    return memory
+
+
+def required_ceiling(memory: int | str | Share) -> Memory:
+    """The same where there must be one."""
+    ceiling = as_ceiling(memory)
+    if ceiling is None:
+        raise UsageError('memory is None: give bytes, or text such as "6GiB", "50%" or "auto"')
+    return ceiling
+
+
+def as_part(share: float | None) -> float:
+    """A share of a GPU's time as the Python API takes it; raises UsageError."""
+    if share is not None and not (isinstance(share, int | float) and 0.01 <= share <= 1):
+        raise UsageError(f"gpu_share is {share!r}: give a number from 0.01 to 1")
+    return 1.0 if share is None else float(share)
