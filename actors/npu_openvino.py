@@ -6,7 +6,6 @@ Constants in i4 would be turned into floats there, which halves the speed, so fo
 processor; on an NPU they are i4. Float activations (w4a16) take i4 in groups as OpenVINO's compressed weights.
 """
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,11 +45,9 @@ class OpenVINO:
         self._packed = not self.stand_in if packed is None else packed
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if self.stand_in:
-            # Threads stay unpinned: other units' lanes choose their cores. A stream has threads of its own, two a graph,
-            # and small graphs that follow one another lose up to half of their speed by changing between them. Without
-            # one, graphs compute in the caller and share the process's workers, as many as there are cores.
-            streams = int(threads < len(os.sched_getaffinity(0)))
-            self._settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False, "NUM_STREAMS": streams}
+            # Threads stay unpinned: other units' lanes choose their cores. A stream has threads of its own, two a
+            # graph; without one (NUM_STREAMS 0) there are none, but half of the runs then had one core only.
+            self._settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False, "NUM_STREAMS": 1}
 
     def describe(self) -> str:
         return describe(self)
