@@ -1,7 +1,7 @@
 """The OpenCL unit: an integrated GPU, or a CPU that stands in for one, computing in the very arena.
 
-The driver gets the arena's memory as one buffer and copies nothing. A program is one build of all its kernels, kept on
-disk; a step is one call of compiled code that enqueues every record (kernels/opencl_queue.py).
+The driver gets the arena's memory as one buffer and copies nothing. Kernels are built
+once and kept on disk; a step is one call of compiled code that enqueues every record (kernels/opencl_queue.py).
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from coterie.errors import UnitError
 from coterie.kernels import library
 from coterie.kernels import opencl_queue as oq
 from coterie.kernels.gpu.signatures import SIGNATURES, Kind
-from coterie.kernels.gpu.source import LANES, SLICES, entry_point, launch
+from coterie.kernels.gpu.source import LANES, SLICES, entry_point, launch, local_bytes
 from coterie.kernels.record import OPERANDS
 from coterie.storage.arena import Arena, BufferRef
 
@@ -92,7 +92,7 @@ class OpenCLDevice:
     def load(self, words: npt.NDArray[np.int64], kernels: Sequence[str]) -> "Loaded":
         """Get ready to run records int64[n][WORDS], which hold arena offsets, each with its kernel's name. Operands of
         kind `base` are put in here. Raises UnitError for a kernel that there is not, or that cannot be built."""
-        loaded = Loaded(self, self._builder.program(kernels), np.asarray(words), list(kernels))
+        loaded = Loaded(self, np.asarray(words), list(kernels))
         self._programs.append(loaded)
         return loaded
 
@@ -145,11 +145,12 @@ class OpenCLDevice:
 class Loaded:
     """A program that is ready to run: a kernel object a record, and the table for compiled code."""
 
-    def __init__(self, device: OpenCLDevice, program: Any, words: npt.NDArray[np.int64], kernels: list[str]) -> None:
+    def __init__(self, device: OpenCLDevice, words: npt.NDArray[np.int64], kernels: list[str]) -> None:
         assert len(words) == len(kernels)
         self.device, self.names = device, kernels
         self.table = np.zeros((len(kernels), oq.ENTRY_WORDS), np.int64)
-        self._kernels = [self._fill(program, i, name, words[i]) for i, name in enumerate(kernels)]
+        self._programs = {name: device._builder.program(name) for name in dict.fromkeys(kernels)}
+        self._kernels = [self._fill(i, name, words[i]) for i, name in enumerate(kernels)]
         self.control = np.zeros(oq.CONTROL_WORDS, np.int64)
         driver = ctypes.CDLL(device._cl._cl.__file__)  # which has loaded libOpenCL: its names are found through it
         for word, function in FUNCTIONS.items():
@@ -157,7 +158,7 @@ class Loaded:
         self.control[oq.QUEUE], self.control[oq.SHARE] = device.queue.int_ptr, round(1000 * device.share)
         self.control[oq.LIMIT] = SLICE
         self._run, self._settle = library.function("opencl_run", 5), library.function("opencl_settle", 1)
-        self._warm(program)
+        self._warm()
 
     def run(self, tokens: int, outputs: int) -> None:
         """Enqueue a step of `tokens` rows, of which `outputs` want logits; the step header says the same. Comes back
@@ -177,18 +178,18 @@ class Loaded:
     def _code(self, code: int) -> str:
         return str(self.device._cl.status_code.to_string(code, "<unknown error %d>"))
 
-    def _fill(self, program: Any, i: int, name: str, words: npt.NDArray[np.int64]) -> Any:
+    def _fill(self, i: int, name: str, words: npt.NDArray[np.int64]) -> Any:
         """Record i's kernel object with its arguments, and its entry of the table."""
         device, family = self.device, name.partition(":")[0]
         values: dict[str, int | float] = {}
-        arguments: list[Any] = [device.buffer, device.buffer]
+        arguments: list[Any] = [device.buffer, device.buffer, *self._shared(name)]
         for word, parameter in enumerate(SIGNATURES[family], OPERANDS):
             value = int(words[word]) if parameter.kind != "base" else device.arena.base
             if parameter.kind == "int" and not -(1 << 31) <= value < 1 << 31:
                 raise UnitError(f"kernel {name}: {parameter.name} is {value}, more than the kernel can take")
             values[parameter.name] = value
             arguments.append(SCALARS.get(parameter.kind, np.int64)(value))
-        made = device._cl.Kernel(program, entry_point(name))
+        made = device._cl.Kernel(self._programs[name], entry_point(name))
         made.set_args(*arguments)
         over = launch(name, values, device.wide)
         lanes, slices = (1, 1) if device.wide else (LANES, SLICES)
@@ -199,16 +200,20 @@ class Loaded:
         entry[oq.UNITS] = over.units
         return made
 
-    def _warm(self, program: Any) -> None:
+    def _shared(self, name: str) -> list[Any]:
+        """The argument for local memory, in the shape that has one."""
+        return [] if self.device.wide else [self.device._cl.LocalMemory(local_bytes(name))]
+
+    def _warm(self) -> None:
         """Run each kernel for no rows, on other memory; drivers that compile at a kernel's first run do it now."""
         cl, device = self.device._cl, self.device
         nothing = cl.Buffer(device._context, cl.mem_flags.READ_WRITE, 4096)
         cl.enqueue_fill_buffer(device.queue, nothing, np.uint8(0), 0, 4096)
         local = tuple(int(n) for n in self.table[0, oq.LOCAL : oq.LOCAL + 3]) if len(self.table) else ()
-        for name in dict.fromkeys(self.names):
+        for name, program in self._programs.items():
             made = cl.Kernel(program, entry_point(name))
             zeros = [SCALARS.get(p.kind, np.int64)(0) for p in SIGNATURES[name.partition(":")[0]]]
-            made.set_args(nothing, nothing, *zeros)
+            made.set_args(nothing, nothing, *self._shared(name), *zeros)
             for offset in ((0, 0, 0), (0, 0, 1)) if device.share < 1 else ((0, 0, 0),):
                 cl.enqueue_nd_range_kernel(device.queue, made, local, local, global_work_offset=offset)
         device.finish()

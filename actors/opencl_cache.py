@@ -1,4 +1,5 @@
-"""Programs of the OpenCL unit, built once: the driver's binaries lie in the cache folder.
+"""Kernels of the OpenCL unit, each built once as a program of its own, whatever models it serves: the driver's binaries
+lie in the cache folder.
 
 A binary's name is a hash of the source, the options, the device and its driver; its last bytes are a checksum. What is
 damaged, or what the driver does not take back, is built again.
@@ -6,7 +7,6 @@ damaged, or what the driver does not take back, is built again.
 
 import hashlib
 import warnings
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,18 @@ class Builder:
     def __init__(self, cl: Any, context: Any, device: Any, wide: bool) -> None:
         self._cl, self._context, self._device, self._wide = cl, context, device, wide
         exact = device.single_fp_config & cl.device_fp_config.CORRECTLY_ROUNDED_DIVIDE_SQRT
-        self._options = ["-cl-std=CL1.2", *(["-cl-fp32-correctly-rounded-divide-sqrt"] if exact else [])]
+        # Warnings would reach the user's terminal through the driver's compiler.
+        self._options = ["-cl-std=CL1.2", "-w", *(["-cl-fp32-correctly-rounded-divide-sqrt"] if exact else [])]
         self._programs: dict[str, Any] = {}
         self.builds = 0
 
-    def program(self, kernels: Iterable[str]) -> Any:
-        """The program of these kernels. Raises UnitError where it cannot be built."""
-        text = source(kernels, self._wide)
-        key = self._key(text)
-        if key not in self._programs:
-            self._programs[key] = self._read(key) or self._build(key, text)
-        return self._programs[key]
+    def program(self, kernel: str) -> Any:
+        """The program of this kernel. Raises UnitError where it cannot be built."""
+        if kernel not in self._programs:
+            text = source([kernel], self._wide)
+            key = self._key(text)
+            self._programs[kernel] = self._read(key) or self._build(key, text)
+        return self._programs[kernel]
 
     def _key(self, text: str) -> str:
         device = self._device

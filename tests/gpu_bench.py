@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gpu_reference import blocks_of
 
 from coterie.actors.opencl import Loaded, OpenCLDevice
 from coterie.kernels import record as r
-from coterie.kernels.formats import FORMATS, ROWS
+from coterie.kernels.formats import COLUMNS, FORMATS, ROWS
 from coterie.kernels.gpu.signatures import NONE, operands
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.pack import pack, padded_columns
@@ -53,7 +54,7 @@ class GpuBench:
         words = np.zeros((1, r.WORDS), np.int64)
         if family in ("rope", "attend"):
             given["base"] = 0
-        for word, value in operands(family, **given).items():
+        for word, value in operands(family, given).items():
             if isinstance(value, BufferRef):
                 words[0, word] = value.offset
             elif value is None:
@@ -91,12 +92,13 @@ class GpuBench:
             "stride": per * group + gap,
         }
 
-    def rows(self, values: npt.NDArray[np.float32], more: int = 3) -> BufferRef:
-        """Rows filled up with zeros to a multiple of 32, and some of not-a-numbers behind them."""
+    def rows(self, values: npt.NDArray[np.float32], name: str = "F32", more: int = 3) -> BufferRef:
+        """Rows as products with weights of format `name` read them: float32 filled up with zeros to a multiple of 32,
+        or blocks of whole numbers; and some rows of not-a-numbers behind them."""
         n, columns = values.shape
-        ref = self.room(n + more, -(-columns // 32) * 32)
-        self.look(ref)[:n] = 0
-        self.look(ref)[:n, :columns] = values
+        made = np.pad(values, ((0, 0), (0, -columns % COLUMNS))) if FORMATS[name].is_float else blocks_of(values)
+        ref = self.room(n + more, made.shape[1])
+        self.look(ref)[:n] = made
         return ref
 
     def close(self) -> None:
@@ -110,18 +112,6 @@ def in_extents(items: npt.NDArray[np.uint8], per: int, gap: int) -> npt.NDArray[
     for first in range(0, len(items), per):
         parts += [items[first : first + per].ravel(), np.full(gap, 255, np.uint8)]
     return np.concatenate(parts)
-
-
-def close_to(got: npt.NDArray[np.float32], expected: npt.NDArray[Any], tolerance: float = 2e-6) -> bool:
-    """Whether values are equal but for float rounding, against the largest of them."""
-    return bool(np.abs(got - expected).max(initial=0) <= tolerance * max(1e-20, np.abs(expected).max(initial=0)))
-
-
-def is_product(got: npt.NDArray[np.float32], x: npt.NDArray[np.float32], w: npt.NDArray[np.float32]) -> bool:
-    """Whether float32[n][rows] is x float32[n][columns] times w float32[rows][columns], but for float rounding."""
-    wide, weights = x.astype(np.float64), w.astype(np.float64)
-    wrong = np.abs(got - wide @ weights.T)
-    return bool((wrong <= 3e-6 * (np.abs(wide) @ np.abs(weights).T)).all())
 
 
 def untouched(values: npt.NDArray[np.float32] | Sequence[float]) -> bool:

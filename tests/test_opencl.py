@@ -43,7 +43,7 @@ def norms(bench: GpuBench, rows: int = 9) -> dict[str, Any]:
     """Operands of a norm of rows of 64, of which the result is 1 everywhere."""
     none = dict.fromkeys(("outputs", "y", "x_out", "post", "rounded"))
     x, ones = bench.put(np.full((rows, 64), 3, np.float32)), bench.put(np.ones(64, np.float32))
-    common = {"select": 0, "row": 256, "dim": 64, "eps": 0.0, "out_row": 256, "width": 64}
+    common = {"select": 0, "row": 256, "dim": 64, "eps": 0.0, "out_row": 256, "rounded_row": 0, "planes": 1, "width": 64}
     return {"x": x, "weight": ones, "out": bench.room(rows, 64)} | common | none
 
 
@@ -52,7 +52,8 @@ def product(bench: GpuBench, groups: int = 300) -> dict[str, Any]:
     weights = bench.put(np.ones((groups, 32, 16), np.float32))
     x, y = bench.put(np.ones((9, 32), np.float32)), bench.room(9, 16 * groups)
     sizes = {"groups": groups, "blocks": 1, "group": 2048, "per": groups, "stride": 0}
-    return {"select": 0, "weights": weights, "x": x, "x_row": 128, "y": y, "y_row": 64 * groups} | sizes
+    rows = {"x": x, "x_row": 128, "planes": 1, "y": y, "y_row": 64 * groups}
+    return {"select": 0, "weights": weights} | rows | sizes
 
 
 # --- the arena is the device's memory ----------------------------------------------------------------

@@ -4,7 +4,11 @@
 
 kernel void NAME(PARAMETERS) {
     SCRATCH;
-    local float scores[TILE];
+#ifdef WIDE
+    float scores[TILE];
+#else
+    local float *scores = scratch + ITEMS;
+#endif
     const int row = get_global_id(0) / LANES;
     if (row >= step_rows(a, step, 0)) return;
     const int unit = 32 / min(dim & -dim, 32);  // heads that fill whole blocks
@@ -46,7 +50,8 @@ kernel void NAME(PARAMETERS) {
                 const float now = fmax(top, best), keep = exp_one(top - now);
                 for (int i = 0; i < 4; i++) p[i] = exp_real(p[i] + -now);
                 barrier(CLK_LOCAL_MEM_FENCE);
-                for (int i = 0; i < 4 && SLICE == 0; i++) put_local(p[i], scores + i * ROWS);
+                if (SLICE == 0)
+                    for (int i = 0; i < 4; i++) put_local(p[i], scores + i * ROWS);
                 barrier(CLK_LOCAL_MEM_FENCE);
                 mass = mass * keep + tree_sum((p[0] + p[1]) + (p[2] + p[3]), scratch);
                 top = now;

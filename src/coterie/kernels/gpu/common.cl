@@ -5,8 +5,8 @@
 //                      read neighbouring words; slices share the blocks of a row and add up in the end
 //
 // `real` is what one work-item holds of 16 floats. get_... and put_... move the 16 values at `p`, or a lane's one.
-// Work-items of a group wait for each other in all_..., slices_sum and round_block, which stand in no branch: PoCL 3.0
-// gets those wrong.
+// Work-items of a group wait for each other in tree_..., put_block, inverse_rms, times_... and barriers, which stand in no
+// branch, nor behind one that only some of them take in the same loop: PoCL 3.0 gets those wrong.
 
 // Arithmetic is the class `exact` (docs/numerics.md) on devices that divide and take roots as IEEE says: nothing is
 // contracted, every order of sums is fixed.
@@ -47,14 +47,17 @@ typedef uint word;
 
 #define ITEMS (LANES * SLICES)
 #define ITEM (SLICE * LANES + LANE)
-#define SCRATCH local float scratch[ROWS * SLICES]
 #define OWN(t) ((t) % SLICES == SLICE)  // whether this slice has row t's sums
 #ifdef WIDE
-#define PARTS local float4 *parts = 0
+#define TEAM private
+#define PARTS float4 *parts = 0
+#define SCRATCH float *scratch = 0
 #define GROUPS (TILE / ROWS)  // of 16 positions of a tile that a slice scores
 #define VALUES (MOST_DIM / ROWS)
 #else
-#define PARTS local float4 parts[T * ITEMS]
+#define TEAM local  // given by the host: PoCL 3.0 lets its threads share what a kernel declares
+#define PARTS local float4 *parts = shared
+#define SCRATCH local float *scratch = (local float *)shared
 #define GROUPS 1
 #define VALUES (MOST_DIM / ROWS / SLICES)
 #endif
@@ -71,8 +74,8 @@ static real get_upper(global const uchar *p, int lane) { return AS_REAL(TO_WORD(
 
 #ifdef WIDE
 static real get_halves(global const void *p, int lane) { return vload_half16(0, (global const half *)p); }
-static void put_local(real v, local float *p) { vstore16(v, 0, p); }
-static real get_local(local const float *p) { return vload16(0, p); }
+static void put_local(real v, TEAM float *p) { vstore16(v, 0, p); }
+static real get_local(TEAM const float *p) { return vload16(0, p); }
 static void put_floats(real v, global float *p) { vstore16(v, 0, p); }
 #else
 static real get_halves(global const void *p, int lane) { return vload_half(lane, (global const half *)p); }
@@ -128,7 +131,7 @@ static float lanes_max(real v) {
 #else
 // Every work-item of a slice gets the sum, by halves, or the maximum over its lanes.
 #define TOGETHER(name, join)                                     \
-    static float name(float v, local float *scratch) {           \
+    static float name(float v, TEAM float *scratch) {            \
         for (int half_ = LANES / 2; half_ > 0; half_ /= 2) {     \
             barrier(CLK_LOCAL_MEM_FENCE);                        \
             scratch[ITEM] = v;                                   \
@@ -146,7 +149,7 @@ TOGETHER(tree_max, fmax)
 
 // 32 columns rounded as the CPU unit rounds them, to BLOCK_FLOATS floats at `to` where they are `mine`. Returns the scale,
 // and leaves the whole numbers in `low` and `high`.
-static float put_block(real *low, real *high, bool mine, global float *to, local float *scratch) {
+static float put_block(real *low, real *high, bool mine, global float *to, TEAM float *scratch) {
     const float top = tree_max(fmax(fabs(*low), fabs(*high)), scratch);
     const float inverse = top > 0.0f ? 127.0f / top : 0.0f, scale = top / 127.0f;
     *low = fmax(fmin(rint(*low * inverse), 127.0f), -127.0f);
@@ -161,7 +164,7 @@ static float put_block(real *low, real *high, bool mine, global float *to, local
 }
 
 // Of 16 partial sums, `step` of `count` values apart.
-static float inverse_rms(global const float *x, int count, int dim, float eps, local float *scratch) {
+static float inverse_rms(global const float *x, int count, int dim, float eps, TEAM float *scratch) {
     real squares = (real)0.0f;
     for (int c = 0; c < count; c += ROWS) {
         const real v = get_floats(x + c, LANE);

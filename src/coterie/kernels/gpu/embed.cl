@@ -19,7 +19,7 @@ kernel void NAME(PARAMETERS) {
     real size, low;
     JOIN(quanta, F)(start, at % JOIN(SUBS, F), id % ROWS, columns, &size, &low);
     for (int c = 0; c < 32; c++) {
-        columns[c] = (columns[c] - JOIN(OFFSET, F)) * size;
+        columns[c] = (columns[c] + 0.0f - JOIN(OFFSET, F)) * size;  // no whole number is -0
         if (JOIN(MINIMUM, F)) columns[c] = columns[c] + low;
     }
 #endif

@@ -24,11 +24,10 @@ kernel void NAME(PARAMETERS) {
         const int t = min(turn + SLICE, T - 1);
         const bool mine = turn + SLICE < T && t < rows;
         global float *to = (global float *)(a + hidden + (long)(first + t) * hidden_row);
-        if (rounded) {
-            put_block(&out[0][t], &out[1][t], mine, to + block * BLOCK_FLOATS, scratch);
-        } else if (mine) {
-            put_floats(out[0][t], to + block * 32);
-            put_floats(out[1][t], to + block * 32 + ROWS);
-        }
+        real low = out[0][t], high = out[1][t];
+        put_block(&low, &high, mine && rounded, to + block * BLOCK_FLOATS, scratch);
+        if (!mine || rounded) continue;
+        put_floats(out[0][t], to + block * 32);
+        put_floats(out[1][t], to + block * 32 + ROWS);
     }
 }

@@ -7,15 +7,15 @@ kernel void NAME(PARAMETERS) {
     if (rows <= 0 || g >= groups) return;
     global const uchar *start = w + weights + (long)(g / per) * stride + (long)(g % per) * group;
     global const uchar *from = a + x + (long)first * planes * x_row;
-    real sums[T], more[T];
-    JOIN(JOIN(times, F), T)
-    (start, blocks, blocks, JOIN(BLOCK, F), 0, from, planes * x_row, rows, sums, parts);
-    if (planes == 2)
+    real total[T];
+    for (int plane = 0; plane < planes; plane++) {
+        real sums[T];
         JOIN(JOIN(times, F), T)
-        (start, blocks, blocks, JOIN(BLOCK, F), 0, from + x_row, planes * x_row, rows, more, parts);
+        (start, blocks, blocks, JOIN(BLOCK, F), 0, from + plane * x_row, planes * x_row, rows, sums, parts);
+#pragma unroll
+        for (int t = 0; t < T; t++) total[t] = plane ? total[t] + sums[t] : sums[t];
+    }
 #pragma unroll
     for (int t = 0; t < T; t++)
-        if (OWN(t) && t < rows)
-            put_floats(planes == 2 ? sums[t] + more[t] : sums[t],
-                       (global float *)(a + y + (long)(first + t) * y_row) + g * ROWS);
+        if (OWN(t) && t < rows) put_floats(total[t], (global float *)(a + y + (long)(first + t) * y_row) + g * ROWS);
 }

@@ -22,8 +22,7 @@ kernel void NAME(PARAMETERS) {
     }
     const long norm = query ? query_norm : key_norm;
     global const float *weight = (global const float *)(w + (norm == NONE ? 0 : norm));
-    float factor = 1.0f;
-    if (norm != NONE) factor = inverse_rms(x, dim, dim, eps, scratch);
+    const float factor = inverse_rms(x, norm == NONE ? 0 : dim, dim, eps, scratch);
     barrier(CLK_GLOBAL_MEM_FENCE);
     global const float *turn = (global const float *)(a + angles) + (long)position * 2 * half_;
     const float size = query ? scale : 1.0f;

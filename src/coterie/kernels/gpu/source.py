@@ -92,16 +92,22 @@ def launch(name: str, values: Mapping[str, int | float], wide: bool) -> Launch:
             return Launch(which, rows, v["groups"])
 
 
+def local_bytes(name: str) -> int:
+    """Local memory that a work-group of the narrow shape is given: 16 bytes for each work-item and row."""
+    return 16 * LANES * SLICES * int(parts(name).get("T", 1))
+
+
 def source(names: Iterable[str], wide: bool) -> str:
     """OpenCL C of these kernels, each once."""
     wanted = {name: parts(name) for name in sorted(set(names))}
     products = {(found[m], found["T"]) for found in wanted.values() if "T" in found for m in found if m in "FGUD"}
     texts = ["#define WIDE\n" if wide else "", _constants(), _template("common"), _template("formats")]
     texts += [_instance("dots", {"T": t}) for t in sorted({t for _, t in products})]
-    texts += [_instance("product", {"F": f, "T": t}) for f, t in sorted(products)]
+    product = "product_wide" if wide else "product_narrow"
+    texts += [_instance(product, {"F": f, "T": t}) for f, t in sorted(products)]
     for name, found in wanted.items():
         family = name.partition(":")[0]
-        texts.append(_instance(family, found | {"NAME": entry_point(name), "PARAMETERS": _parameters(family)}))
+        texts.append(_instance(family, found | {"NAME": entry_point(name), "PARAMETERS": _parameters(family, wide)}))
     return "\n".join(texts)
 
 
@@ -116,9 +122,10 @@ def _constants() -> str:
     return "".join(f"#define {name} {value}\n" for name, value in values.items())
 
 
-def _parameters(family: str) -> str:
+def _parameters(family: str, wide: bool) -> str:
     own = (f"{KINDS[p.kind]} {p.name}{'_' * (p.name in RESERVED)}" for p in SIGNATURES[family])
-    return ", ".join(["global const uchar *w", "global uchar *a", *own])
+    shared = [] if wide else ["local float4 *shared"]
+    return ", ".join(["global const uchar *w", "global uchar *a", *shared, *own])
 
 
 def _instance(template: str, macros: Mapping[str, str]) -> str:
