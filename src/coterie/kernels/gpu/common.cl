@@ -49,12 +49,14 @@ typedef uint word;
 #define ITEM (SLICE * LANES + LANE)
 #define OWN(t) ((t) % SLICES == SLICE)  // whether this slice has row t's sums
 #ifdef WIDE
+#define PAIR (T == 1 ? 1 : 2)  // groups that share the loads of several rows of activations
 #define TEAM private
 #define PARTS float4 *parts = 0
 #define SCRATCH float *scratch = 0
 #define GROUPS (TILE / ROWS)  // of 16 positions of a tile that a slice scores
 #define VALUES (MOST_DIM / ROWS)
 #else
+#define PAIR 1
 #define TEAM local  // given by the host: PoCL 3.0 lets its threads share what a kernel declares
 #define PARTS local float4 *parts = shared
 #define SCRATCH local float *scratch = (local float *)shared
@@ -129,16 +131,17 @@ static float lanes_max(real v) {
 #define tree_sum(v, scratch) lanes_sum(v)
 #define tree_max(v, scratch) lanes_max(v)
 #else
-// Every work-item of a slice gets the sum, by halves, or the maximum over its lanes.
-#define TOGETHER(name, join)                                     \
-    static float name(float v, TEAM float *scratch) {            \
-        for (int half_ = LANES / 2; half_ > 0; half_ /= 2) {     \
-            barrier(CLK_LOCAL_MEM_FENCE);                        \
-            scratch[ITEM] = v;                                   \
-            barrier(CLK_LOCAL_MEM_FENCE);                        \
-            v = join(v, scratch[SLICE * LANES + (LANE ^ half_)]); \
-        }                                                        \
-        return v;                                                \
+// Every work-item of a slice gets the sum over its lanes, by halves, or the maximum. Each adds up alone: it waits once.
+#define TOGETHER(name, join)                                                              \
+    static float name(float v, local float *scratch) {                                    \
+        float all[LANES];                                                                 \
+        barrier(CLK_LOCAL_MEM_FENCE);                                                     \
+        scratch[ITEM] = v;                                                                \
+        barrier(CLK_LOCAL_MEM_FENCE);                                                     \
+        for (int i = 0; i < LANES; i++) all[i] = scratch[SLICE * LANES + i];              \
+        for (int n = LANES / 2; n > 0; n /= 2)                                            \
+            for (int i = 0; i < n; i++) all[i] = join(all[i], all[i + n]);                \
+        return all[0];                                                                    \
     }
 #define PLUS(p, q) ((p) + (q))
 TOGETHER(tree_sum, PLUS)

@@ -2,9 +2,16 @@
 // work-item gets its own: whole numbers q as floats, where weight = scale * (q - OFFSET_F) + low. Float formats have
 // columns_F. BLOCK_F: bytes of a block, HEADER_F: before its sub-blocks, SUB_F: of one, SUBS_F: how many.
 
+// The bytes of 8 quads. Or-ed into the mantissa of 2^23 or 2^15 a byte counts as itself: no shift, no conversion.
 static void spread(const word *quad, real *q) {
 #pragma unroll
-    for (int c = 0; c < 32; c++) q[c] = TO_REAL((quad[c / 4] >> (c % 4 * 8)) & 255u);
+    for (int k = 0; k < 8; k++) {
+        const word upper = quad[k] >> 16;
+        q[4 * k] = AS_REAL((quad[k] & 0x00ffu) | 0x4b000000u) - 8388608.0f;
+        q[4 * k + 1] = AS_REAL((quad[k] & 0xff00u) | 0x47000000u) - 32768.0f;
+        q[4 * k + 2] = AS_REAL((upper & 0x00ffu) | 0x4b000000u) - 8388608.0f;
+        q[4 * k + 3] = AS_REAL((upper & 0xff00u) | 0x47000000u) - 32768.0f;
+    }
 }
 
 // Eight quads of four bits: vector j has quad j in the low nibbles, quad 4 + j in the high ones.

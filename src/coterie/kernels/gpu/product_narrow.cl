@@ -5,7 +5,7 @@
 // added in order, each slice computes its own rows alone. The last sub-block stands in for those behind it, so that no
 // branch is around a barrier.
 
-static void JOIN(JOIN(times, F), T)(global const uchar *start, int blocks, int per, long item, long stride,
+static void JOIN(JOIN(times, F), T)(global const uchar *start, long apart, int blocks, int per, long item, long stride,
                                     global const uchar *x, int x_row, int rows, real *sums, TEAM float4 *parts) {
     global const float *row[T];
 #pragma unroll

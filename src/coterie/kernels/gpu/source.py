@@ -89,7 +89,7 @@ def launch(name: str, values: Mapping[str, int | float], wide: bool) -> Launch:
         case "post":
             return Launch("none", 1, 1)
         case _:  # matmul, ffn_down
-            return Launch(which, rows, v["groups"])
+            return Launch(which, rows, -(-v["groups"] // (2 if wide and rows > 1 else 1)))  # PAIR in common.cl
 
 
 def local_bytes(name: str) -> int:
