@@ -1,4 +1,5 @@
-// ffn_down:D:T. PAIR groups of output rows along dimension 2, T rows along dimension 0; a cluster is one block of columns.
+// ffn_down:D:T. PAIR groups of output rows along dimension 2, T rows along dimension 0; a cluster is one block of
+// columns.
 
 kernel void NAME(PARAMETERS) {
     PARTS;

@@ -15,6 +15,7 @@ static void JOIN(JOIN(times, F), T)(global const uchar *start, long apart, int b
     for (int b = 0, place = 0; b < blocks; b++, place++) {
         if (place == per) start += stride, place = 0;
         global const uchar *block = start + place * item;
+        for (int i = 0; T == 1 && i < JOIN(BLOCK, F); i += 64) ASK_FOR(block + AHEAD + i);
 #if JOIN(FLOAT, F)
         real w[PAIR * 32];
 #pragma unroll
