@@ -22,8 +22,8 @@ import numpy as np
 from coterie.actors.opencl import OpenCLDevice
 from coterie.errors import CoterieError
 from coterie.kernels import record as r
-from coterie.kernels.formats import FORMATS, ROWS
-from coterie.kernels.gpu.signatures import SIGNATURES, TOKENS, operands
+from coterie.kernels.formats import COLUMNS, FORMATS, ROWS
+from coterie.kernels.gpu.signatures import BLOCK, SIGNATURES, TOKENS, operands
 from coterie.storage.arena import Arena
 
 BAR = 0.5
@@ -102,14 +102,15 @@ class Bench:
         """A call that multiplies, and the bytes of packed weights."""
         f = FORMATS[name]
         weights = self.weights(name, rows, columns)
-        x, y = self.floats(tokens, columns), self.room((tokens, rows))
+        row = columns if f.is_float else columns // COLUMNS * BLOCK
+        x, y = self.floats(tokens, row), self.room((tokens, rows))
         blocks, groups = columns // f.columns, rows // ROWS
         sizes = {"groups": groups, "blocks": blocks, "group": blocks * f.block, "per": groups, "stride": 0}
         places = {"step": self.step.offset, "weights": weights.offset, "x": x.offset, "y": y.offset}
-        values = sizes | places | {"select": 0, "x_row": 4 * columns, "y_row": 4 * rows}
+        values = sizes | places | {"select": 0, "planes": 1, "x_row": 4 * row, "y_row": 4 * rows}
         assert set(values) == {p.name for p in SIGNATURES["matmul"]}
         words = np.zeros((1, r.WORDS), np.int64)
-        for word, value in operands("matmul", **values).items():
+        for word, value in operands("matmul", values).items():
             words[0, word] = value
         self.arena.numpy(self.step)[r.TOKENS] = tokens
         loaded = self.device.load(words, [f"matmul:{name}:{t}"])

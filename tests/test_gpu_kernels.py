@@ -140,7 +140,11 @@ def test_norms(dim: int, post: bool, residual: bool, bench: GpuBench) -> None:
         expected = padded(normed(total[rows], weight, 1e-5), width)
         source, added, sums = bench.rows(x), bench.rows(y), bench.room(11, place)
         out, small = bench.room(11, width), bench.room(22, width // 32 * BLOCK)
-        values = {"outputs": bench.put(np.array([7, 2, 5], np.int32)), "x": source, "x_out": sums if select else source}
+        values: dict[str, Any] = {
+            "outputs": bench.put(np.array([7, 2, 5], np.int32)),
+            "x": source,
+            "x_out": sums if select else source,
+        }
         values |= {"y": added if residual else None, "post": second if post else None, "weight": vectors, "out": out}
         values |= {"rounded": small, "out_row": 4 * width, "rounded_row": 4 * small.shape[1], "row": 4 * place}
         bench.run("norm", 9, 3, select=select, planes=planes, dim=dim, eps=1e-5, width=width, **values)

@@ -60,7 +60,8 @@ kernel void NAME(PARAMETERS) {
                 for (int i = 0; i < VALUES; i++) mine[i] = mine[i] * keep;
                 for (int j = 0; j < count; j++)
                     for (int i = 0, d = SLICE * ROWS; d < dim; i++, d += SLICES * ROWS)
-                        mine[i] = fma((real)scores[j], get_halves(from + (j * dim + i * SLICES * ROWS) * 2, LANE), mine[i]);
+                        mine[i] =
+                            fma((real)scores[j], get_halves(from + (j * dim + i * SLICES * ROWS) * 2, LANE), mine[i]);
             }
             const float now = fmax(all_top, top), old = exp_one(all_top - now), new = exp_one(top - now);
             all_mass = all_mass * old + mass * new;

@@ -5,8 +5,8 @@
 //                      read neighbouring words; slices share the blocks of a row and add up in the end
 //
 // `real` is what one work-item holds of 16 floats. get_... and put_... move the 16 values at `p`, or a lane's one.
-// Work-items of a group wait for each other in tree_..., put_block, inverse_rms, times_... and barriers, which stand in no
-// branch, nor behind one that only some of them take in the same loop: PoCL 3.0 gets those wrong.
+// Work-items of a group wait for each other in tree_..., put_block, inverse_rms, times_... and barriers, which stand in
+// no branch, nor behind one that only some of them take in the same loop: PoCL 3.0 gets those wrong.
 
 // Arithmetic is the class `exact` (docs/numerics.md) on devices that divide and take roots as IEEE says: nothing is
 // contracted, every order of sums is fixed.
@@ -49,12 +49,20 @@ typedef uint word;
 #define ITEM (SLICE * LANES + LANE)
 #define OWN(t) ((t) % SLICES == SLICE)  // whether this slice has row t's sums
 #ifdef WIDE
+#define PAIR (T == 1 ? 1 : 2)  // groups that share the loads of several rows of activations
+#define AHEAD 4096  // bytes that weights are asked for ahead: more than the hardware does by itself
+#ifdef __clang__
+#define ASK_FOR(p) __builtin_prefetch(p)
+#else
+#define ASK_FOR(p) prefetch(p, 64)
+#endif
 #define TEAM private
 #define PARTS float4 *parts = 0
 #define SCRATCH float *scratch = 0
 #define GROUPS (TILE / ROWS)  // of 16 positions of a tile that a slice scores
 #define VALUES (MOST_DIM / ROWS)
 #else
+#define PAIR 1
 #define TEAM local  // given by the host: PoCL 3.0 lets its threads share what a kernel declares
 #define PARTS local float4 *parts = shared
 #define SCRATCH local float *scratch = (local float *)shared
@@ -129,16 +137,17 @@ static float lanes_max(real v) {
 #define tree_sum(v, scratch) lanes_sum(v)
 #define tree_max(v, scratch) lanes_max(v)
 #else
-// Every work-item of a slice gets the sum, by halves, or the maximum over its lanes.
-#define TOGETHER(name, join)                                     \
-    static float name(float v, TEAM float *scratch) {            \
-        for (int half_ = LANES / 2; half_ > 0; half_ /= 2) {     \
-            barrier(CLK_LOCAL_MEM_FENCE);                        \
-            scratch[ITEM] = v;                                   \
-            barrier(CLK_LOCAL_MEM_FENCE);                        \
-            v = join(v, scratch[SLICE * LANES + (LANE ^ half_)]); \
-        }                                                        \
-        return v;                                                \
+// Every work-item of a slice gets the sum over its lanes, by halves, or the maximum. Each adds up alone: it waits once.
+#define TOGETHER(name, join)                                                              \
+    static float name(float v, local float *scratch) {                                    \
+        float all[LANES];                                                                 \
+        barrier(CLK_LOCAL_MEM_FENCE);                                                     \
+        scratch[ITEM] = v;                                                                \
+        barrier(CLK_LOCAL_MEM_FENCE);                                                     \
+        for (int i = 0; i < LANES; i++) all[i] = scratch[SLICE * LANES + i];              \
+        for (int n = LANES / 2; n > 0; n /= 2)                                            \
+            for (int i = 0; i < n; i++) all[i] = join(all[i], all[i + n]);                \
+        return all[0];                                                                    \
     }
 #define PLUS(p, q) ((p) + (q))
 TOGETHER(tree_sum, PLUS)
@@ -147,8 +156,8 @@ TOGETHER(tree_max, fmax)
 
 // --- arithmetic -----------------------------------------------------------------------------------------------------
 
-// 32 columns rounded as the CPU unit rounds them, to BLOCK_FLOATS floats at `to` where they are `mine`. Returns the scale,
-// and leaves the whole numbers in `low` and `high`.
+// 32 columns rounded as the CPU unit rounds them, to BLOCK_FLOATS floats at `to` where they are `mine`. Returns the
+// scale, and leaves the whole numbers in `low` and `high`.
 static float put_block(real *low, real *high, bool mine, global float *to, TEAM float *scratch) {
     const float top = tree_max(fmax(fabs(*low), fabs(*high)), scratch);
     const float inverse = top > 0.0f ? 127.0f / top : 0.0f, scale = top / 127.0f;

@@ -8,17 +8,17 @@ kernel void NAME(PARAMETERS) {
     if (rows <= 0 || cluster >= clusters) return;
     global const uchar *start = w + weights + (long)(cluster / per) * stride + (long)(cluster % per) * bundle;
     global const uchar *from = a + x + (long)first * x_row;
+    const long gate = (long)blocks * JOIN(BLOCK, G), other = (long)blocks * JOIN(BLOCK, U);  // bytes of a group
     real out[2][T];
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2; i += PAIR) {
         const int g = block % (neurons / 32) * 2 + i;
-        real gates[T], ups[T];
+        real gates[PAIR * T], ups[PAIR * T];
         JOIN(JOIN(times, G), T)
-        (start + (long)g * blocks * JOIN(BLOCK, G), blocks, blocks, JOIN(BLOCK, G), 0, from, x_row, rows, gates, parts);
+        (start + g * gate, gate, blocks, blocks, JOIN(BLOCK, G), 0, from, x_row, rows, gates, parts);
         JOIN(JOIN(times, U), T)
-        (start + up + (long)g * blocks * JOIN(BLOCK, U), blocks, blocks, JOIN(BLOCK, U), 0, from, x_row, rows, ups,
-         parts);
+        (start + up + g * other, other, blocks, blocks, JOIN(BLOCK, U), 0, from, x_row, rows, ups, parts);
 #pragma unroll
-        for (int t = 0; t < T; t++) out[i][t] = JOIN(activated, ACTIVATION)(gates[t], ups[t]);
+        for (int n = 0; n < PAIR * T; n++) out[i + n / T][n % T] = JOIN(activated, ACTIVATION)(gates[n], ups[n]);
     }
     for (int turn = 0; turn < T; turn += SLICES) {  // every slice, since their lanes round together
         const int t = min(turn + SLICE, T - 1);

@@ -2,9 +2,16 @@
 // work-item gets its own: whole numbers q as floats, where weight = scale * (q - OFFSET_F) + low. Float formats have
 // columns_F. BLOCK_F: bytes of a block, HEADER_F: before its sub-blocks, SUB_F: of one, SUBS_F: how many.
 
+// The bytes of 8 quads, each with BIAS: in bits 12 to 19 of 2^11 a byte counts as itself, so that it costs a shift and
+// a mask, and no conversion. Sums of products of 32 such numbers stay below 2^24.
 static void spread(const word *quad, real *q) {
 #pragma unroll
-    for (int c = 0; c < 32; c++) q[c] = TO_REAL((quad[c / 4] >> (c % 4 * 8)) & 255u);
+    for (int k = 0; k < 8; k++) {
+        q[4 * k] = AS_REAL(((quad[k] << 12) & 0xff000u) | 0x45000000u);
+        q[4 * k + 1] = AS_REAL(((quad[k] << 4) & 0xff000u) | 0x45000000u);
+        q[4 * k + 2] = AS_REAL(((quad[k] >> 4) & 0xff000u) | 0x45000000u);
+        q[4 * k + 3] = AS_REAL(((quad[k] >> 12) & 0xff000u) | 0x45000000u);
+    }
 }
 
 // Eight quads of four bits: vector j has quad j in the low nibbles, quad 4 + j in the high ones.
@@ -91,7 +98,7 @@ QUANTA(Q6_K) {
     upper_bits(at + 288, lane, quad);
     spread(quad, q);
 #pragma unroll
-    for (int c = 0; c < 32; c++) q[c] = (q[c] - 32.0f) * get_signed(at + c / 16 * 16, lane);
+    for (int c = 0; c < 32; c++) q[c] = (q[c] - (BIAS + 32.0f)) * get_signed(at + c / 16 * 16, lane);
 }
 
 static void columns_F16(global const uchar *block, int lane, real *w) {

@@ -1,11 +1,11 @@
 // times_F_T in the narrow shape; what it takes and gives is as in product_wide.cl.
 //
 // Slices share the sub-blocks of integers, each every SLICES-th: what they found goes through local memory to slice
-// t % SLICES, which adds up row t in ascending order and alone has its sum in the end. Of floats, whose every product is
-// added in order, each slice computes its own rows alone. The last sub-block stands in for those behind it, so that no
-// branch is around a barrier.
+// t % SLICES, which adds up row t in ascending order and alone has its sum in the end. Of floats, whose every product
+// is added in order, each slice computes its own rows alone. The last sub-block stands in for those behind it, so that
+// no branch is around a barrier. `apart` is for PAIR groups, and here is one.
 
-static void JOIN(JOIN(times, F), T)(global const uchar *start, int blocks, int per, long item, long stride,
+static void JOIN(JOIN(times, F), T)(global const uchar *start, long apart, int blocks, int per, long item, long stride,
                                     global const uchar *x, int x_row, int rows, real *sums, TEAM float4 *parts) {
     global const float *row[T];
 #pragma unroll

@@ -5,11 +5,11 @@ A kernel's name is its family and what it is compiled for: `embed:F`, `norm`, `m
 row a step, else TOKENS: rows that are computed together.
 
 Every kernel begins with two pointers: `w`, to pinned weights and norm vectors, and `a`, to everything else; both are of
-the whole arena where a device shares memory; in the narrow shape (kernels/gpu/common.cl) local memory is third. Then come
-the parameters below. Activations are float32 rows, `..._row`
-bytes apart, filled up with zeros to a multiple of 32 columns. What the CPU unit quantises (docs/numerics.md) is rounded
-the same way: a block of 32 columns is 34 floats, whole numbers, their scale and their sum. All arithmetic is in the
-order of class `exact`; on a device that divides and takes roots as IEEE says, a GPU unit has the CPU unit's bits.
+the whole arena where a device shares memory. Local memory is third in the narrow shape (kernels/gpu/common.cl). Then
+come the parameters below. Activations are float32 rows, `..._row` bytes apart, filled up with zeros to a multiple of 32
+columns. What the CPU unit quantises (docs/numerics.md) is rounded the same way: a block of 32 columns is 34 floats,
+whole numbers, their scale and their sum. All arithmetic is in the order of class `exact`; on a device that divides and
+takes roots as IEEE says, a GPU unit has the CPU unit's bits.
 
 A packed matrix is `groups` of 16 rows, each `blocks` blocks; groups lie `group` bytes apart, `per` of them in an
 extent, extents `stride` bytes apart (docs/packed-format.md). Neuron clusters lie alike, `bundle` bytes apart.

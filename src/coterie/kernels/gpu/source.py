@@ -16,6 +16,7 @@ from coterie.kernels.gpu.signatures import BLOCK, MOST_DIM, NONE, SIGNATURES, TO
 
 LANES, SLICES = 16, 8  # of a work-group in the narrow shape, as in common.cl
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2", "drelu")
+BIAS = 2048  # of quanta, as formats.cl makes them
 RESERVED = {"half"}  # names that C has for itself
 KINDS = {
     "weights": "const long",
@@ -89,7 +90,7 @@ def launch(name: str, values: Mapping[str, int | float], wide: bool) -> Launch:
         case "post":
             return Launch("none", 1, 1)
         case _:  # matmul, ffn_down
-            return Launch(which, rows, v["groups"])
+            return Launch(which, rows, -(-v["groups"] // (2 if wide and rows > 1 else 1)))  # PAIR in common.cl
 
 
 def local_bytes(name: str) -> int:
@@ -113,11 +114,12 @@ def source(names: Iterable[str], wide: bool) -> str:
 
 def _constants() -> str:
     values = {"NONE": f"({NONE})", "STEP_EPOCH": r.EPOCH, "STEP_TOKENS": r.TOKENS, "STEP_OUTPUTS": r.OUTPUTS}
-    values |= {"MOST_DIM": MOST_DIM, "BLOCK_FLOATS": BLOCK}
+    values |= {"MOST_DIM": MOST_DIM, "BLOCK_FLOATS": BLOCK, "BIAS": f"{BIAS}.0f"}
     for f in FORMATS.values():
         values |= {f"BLOCK_{f.name}": f.block, f"SUBS_{f.name}": f.subs}
         values |= {f"HEADER_{f.name}": f.header, f"SUB_{f.name}": f.sub, f"FLOAT_{f.name}": int(f.is_float)}
-        offset = 0 if f.split_scales or not f.offset_bits else 1 << f.offset_bits  # quanta of split scales have it off
+        offset = BIAS + (1 << f.offset_bits if f.offset_bits else 0)
+        offset = 0 if f.split_scales else offset  # quanta of split scales have it off
         values |= {f"OFFSET_{f.name}": f"{offset}.0f", f"MINIMUM_{f.name}": int(f.has_minimum)}
     return "".join(f"#define {name} {value}\n" for name, value in values.items())
 
