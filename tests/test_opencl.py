@@ -310,7 +310,7 @@ class FakeDriver:
         return 0
 
     def profile(self, event: int, which: int, size: int, to: int, *_: int) -> int:
-        _, units, tiles = self.slices[event - 1]
+        units, tiles = self.slices[event - 1][1:]
         ctypes.c_int64.from_address(to).value = units * tiles * self.each if which == oq.PROFILING_END else 0
         return 0
 

@@ -6,7 +6,7 @@
 //
 // `real` is what one work-item holds of 16 floats. get_... and put_... move the 16 values at `p`, or a lane's one.
 // Work-items of a group wait for each other in tree_..., put_block, inverse_rms, times_... and barriers, which stand in
-// no branch, nor behind one that only some of them take in the same loop: PoCL 3.0 gets those wrong.
+// loops that all of them go through alike, and in no branch.
 
 // Arithmetic is the class `exact` (docs/numerics.md) on devices that divide and take roots as IEEE says: nothing is
 // contracted, every order of sums is fixed.

@@ -1,9 +1,9 @@
 // times_F_T in the wide shape: PAIR groups of 16 rows of weights times T rows of activations, for every F and T that a
 // program needs. sums[p * T + t] is that of group p and row t.
 //
-// Block b lies at `start` + b / per * stride + b % per * item, and the second group's `apart` bytes behind it; `x` is the
-// first row, `x_row` bytes from one to the next, of which those from `rows` on repeat the last. Sub-blocks are added in
-// ascending order.
+// Block b lies at `start` + b / per * stride + b % per * item, and the second group's `apart` bytes behind it; `x` is
+// the first row, `x_row` bytes from one to the next, of which those from `rows` on repeat the last. Sub-blocks are
+// added in ascending order.
 
 static void JOIN(JOIN(times, F), T)(global const uchar *start, long apart, int blocks, int per, long item, long stride,
                                     global const uchar *x, int x_row, int rows, real *sums, TEAM float4 *parts) {
