@@ -58,8 +58,7 @@ class Device(Protocol):
 
 
 class GpuUnit:
-    """Runs programs on `device`; `buffers` are the unit's own, `results` what this process reads of a step. Raises
-    UnitError, UnitLost."""
+    """Runs programs on `device`; `buffers` are the unit's own. Raises UnitError, UnitLost."""
 
     def __init__(self, arena: Arena, buffers: UnitBuffers, device: Device) -> None:
         self.arena, self.buffers, self.device = arena, buffers, device
@@ -79,7 +78,9 @@ class GpuUnit:
 
     def describe(self) -> dict[str, Any]:
         about = self.device.describe()
-        return {"unit": "gpu", "real": not about["stand_in"], "builds": self.device.builds} | about
+        slept, polled = self.waits()
+        own = {"unit": "gpu", "real": not about["stand_in"], "builds": self.device.builds}
+        return own | about | {"slept_s": slept, "polled_s": polled}
 
     def load(self, program: Program) -> None:
         """Have the device compile what it needs, before any step."""
@@ -98,7 +99,8 @@ class GpuUnit:
         results: Sequence[BufferRef] = (),
         watch: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run a loaded program for one step, and come back when its flag is posted; arguments as of CpuUnit.run."""
+        """Run a loaded program for one step, and come back when its flag is posted; arguments as of CpuUnit.run, and
+        `results`: what this process reads then."""
         with self._lock:
             if self._closed:
                 raise UnitError("this model has been closed")

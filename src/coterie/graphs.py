@@ -50,7 +50,9 @@ class Graphs:
         records = [(program, i) for program in layout.npu.values() for i in range(program.length)]
         forms = [self._form(program, i) for program, i in records]
         if not self.runtime.stand_in:
-            sizes = [(form, form.width_in * form.width_out) for form in forms]
+            spec = self.model.spec
+            ffn = 3 * spec.dim * spec.ffn_dim  # bytes of int8 weights
+            sizes = [(form, ffn if form.kind == "ffn" else form.width_in * form.width_out) for form in forms]
             if len(choose_blocks(sizes)) < len(forms):
                 raise PlanError(f"the graphs are more than the {WINDOW >> 30} GiB that an NPU addresses; drop npu")
         graphs, before = dict[str, list[BoundGraph]](), _private_bytes()
@@ -64,6 +66,7 @@ class Graphs:
         self.cache.drop_pages()
 
     def describe(self) -> dict[str, Any]:
+        slept, polled = self.unit.waits()
         return {
             "unit": "npu",
             "runtime": self.runtime.describe(),
@@ -72,6 +75,8 @@ class Graphs:
             "builds": self.cache.builds,
             "loads": self.cache.loads,
             "weight_copies": self.nbytes,
+            "slept_s": slept,
+            "polled_s": polled,
         }
 
     def close(self) -> None:
