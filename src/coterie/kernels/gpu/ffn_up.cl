@@ -4,8 +4,9 @@ kernel void NAME(PARAMETERS) {
     SCRATCH;
     PARTS;
     const int first = get_global_id(0) / LANES * T, rows = step_rows(a, step, 0) - first;
+    if (rows <= 0) return;
     const int block = get_global_id(2), cluster = block / (neurons / 32);
-    if (rows <= 0 || cluster >= clusters) return;
+    if (cluster >= clusters) return;
     global const uchar *start = w + weights + (long)(cluster / per) * stride + (long)(cluster % per) * bundle;
     global const uchar *from = a + x + (long)first * x_row;
     const long gate = (long)blocks * JOIN(BLOCK, G), other = (long)blocks * JOIN(BLOCK, U);  // bytes of a group
