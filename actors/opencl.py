@@ -213,7 +213,8 @@ class Loaded:
         for name, program in self._programs.items():
             made = cl.Kernel(program, entry_point(name))
             # Whole numbers that can be divided by, should the compiler do that before it looks at the rows.
-            harmless = [SCALARS.get(p.kind, np.int64)(32 * (p.kind == "int")) for p in SIGNATURES[name.partition(":")[0]]]
+            kinds = [parameter.kind for parameter in SIGNATURES[name.partition(":")[0]]]
+            harmless = [SCALARS.get(kind, np.int64)(32 * (kind == "int")) for kind in kinds]
             made.set_args(nothing, nothing, *self._shared(name), *harmless)
             for offset in ((0, 0, 0), (0, 0, 1)) if device.share < 1 else ((0, 0, 0),):
                 cl.enqueue_nd_range_kernel(device.queue, made, local, local, global_work_offset=offset)
