@@ -1,5 +1,6 @@
 """Fixtures of several modules."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,11 @@ import pytest
 from packed_models import packed, small_extents
 
 from coterie import paths
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is what several tests are about, and is ignored in what a shell starts in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
