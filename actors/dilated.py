@@ -14,10 +14,11 @@ from typing import Any
 from coterie.actors.pacing import Flags
 from coterie.errors import UnitError, UsageError
 from coterie.kernels.record import LINE
-from coterie.scheduler.clock import Clock, Event, Outcome, Running, shared
+from coterie.scheduler.clock import Clock, Outcome, Running, shared
 from coterie.scheduler.soc import Device
 from coterie.scheduler.steps import Requests, Step
 from coterie.storage.arena import Arena, BufferRef
+from coterie.trace.timeline import Span
 
 NEVER = 1e-12  # modelled seconds
 CATCH_UP = 0.02  # seconds by which a thread may wake too late and still begin when it should have
@@ -251,5 +252,5 @@ class DilatedClock(Clock):
         with self._state:
             self.outcome.busy[unit] += (end - start) / self.factor
             self.outcome.read += nbytes
-            event = Event(unit, name, layer, step, self._modelled(start), self._modelled(end), 0.0, nbytes)
+            event = Span(unit, name, layer, step, self._modelled(start), self._modelled(end), 0.0, nbytes)
             self.outcome.events.append(event)

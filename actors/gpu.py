@@ -3,7 +3,7 @@ last kernel posts, this process does nothing: no wait for a kernel, no finish (H
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from coterie.actors.host import UnitLost
 from coterie.actors.lanes import cycles_per_second
+from coterie.actors.unit import Rows
 from coterie.errors import UnitError
 from coterie.kernels import library
 from coterie.kernels import record as r
@@ -89,36 +90,27 @@ class GpuUnit:
         if self.device.builds != builds:
             self._record(started, r.Opcode.BUILD, 0)
 
-    def run(
-        self,
-        name: str,
-        ids: npt.ArrayLike,
-        positions: npt.ArrayLike,
-        tables: npt.ArrayLike,
-        outputs: npt.ArrayLike,
-        results: Sequence[BufferRef] = (),
-        watch: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Run a loaded program for one step, and come back when its flag is posted; arguments as of CpuUnit.run, and
-        `results`: what this process reads then."""
+    def run(self, name: str, rows: Rows, results: Sequence[BufferRef] = ()) -> None:
+        """Run a loaded program for one step, and come back when its flag is posted; `results`: what this process reads
+        then."""
         with self._lock:
             if self._closed:
                 raise UnitError("this model has been closed")
             program, loaded = self._programs[name]
-            rows, wanted = np.size(ids), np.size(outputs)
-            if rows == 0 or (program.outputs and wanted == 0):
+            count, wanted = np.size(rows.ids), np.size(rows.outputs)
+            if count == 0 or (program.outputs and wanted == 0):
                 raise UnitError(f"program {name} was given no rows to work on")
-            given = ((r.IDS, ids), (r.POSITIONS, positions), (r.TABLES, tables), (r.OUTPUT_ROWS, outputs))
-            for word, values in given:
+            words = r.IDS, r.POSITIONS, r.TABLES, r.OUTPUT_ROWS
+            for word, values in zip(words, rows, strict=True):
                 array = np.asarray(values)
                 self._rows[word][: array.size] = array
             self._epoch += 1
-            self._header[[r.EPOCH, r.TOKENS, r.OUTPUTS]] = self._epoch, rows, wanted
+            self._header[[r.EPOCH, r.TOKENS, r.OUTPUTS]] = self._epoch, count, wanted
             started = self._cycles()
             try:
                 self.device.before_step(self._told)
-                loaded.run(rows, wanted)
-                self._join(program, watch)
+                loaded.run(count, wanted)
+                self._join(program)
                 self.device.after_step(results)
             except UnitLost:
                 raise
@@ -126,13 +118,12 @@ class GpuUnit:
                 raise UnitLost("gpu", str(error)) from None
             self._record(started, r.Opcode.STEP, self._epoch)
 
-    def _join(self, program: Program, watch: Callable[[], None]) -> None:
+    def _join(self, program: Program) -> None:
         """Wait for the flag; Python's signal handlers run between looks. What is in the queue runs on after an
         interrupt: the next step waits behind it, and a step may be run again."""
         flag, counts = self.arena.base + program.done, self.arena.address(self.buffers.counts)
         slice_cycles, end = int(LOOK * cycles_per_second()), time.monotonic() + PATIENCE
         while not self._await(flag, self._epoch, self._never, self._rate, counts, slice_cycles):
-            watch()
             if time.monotonic() > end:
                 raise UnitLost("gpu", f"a step has not ended in {PATIENCE:.0f} seconds", hangs=True)
 

@@ -1,10 +1,20 @@
 """What every compute unit can do; one file a unit implements it (design section 7)."""
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
 
 from coterie.scheduler.program import Program
+
+
+class Rows(NamedTuple):
+    """The rows of a step: token ids, positions, addresses of block tables, and which of them want logits."""
+
+    ids: Sequence[int]
+    positions: npt.ArrayLike
+    tables: npt.ArrayLike
+    outputs: npt.ArrayLike
 
 
 class Unit(Protocol):

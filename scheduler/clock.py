@@ -9,7 +9,6 @@ part where that is too much, and its work takes longer accordingly (processor sh
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,22 +16,10 @@ from coterie.errors import PlanError
 from coterie.scheduler.flash_model import FlashModel
 from coterie.scheduler.soc import Device
 from coterie.scheduler.steps import Request, Requests, Step, Task
+from coterie.trace.timeline import Span
 
 NEVER = 1e-15  # seconds: less is nothing
 WEIGHTS, UNITS, BEGIN, MEMORY, DONE = "weights", "units", "begin", "memory", "done"
-
-
-class Event(NamedTuple):
-    """What a unit did: seconds from the beginning; `waited`: how long before `start` it had nothing to do."""
-
-    unit: str
-    name: str
-    layer: int
-    step: int
-    start: float
-    end: float
-    waited: float
-    nbytes: int = 0
 
 
 @dataclass
@@ -43,7 +30,7 @@ class Outcome:
     busy: dict[str, float] = field(default_factory=dict)
     bound: dict[str, dict[str, float]] = field(default_factory=dict)
     waits: dict[str, dict[str, float]] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
+    events: list[Span] = field(default_factory=list)
     read: int = 0  # bytes
 
 
@@ -283,7 +270,7 @@ class Clock:
 
     def _note(self, unit: str, name: str, layer: int, running: Running, nbytes: int = 0) -> None:
         if self.record:
-            event = Event(unit, name, layer, self._current, running.start, self.now, running.waited, nbytes)
+            event = Span(unit, name, layer, self._current, running.start, self.now, running.waited, nbytes)
             self.outcome.events.append(event)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from coterie.errors import PlanError, UsageError
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
-from coterie.scheduler.clock import Clock, Event, Outcome
+from coterie.scheduler.clock import Clock, Outcome
 from coterie.scheduler.device_model import Instruction, flash_rate
 from coterie.scheduler.layout import lay_out_model
 from coterie.scheduler.operators import Reader, Rows
@@ -21,6 +21,7 @@ from coterie.scheduler.steps import Placement, Requests, Shares, Step, make_step
 from coterie.sizes import Memory, Share
 from coterie.storage.arena import Ledger
 from coterie.storage.runs import lay_out_runs
+from coterie.trace.timeline import Span
 
 USUAL_SHARE = 0.75  # of a device's memory that one app may take, if nothing is said
 SETTLE = 1  # tokens until reads run ahead as they will
@@ -69,7 +70,7 @@ class Answer:
     prefill: Phase | None
     guesses: tuple[str, ...]
     constants: int
-    events: tuple[Event, ...]
+    events: tuple[Span, ...]
     emulated: bool
 
     def as_dict(self) -> dict[str, object]:
@@ -234,7 +235,7 @@ class Simulation:
 
     def answer(self) -> Answer:
         """Prefill and decode, as far as asked for."""
-        events, prefill, decode = list[Event](), None, None
+        events, prefill, decode = list[Span](), None, None
         if self.question.prompt:
             prefill, outcome = self.prefill()
             events += outcome.events
@@ -274,7 +275,5 @@ def _bottleneck(outcome: Outcome, busy: Mapping[str, float]) -> str:
     return f"{name}: {max(kinds, key=lambda kind: kinds[kind])}" if kinds else name
 
 
-def _moved(event: Event, by: float) -> Event:
-    return Event(
-        event.unit, event.name, event.layer, event.step, event.start + by, event.end + by, event.waited, event.nbytes
-    )
+def _moved(event: Span, by: float) -> Span:
+    return event._replace(start=event.start + by, end=event.end + by)

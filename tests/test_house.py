@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "fetch": {"errors", "paths"},
     "generation": {"errors", "sampling"},
     "actors": {"configs", "errors", "kernels", "paths", "scheduler", "storage"},  # of the scheduler, what a program is
-    "scheduler": {"errors", "kernels", "models", "paths", "sizes", "storage"},
+    "scheduler": {"errors", "kernels", "models", "paths", "sizes", "storage", "trace"},
     "sampling": {"errors"},
 }
 HEAVY = {"gguf", "jinja2", "llvmlite", "numba", "numpy", "pyarrow", "ray", "tokenizers", "torch"}

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.host import Host, ThreadHost
 from coterie.actors.neurons import neuron_kernels
+from coterie.actors.unit import Rows
 from coterie.ceiling import Ceiling
 from coterie.divergence import Divergence, measure_divergence
 from coterie.errors import UsageError
@@ -32,7 +33,7 @@ from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash
 from coterie.scheduler.residency import ring_room
 from coterie.sizes import Memory
-from coterie.stepping import Again, Rows, Stepping
+from coterie.stepping import Again, Stepping
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.flash_file import FlashFile

@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy.typing as npt
-
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.gpu import GpuUnit
 from coterie.actors.gpus import open_device
+from coterie.actors.unit import Rows
 from coterie.errors import UnitError
 from coterie.graphs import Graphs
 from coterie.scheduler.layout import ModelLayout, Units
@@ -70,18 +69,11 @@ class OtherUnits:
         """Whether steps of that program are the GPU unit's now."""
         return (self.placement.decode if name in ("decode", "batch") else self.placement.prefill) == "gpu"
 
-    def run_on_gpu(
-        self,
-        name: str,
-        ids: npt.ArrayLike,
-        positions: npt.ArrayLike,
-        tables: npt.ArrayLike,
-        outputs: npt.ArrayLike,
-    ) -> None:
+    def run_on_gpu(self, name: str, rows: Rows) -> None:
         """See GpuUnit.run."""
         assert self.gpu is not None
         assert self._layout is not None
-        self.gpu.run(name, ids, positions, tables, outputs, [self._layout.shared.logits])
+        self.gpu.run(name, rows, [self._layout.shared.logits])
 
     @contextmanager
     def beside(self, name: str) -> Iterator[None]:

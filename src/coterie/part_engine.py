@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from coterie.actors.frames import Phase
 from coterie.actors.host import Host
+from coterie.actors.unit import Rows
 from coterie.engine import Engine, Floats, Progress
 from coterie.errors import UsageError
 from coterie.models.load import Model
 from coterie.scheduler.layout import BATCH
 from coterie.scheduler.plan import Wishes
-from coterie.stepping import Rows
 from coterie.storage.kv import Sequence as KVSequence
 
 

@@ -1,14 +1,14 @@
 """Running a model's steps: on the units they are placed on, and again where one is lost or the ceiling changes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from threading import RLock
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.host import UnitLost
+from coterie.actors.unit import Rows
 from coterie.ceiling import Ceiling
 from coterie.meter import Meter
 from coterie.others import OtherUnits
@@ -24,15 +24,6 @@ class Yield(Exception):
 
 class Again(Exception):
     """The chunk under way must be computed again."""
-
-
-class Rows(NamedTuple):
-    """The rows of a step: token ids, positions, addresses of block tables, and which of them want logits."""
-
-    ids: Sequence[int]
-    positions: npt.ArrayLike
-    tables: npt.ArrayLike
-    outputs: npt.ArrayLike
 
 
 class Stepping:
@@ -75,7 +66,7 @@ class Stepping:
         if self.others is None:
             self._on_cpu(name, rows, more)
         elif self.others.on_gpu(name):
-            self.others.run_on_gpu(name, *rows)
+            self.others.run_on_gpu(name, rows)
         else:
             with self.others.beside(name):
                 self._on_cpu(name, rows, more)

@@ -98,10 +98,9 @@ def _shares(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def _write(path: Path, answer: "Answer") -> None:
-    from coterie.trace.timeline import Span, write_timeline
+    from coterie.trace.timeline import write_timeline
 
-    spans = (Span(e.unit, e.name, e.layer, e.step, e.start, e.end, e.waited, e.nbytes) for e in answer.events)
-    write_timeline(path, spans, f"emulated: {answer.device}" if answer.emulated else answer.device)
+    write_timeline(path, answer.events, f"emulated: {answer.device}" if answer.emulated else answer.device)
 
 
 def _lines(answer: "Answer", question: "Question", device: "Device") -> list[str]:

@@ -9,7 +9,8 @@ from coterie.errors import UsageError
 
 
 class Span(NamedTuple):
-    """What a unit did from `start` to `end`, seconds, after it had waited so long; a read has `nbytes`."""
+    """What a unit did from `start` to `end`, seconds, after it had had nothing to do for `waited`; a read has
+    `nbytes`."""
 
     unit: str
     name: str
@@ -18,7 +19,7 @@ class Span(NamedTuple):
     start: float
     end: float
     waited: float
-    nbytes: int
+    nbytes: int = 0
 
 
 def write_timeline(path: Path, spans: Iterable[Span], note: str) -> None:
