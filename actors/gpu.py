@@ -4,6 +4,7 @@ last kernel posts, this process does nothing: no wait for a kernel, no finish (H
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,6 +56,9 @@ class Device(Protocol):
     def after_step(self, refs: Sequence[BufferRef]) -> None:
         """Let this process see these buffers as the device left them."""
 
+    def finish(self) -> None:
+        """Wait until nothing is in the queue. Raises UnitError where that failed."""
+
     def close(self) -> None: ...
 
 
@@ -65,6 +69,7 @@ class GpuUnit:
         self.arena, self.buffers, self.device = arena, buffers, device
         self._programs: dict[str, tuple[Program, Loaded]] = {}
         self._lock, self._epoch, self._closed = threading.Lock(), 0, False
+        self._under_way: Program | None = None  # what the queue may still be at
         self._await, self._event = library.function("lane_await", 6), library.function("lane_event", 7)
         self._cycles = library.function("lane_cycles", 0)
         self._header: npt.NDArray[np.int64] = arena.numpy(buffers.header)
@@ -96,6 +101,7 @@ class GpuUnit:
         with self._lock:
             if self._closed:
                 raise UnitError("this model has been closed")
+            self._settle()
             program, loaded = self._programs[name]
             count, wanted = np.size(rows.ids), np.size(rows.outputs)
             if count == 0 or (program.outputs and wanted == 0):
@@ -109,23 +115,37 @@ class GpuUnit:
             started = self._cycles()
             try:
                 self.device.before_step(self._told)
+                self._under_way = program
                 loaded.run(count, wanted)
                 self._join(program)
                 self.device.after_step(results)
             except UnitLost:
                 raise
             except UnitError as error:
+                with suppress(UnitError):  # what was enqueued before it failed may still be running
+                    self.device.finish()
+                self._under_way = None
                 raise UnitLost("gpu", str(error)) from None
             self._record(started, r.Opcode.STEP, self._epoch)
 
+    def settle(self) -> None:
+        """Have nothing left in the queue: for who writes what kernels read, or reads what they write."""
+        with self._lock:
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._under_way is not None:
+            self._join(self._under_way)
+
     def _join(self, program: Program) -> None:
-        """Wait for the flag; Python's signal handlers run between looks. What is in the queue runs on after an
-        interrupt: the next step waits behind it, and a step may be run again."""
+        """Wait for the flag; Python's signal handlers run between looks. A queue cannot be called off: what is in it
+        runs on after an interrupt, and whoever comes next waits for it first."""
         flag, counts = self.arena.base + program.done, self.arena.address(self.buffers.counts)
         slice_cycles, end = int(LOOK * cycles_per_second()), time.monotonic() + PATIENCE
         while not self._await(flag, self._epoch, self._never, self._rate, counts, slice_cycles):
             if time.monotonic() > end:
                 raise UnitLost("gpu", f"a step has not ended in {PATIENCE:.0f} seconds", hangs=True)
+        self._under_way = None
 
     def waits(self) -> tuple[float, float]:
         """Seconds of waiting for the device so far: asleep, and looking."""

@@ -58,7 +58,15 @@ MAY_IMPORT = {
     "models": {"errors", "kernels"},
     "fetch": {"errors", "paths"},
     "generation": {"errors", "sampling"},
-    "actors": {"configs", "errors", "kernels", "paths", "scheduler", "storage"},  # of the scheduler, what a program is
+    "actors": {
+        "configs",
+        "errors",
+        "kernels",
+        "paths",
+        "scheduler",
+        "storage",
+        "trace",
+    },  # of the scheduler, what a program is
     "scheduler": {"errors", "kernels", "models", "paths", "sizes", "storage", "trace"},
     "sampling": {"errors"},
 }

@@ -120,6 +120,38 @@ def test_a_gpu_that_vanishes_is_replaced_by_the_cpu_unit(model: Path, monkeypatc
     alone.close()
 
 
+@pytest.mark.parametrize("units", [("gpu",), ("cpu", "gpu")])
+def test_after_ctrl_c_nothing_is_left_in_the_queue(
+    units: tuple[str, ...], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt while the device works: the next step, of whichever unit, waits for what is in the queue first."""
+    engine, alone = opened(model, units=units), opened(model, units=("cpu",))
+    assert engine.others is not None
+    gpu = engine.others.gpu
+    assert gpu is not None
+    real, waits = gpu._await, list[int]()
+
+    def interrupted(*arguments: int) -> int:
+        waits.append(arguments[1])
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    tokens = np.random.default_rng(3).integers(0, engine.spec.vocab, 64).tolist()
+    sequence = engine.sequence()
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "_await", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.prefill(sequence, tokens)
+        assert gpu._under_way is not None
+        sequence.close()
+        found = prompts(engine, [40, 64])
+    assert waits[1] == waits[0]  # the same step was waited for once more, before another began
+    np.testing.assert_array_equal(found, prompts(alone, [40, 64]))
+    engine.close()
+    alone.close()
+
+
 def test_units_are_told_of(model: Path) -> None:
     result = coterie(
         "run", str(model), "-p", "the word", "--raw", "-n", "2", "--units", "cpu,gpu,npu", "--json", "-c", "256"

@@ -79,6 +79,8 @@ class OtherUnits:
     def beside(self, name: str) -> Iterator[None]:
         """While the CPU unit runs a step of that program, the NPU unit runs the graphs in it, if it has any. Raises
         UnitLost where one of them fails."""
+        if self.gpu is not None and self.placement.gpu:
+            self.gpu.settle()  # after an interrupt its queue may still be at KV blocks
         program = self._layout.npu.get(name) if self._layout else None
         if program is None or self.graphs is None:
             yield
