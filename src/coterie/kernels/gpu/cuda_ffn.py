@@ -17,12 +17,9 @@ from coterie.kernels.gpu.cuda_products import (
     ROUNDED,
     THREADS,
     Tile,
-    float_sums,
-    integer_sums,
     inverse_of,
+    products,
     rows_of,
-    stage_floats,
-    stage_integers,
     tile,
     total,
     whole,
@@ -117,11 +114,6 @@ def _write(sizes: Tile, activation: str) -> Any:
     return write
 
 
-def ffn_up(gate: str, up: str, activation: str, tokens: int) -> Any:
-    """hidden[row][cluster * neurons + n] = activation(Gate) * Up."""
-    return (_floats if FORMATS[gate].is_float else _integers)(gate, up, activation, tokens)
-
-
 def _place(gate: str, up: str) -> Any:
     """Where a thread's group begins, of pair number `pair`: Gate's rows for threads below 128, else Up's."""
     gate_block, up_block = FORMATS[gate].block, FORMATS[up].block
@@ -139,18 +131,18 @@ def _place(gate: str, up: str) -> Any:
     return place
 
 
-def _integers(gate: str, up: str, activation: str, tokens: int) -> Any:
-    sizes = tile(tokens, STREAMS, False)
-    stage, write, place = stage_integers(sizes), _write(sizes, activation), _place(gate, up)
-    add_gate, add_up = integer_sums(gate, sizes, False), integer_sums(up, sizes, False)
+def ffn_up(gate: str, up: str, activation: str, tokens: int) -> Any:
+    """hidden[row][cluster * neurons + n] = activation(Gate) * Up."""
+    sizes = tile(tokens, STREAMS, FORMATS[gate].is_float)
+    write, place = _write(sizes, activation), _place(gate, up)
+    (stage, add_gate, kind, words, scale_count), add_up = products(gate, sizes, False), products(up, sizes, False).add
     accumulators, chunk, splits, subs_of = 4 * tokens, sizes.chunk, sizes.splits, FORMATS[gate].subs
     values_of_pair = GATES * tokens
-    words, scale_count = 8 * sizes.planes * sizes.blocks, sizes.planes * sizes.blocks
 
     def kernel(
         w, a, step, weights, clusters, neurons, bundle, per, stride, up, blocks, x, x_row, hidden, hidden_row, rounded
     ):  # fmt: skip
-        values = cuda.shared.array(words, np.uint32)
+        values = cuda.shared.array(words, kind)
         scales = cuda.shared.array(scale_count, np.float32)
         parts = cuda.shared.array(PARTS, np.float32)
         teams = cuda.shared.array(THREADS, np.float32)
@@ -174,43 +166,6 @@ def _integers(gate: str, up: str, activation: str, tokens: int) -> Any:
                     add_gate(sums, base, 1, 0, 0, first, begin, end, values, scales, 1, j, four)
                 else:
                     add_up(sums, base, 1, 0, 0, first, begin, end, values, scales, 1, j, four)
-            write(sums, rows, a + hidden + tile_first * hidden_row, hidden_row, pair, rounded, parts, teams, gates)
-
-    return kernel
-
-
-def _floats(gate: str, up: str, activation: str, tokens: int) -> Any:
-    sizes = tile(tokens, STREAMS, True)
-    stage, write, place = stage_floats(sizes), _write(sizes, activation), _place(gate, up)
-    add_gate, add_up = float_sums(gate, sizes, False), float_sums(up, sizes, False)
-    accumulators, chunk, splits, floats = 4 * tokens, sizes.chunk, sizes.splits, 32 * sizes.blocks
-    values_of_pair = GATES * tokens
-
-    def kernel(
-        w, a, step, weights, clusters, neurons, bundle, per, stride, up, blocks, x, x_row, hidden, hidden_row, rounded
-    ):  # fmt: skip
-        values = cuda.shared.array(floats, np.float32)
-        parts = cuda.shared.array(PARTS, np.float32)
-        teams = cuda.shared.array(THREADS, np.float32)
-        gates = cuda.shared.array(values_of_pair, np.float32)
-        sums = cuda.local.array(accumulators, np.float32)
-        u, pair, tile_first = cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.x * tokens
-        rows = rows_of(a, step, 0) - tile_first
-        if rows > 0:
-            base = w + weights + place(pair, neurons, bundle, per, stride, up, blocks)
-            source = a + x + tile_first * x_row
-            for i in range(accumulators):
-                sums[i] = ZERO
-            for first in range(0, blocks, chunk):
-                end = min(first + chunk, blocks)
-                cuda.syncthreads()
-                stage(source, x_row, rows, first, end - first, values)
-                cuda.syncthreads()
-                begin = first + u // 16 % splits
-                if u < 128:
-                    add_gate(sums, base, 1, 0, 0, first, begin, end, values, u // 4 % 4, u % 4)
-                else:
-                    add_up(sums, base, 1, 0, 0, first, begin, end, values, u // 4 % 4, u % 4)
             write(sums, rows, a + hidden + tile_first * hidden_row, hidden_row, pair, rounded, parts, teams, gates)
 
     return kernel

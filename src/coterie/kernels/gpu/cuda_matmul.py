@@ -13,11 +13,8 @@ from coterie.kernels.gpu.cuda_products import (
     PARTS,
     THREADS,
     Tile,
-    float_sums,
-    integer_sums,
+    products,
     rows_of,
-    stage_floats,
-    stage_integers,
     tile,
     total,
 )
@@ -27,12 +24,6 @@ def sizes_of(name: str, tokens: int) -> Tile:
     """Of one row all threads work on one group, so that there are many blocks; of several rows they share what
     activations cost to quantise."""
     return tile(tokens, 1 if tokens == 1 else 4, FORMATS[name].is_float)
-
-
-def _rows(name: str, tokens: int, clustered: bool) -> Any:
-    """A function that writes y[row][16 group + r] for one tile of rows and `streams` groups; `base` is where the row of
-    this thread's group begins, `here` whether there is such a group."""
-    return _float_rows(name, tokens, clustered) if FORMATS[name].is_float else _integer_rows(name, tokens, clustered)
 
 
 def _write(sizes: Tile) -> Any:
@@ -49,16 +40,17 @@ def _write(sizes: Tile) -> Any:
     return write
 
 
-def _integer_rows(name: str, tokens: int, clustered: bool) -> Any:
+def _rows(name: str, tokens: int, clustered: bool) -> Any:
+    """A function that writes y[row][16 group + r] for one tile of rows and `streams` groups; `base` is where the row of
+    this thread's group begins, `here` whether there is such a group."""
     sizes = sizes_of(name, tokens)
-    stage, add, write = stage_integers(sizes), integer_sums(name, sizes, clustered), _write(sizes)
+    write, (stage, add, kind, words, scale_count) = _write(sizes), products(name, sizes, clustered)
     accumulators, chunk, splits = 4 * tokens, sizes.chunk, sizes.splits
-    words, blocks = 8 * sizes.planes * sizes.blocks, sizes.planes * sizes.blocks
 
     @device
     def compute(base, here, per, stride, item, subs, x, x_row, planes, rows, y, y_row, group, groups):
-        values = cuda.shared.array(words, np.uint32)
-        scales = cuda.shared.array(blocks, np.float32)
+        values = cuda.shared.array(words, kind)
+        scales = cuda.shared.array(scale_count, np.float32)
         parts = cuda.shared.array(PARTS, np.float32)
         teams = cuda.shared.array(THREADS, np.float32)
         sums = cuda.local.array(accumulators, np.float32)
@@ -72,32 +64,6 @@ def _integer_rows(name: str, tokens: int, clustered: bool) -> Any:
             cuda.syncthreads()
             begin = first + u // 16 % splits if here else end
             add(sums, base, per, stride, item, first, begin, end, values, scales, planes, u // 4 % 4, u % 4)
-        write(sums, rows, y, y_row, group, groups, parts, teams)
-
-    return compute
-
-
-def _float_rows(name: str, tokens: int, clustered: bool) -> Any:
-    sizes = sizes_of(name, tokens)
-    stage, add, write = stage_floats(sizes), float_sums(name, sizes, clustered), _write(sizes)
-    accumulators, chunk, splits, floats = 4 * tokens, sizes.chunk, sizes.splits, 32 * sizes.blocks
-
-    @device
-    def compute(base, here, per, stride, item, subs, x, x_row, planes, rows, y, y_row, group, groups):
-        values = cuda.shared.array(floats, np.float32)
-        parts = cuda.shared.array(PARTS, np.float32)
-        teams = cuda.shared.array(THREADS, np.float32)
-        sums = cuda.local.array(accumulators, np.float32)
-        u = cuda.threadIdx.x
-        for i in range(accumulators):
-            sums[i] = np.float32(0)
-        for first in range(0, subs, chunk):
-            end = min(first + chunk, subs)
-            cuda.syncthreads()
-            stage(x, x_row, rows, first, end - first, values)
-            cuda.syncthreads()
-            begin = first + u // 16 % splits if here else end
-            add(sums, base, per, stride, item, first, begin, end, values, u // 4 % 4, u % 4)
         write(sums, rows, y, y_row, group, groups, parts, teams)
 
     return compute

@@ -124,11 +124,11 @@ def stage_integers(sizes: Tile) -> Any:
 
 @cache
 def stage_floats(sizes: Tile) -> Any:
-    """The same rows as they are."""
+    """The same rows as they are, one plane without scales."""
     chunk, blocks = sizes.chunk, sizes.blocks
 
     @device
-    def stage(x, x_row, rows, first, count, values):
+    def stage(x, x_row, planes, rows, first, count, values, scales):
         for item in range(cuda.threadIdx.x, 8 * blocks, THREADS):
             t, local, k = item // (8 * chunk), item // 8 % chunk, item % 8
             at = 128 * (first + local) + 16 * k
@@ -215,7 +215,7 @@ def float_sums(name: str, sizes: Tile, clustered: bool) -> Any:
     tokens, chunk, splits = sizes.tokens, sizes.chunk, sizes.splits
 
     @device
-    def add(sums, base, per, stride, item, first, begin, end, values, j, four):
+    def add(sums, base, per, stride, item, first, begin, end, values, scales, planes, j, four):
         for s in range(begin, end, splits):
             block = where(base, s, per, stride, item)
             for i in range(8):
@@ -255,3 +255,22 @@ def total(sizes: Tile) -> Any:
         return sum_of_all
 
     return add
+
+
+class Products(NamedTuple):
+    """How activations meet weights of a format: `stage` puts them into shared memory, `values` of type `kind` and
+    `scales`, as many as said; `add` multiplies."""
+
+    stage: Any
+    add: Any
+    kind: Any
+    values: int
+    scales: int
+
+
+def products(name: str, sizes: Tile, clustered: bool) -> Products:
+    """For weights of that format: int8 activations in planes, or floats."""
+    if FORMATS[name].is_float:
+        return Products(stage_floats(sizes), float_sums(name, sizes, clustered), np.float32, 32 * sizes.blocks, 1)
+    blocks = sizes.planes * sizes.blocks
+    return Products(stage_integers(sizes), integer_sums(name, sizes, clustered), np.uint32, 8 * blocks, blocks)
