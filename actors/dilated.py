@@ -113,6 +113,7 @@ class DilatedClock(Clock):
                 start = self._not_long_ago(ready)
                 end = self._take(unit, Running(start, launch, task.work, task.bytes_per_s, task, at, waited))
                 finished, idle = finished + 1, end
+                self._worked(name, start, end)
                 self._note_real(name, task.name, task.layer, number, start, end, 0)
                 with self._state:
                     self._stamps[name, finished] = end
@@ -157,20 +158,23 @@ class DilatedClock(Clock):
             flags.post(self._lines["step"], number + 1)
 
     def _serve_flash(self, flags: Flags) -> None:
-        idle = self._begun
-        for count, (request, number, after) in enumerate(self._reads):
-            ready = idle
+        idle, count = self._begun, 0
+        while count < len(self._reads):
+            ready, after = idle, self._reads[count][2]
             if after:
                 ready = max(ready, self._await(flags, "freed", after))
-            rate = self._rate(request.nbytes)
+            arrived = self._reads[count - 1][1] if count else 0
+            behind, nbytes, rate = self._together(count, min(self._freed_so_far, arrived))
             latency = self.device.latency if ready > idle or count == 0 else 0.0
             start = self._not_long_ago(ready)
-            end = self._take(len(self.units), Running(start, latency, request.nbytes / rate, rate, None, count, 0.0))
-            idle = end
-            self._note_real("flash", "read", request.layer, 0, start, end, request.nbytes)
-            with self._state:
-                self._stamps["arrived", number] = end
+            end = self._take(len(self.units), Running(start, latency, nbytes / rate, rate, None, count, 0.0))
+            for request, number, _ in self._reads[count:behind]:
+                self._note_real("flash", "read", request.layer, 0, start, end, request.nbytes)
+                with self._state:
+                    self._stamps["arrived", number] = end
+            self._worked("flash", start, end)
             flags.post(self._lines["arrived"], number)
+            idle, count = end, behind
 
     # --- waiting ------------------------------------------------------------------------------------
 
@@ -248,9 +252,12 @@ class DilatedClock(Clock):
     def _modelled(self, at: float) -> float:
         return (at - self._begun) / self.factor
 
-    def _note_real(self, unit: str, name: str, layer: int, step: int, start: float, end: float, nbytes: int) -> None:
+    def _worked(self, unit: str, start: float, end: float) -> None:
         with self._state:
             self.outcome.busy[unit] += (end - start) / self.factor
+
+    def _note_real(self, unit: str, name: str, layer: int, step: int, start: float, end: float, nbytes: int) -> None:
+        with self._state:
             self.outcome.read += nbytes
             event = Span(unit, name, layer, step, self._modelled(start), self._modelled(end), 0.0, nbytes)
             self.outcome.events.append(event)

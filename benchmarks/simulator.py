@@ -3,11 +3,11 @@
     python benchmarks/simulator.py MODEL.gguf ... [--shares 100,75,50,25] [--rounds 3] [--json]
     python benchmarks/simulator.py MODEL.gguf --dilated [--seconds 10]      virtual and dilated time, no measuring
 
-A round: the machine is measured (kernels of the models' formats, flash at the depths that matter), which takes half a
-minute; then, for every model and share, prefill of 256 tokens and decode of 32 are timed and simulated with what was
-just measured. Memory and disk of a virtual machine wander, so a prediction is compared only within its round. Quoted:
-the median over rounds of predicted / measured - 1, and the median of their sizes over all cells. The bar: every cell
-within 15 %, the median within 8 %. Nothing else should run on the machine.
+The machine is measured (kernels of the model's formats, flash at the depths that matter), prefill of 256 tokens and
+decode of 32 are timed for a model and a share, the machine is measured again, and so on: memory and disk of a virtual
+machine wander by half within minutes, so a cell is predicted by the mean of what the measurements before and after it
+say. Quoted: the median over rounds of predicted / measured - 1, and the median of their sizes over all cells. The bar:
+every cell within 15 %, the median within 8 %. Nothing else should run on the machine.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import Any
 from coterie import LLM
 from coterie.actors.dilated import DilatedClock
 from coterie.actors.sweep import Sweep, memory_bandwidth
+from coterie.commands.measure_pauses import measure_pauses
 from coterie.commands.measure_units import measure_units
 from coterie.commands.terminal import Progress
 from coterie.models.load import read_spec
@@ -32,19 +33,18 @@ from coterie.scheduler.this_machine import this_machine
 from coterie.sizes import Share
 from coterie.storage.flash_writer import packed_path
 
-PROMPT, TOKENS = 256, 32
-BLOCKS = (256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20)
-DEPTHS = (2, 4, 8, 16, 32)
+PROMPT, TOKENS, REPEAT = 256, 32, 3
+CONTEXT = PROMPT + TOKENS + 1
+BLOCKS = (64 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20)
+DEPTHS = (1, 2, 4, 8, 16, 32)
 POINT = 0.15  # seconds
 
 
-def measured_device(models: list[Path], lanes: int, progress: Progress) -> Device:
+def measured_device(model: Path, lanes: int, progress: Progress) -> Device:
     """This machine, as it is now."""
-    formats, packed = set[str](), models[0]
-    for model in models:
-        with open_file(model) as file:
-            formats |= {tensor.format for tensor in file.tensors.values() if tensor.rows > 1}
-            packed = packed_path(file)  # type: ignore[arg-type]
+    with open_file(model) as file:
+        formats = {tensor.format for tensor in file.tensors.values() if tensor.rows > 1}
+        packed = packed_path(file)  # type: ignore[arg-type]
     known = load_profile().flash.get(file_system(packed))
     flash = None
     with Sweep(packed) as sweep:
@@ -57,29 +57,53 @@ def measured_device(models: list[Path], lanes: int, progress: Progress) -> Devic
         best = max(rows, key=lambda row: row.bytes_per_s)
         block, depth = (known.block, known.depth) if known else (best.block, best.depth)
         flash = FlashProfile(engine, block, depth, best.bytes_per_s, False, tuple(rows))
-    unit = measure_units(sorted(formats), lanes, progress, (packed, flash))
+    unit = measure_units(sorted(formats), lanes, progress, measure_pauses(lanes, progress), (packed, flash))
     profile = DeviceProfile(memory_bandwidth(), {file_system(packed): flash}, {str(lanes): unit})
     return this_machine(profile, lanes=lanes, path=packed)
 
 
-def cell(model: Path, share: int, device: Device, lanes: int) -> dict[str, float]:
-    """Tokens/s, measured and simulated, of prefill and decode."""
-    memory = None if share >= 100 else Share(share / 100)
-    context = PROMPT + TOKENS + 1
-    found: dict[str, float] = {}
-    with LLM(model, threads=lanes, context=context, memory=memory) as llm:
-        found["prefill"] = statistics.median(llm.bench(PROMPT, 0, 3)[0]["samples_ts"])
-        found["decode"] = statistics.median(llm.bench(0, TOKENS, 3)[0]["samples_ts"])
+def ceiling(share: int) -> Share | None:
+    return None if share >= 100 else Share(share / 100)
+
+
+def timed(model: Path, share: int, lanes: int) -> dict[str, float]:
+    """Tokens/s of prefill and decode."""
+    with LLM(model, threads=lanes, context=CONTEXT, memory=ceiling(share)) as llm:
+        prefill = statistics.median(llm.bench(PROMPT, 0, REPEAT)[0]["samples_ts"])
+        return {"prefill": prefill, "decode": statistics.median(llm.bench(0, TOKENS, REPEAT)[0]["samples_ts"])}
+
+
+def simulated(model: Path, share: int, device: Device, lanes: int) -> dict[str, float]:
+    """The same in virtual time."""
+    memory = ceiling(share)
     with open_file(model) as file:
         spec = read_spec(file)
-        question = Question(memory or 1 << 40, prompt=PROMPT, tokens=0, context=context, threads=lanes)
+        question = Question(memory or 1 << 40, prompt=PROMPT, tokens=0, context=CONTEXT, threads=lanes)
         roomy = Device(**{**vars(device), "memory": 1 << 41})
         prefill = Simulation(file, spec, roomy, question).answer().prefill
-        again = Question(memory or 1 << 40, prompt=0, tokens=TOKENS, context=context, threads=lanes)
+        again = Question(memory or 1 << 40, prompt=0, tokens=TOKENS, context=CONTEXT, threads=lanes)
         decode = Simulation(file, spec, roomy, again).answer().decode
     assert prefill is not None
     assert decode is not None
-    return found | {"prefill simulated": prefill.tokens_per_s, "decode simulated": decode.tokens_per_s}
+    return {"prefill": prefill.tokens_per_s, "decode": decode.tokens_per_s}
+
+
+Cell = tuple[str, float, float]  # its name, tokens/s measured and simulated
+
+
+def a_round(models: list[Path], shares: list[int], lanes: int, progress: Progress) -> list[Cell]:
+    """Every model and share once, between two measurements of the machine."""
+    cells = list[Cell]()
+    for model in models:
+        device = measured_device(model, lanes, progress)
+        for share in shares:
+            before, found = device, timed(model, share, lanes)
+            device = measured_device(model, lanes, progress)
+            said = [simulated(model, share, each, lanes) for each in (before, device)]
+            for phase, rate in found.items():
+                mean = statistics.harmonic_mean([each[phase] for each in said])
+                cells.append((f"{model.name} {share} % {phase}", rate, mean))
+    return cells
 
 
 def dilated(model: Path, seconds: float) -> None:
@@ -118,33 +142,23 @@ def main() -> None:
     for model in arguments.models:  # packs it, and measures the disk, once
         with LLM(model, threads=arguments.threads, context=64, memory=Share(0.5)):
             pass
-    rounds: list[dict[str, dict[str, float]]] = []
+    rounds = list[list[Cell]]()
     with Progress() as progress:
         for _ in range(arguments.rounds):
-            figures: dict[str, dict[str, float]] = {}
-            for model in arguments.models:
-                for share in shares:
-                    if share in (shares[0], shares[len(shares) // 2]):  # within a minute
-                        device = measured_device(arguments.models, arguments.threads, progress)
-                    figures[f"{model.name} {share} %"] = cell(model, share, device, arguments.threads)
-            rounds.append(figures)
+            rounds.append(a_round(arguments.models, shares, arguments.threads, progress))
     rows, sizes = list[dict[str, Any]](), list[float]()
-    for name in rounds[0]:
-        for phase in ("prefill", "decode"):
-            measured = [figures[name][phase] for figures in rounds]
-            simulated = [figures[name][f"{phase} simulated"] for figures in rounds]
-            errors = [s / m - 1 for s, m in zip(simulated, measured, strict=True)]
-            error = statistics.median(errors)
-            sizes.append(abs(error))
-            rows.append(
-                {
-                    "cell": f"{name} {phase}",
-                    "measured": measured,
-                    "simulated": simulated,
-                    "errors": errors,
-                    "error": error,
-                }
-            )
+    for cells in zip(*rounds, strict=True):
+        errors = [said / rate - 1 for _, rate, said in cells]
+        sizes.append(abs(statistics.median(errors)))
+        rows.append(
+            {
+                "cell": cells[0][0],
+                "measured": [rate for _, rate, _ in cells],
+                "simulated": [said for _, _, said in cells],
+                "errors": errors,
+                "error": statistics.median(errors),
+            }
+        )
     if arguments.json:
         print(json.dumps({"cells": rows, "median": statistics.median(sizes), "worst": max(sizes)}, indent=1))
         return

@@ -13,7 +13,7 @@ from math import inf
 import numpy as np
 
 from coterie.errors import PlanError
-from coterie.scheduler.flash_model import FlashModel
+from coterie.scheduler.flash_model import FlashModel, between
 from coterie.scheduler.soc import Device
 from coterie.scheduler.steps import Request, Requests, Step, Task
 from coterie.trace.timeline import Span
@@ -43,7 +43,7 @@ class Running:
     work: float
     wants: float  # bytes/s
     task: Task | None
-    item: int  # number of the task in its step, or of the read
+    item: int  # number of the task in its step, or of the first read
     waited: float
 
 
@@ -86,6 +86,7 @@ class Clock:
         self._beside = [device.units[name].beside_flash for name in self.units]
         self._place(requests)
         self._rates: dict[int, float] = {}
+        self._by_depth = self._depths()
 
     def _place(self, requests: Requests) -> None:
         """Number the reads of all steps, and find out which have to be over before each has room."""
@@ -100,6 +101,26 @@ class Clock:
                 self._reads.append((request, base + request.end, int(owners[first:end].max())))
                 owners[first:end] = base + request.end
             consumed += step.end - step.first
+
+    def _depths(self) -> list[float]:
+        """Share of its rate that flash comes to with 1, 2, ... requests in flight, as far as that is known."""
+        device, sizes = self.device, [request.nbytes for request, _, _ in self._reads]
+        if not device.flashes or not sizes:
+            return [1.0]
+        size = sum(sizes) // len(sizes)
+        known = [(depth, sequential_rate(flash, size)) for depth, flash in sorted(device.flashes.items())]
+        best = [(depth, max(rate for other, rate in known if other <= depth)) for depth, _ in known]
+        full = between(device.flash_depth, best)
+        return [between(n, best) / full for n in range(1, device.flash_depth + 1)]
+
+    def _together(self, first: int, freed: int) -> tuple[int, int, float]:
+        """What flash reads at a time from read number `first` on: the number behind the last, bytes, bytes/s. Reads in
+        flight share the disk and end together, and only then the unit sees what room there is for others."""
+        end = first + 1
+        while end < min(first + len(self._by_depth), len(self._reads)) and self._reads[end][2] <= freed:
+            end += 1
+        nbytes = sum(request.nbytes for request, _, _ in self._reads[first:end])
+        return end, nbytes, self._rate(nbytes // (end - first)) * self._by_depth[end - first - 1]
 
     def run(self) -> Outcome:
         """Raises PlanError where steps can never end."""
@@ -177,15 +198,15 @@ class Clock:
         if self._read >= len(self._reads):
             self._why[-1] = DONE
             return
-        request, _, after = self._reads[self._read]
-        if min(self._freed, self._arrived) < after:
+        freed = min(self._freed, self._arrived)
+        if freed < self._reads[self._read][2]:
             self._why[-1] = MEMORY
             return
-        rate = self._rate(request.nbytes)
+        end, nbytes, rate = self._together(self._read, freed)
         waited = self.now - self._idle_since[-1]
         latency = self.device.latency if waited > NEVER or self._read == 0 else 0.0
-        self._running[-1] = Running(self.now, latency, request.nbytes / rate, rate, None, self._read, waited)
-        self._read += 1
+        self._running[-1] = Running(self.now, latency, nbytes / rate, rate, None, self._read, waited)
+        self._read = end
 
     def _rate(self, nbytes: int) -> float:
         """Bytes/s of a request: tapes run through the file in one direction."""
@@ -253,10 +274,10 @@ class Clock:
         kind = "flash" if task is None else task.bound
         bound[kind] = bound.get(kind, 0.0) + self.now - running.start
         if task is None:
-            request, number, _ = self._reads[running.item]
-            self._arrived = number
-            self.outcome.read += request.nbytes
-            self._note(name, "read", request.layer, running, request.nbytes)
+            for request, number, _ in self._reads[running.item : self._read]:
+                self._arrived = number
+                self.outcome.read += request.nbytes
+                self._note(name, "read", request.layer, running, request.nbytes)
             return
         self._done[running.item] = self.now
         self._left -= 1

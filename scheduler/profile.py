@@ -66,13 +66,12 @@ class KernelCost:
 @dataclass(frozen=True)
 class UnitProfile:
     """The CPU unit with so many lanes: `between`: seconds between two steps, `streamed` the same where weights are
-    streamed; `beside_flash`: share of its speed that is left while flash is read, `flash_beside` of the reading's."""
+    streamed; `flash_beside`: share of its rate that is left to flash while lanes compute."""
 
     lanes: int
     kernels: tuple[KernelCost, ...]
     between: float
     streamed: float
-    beside_flash: float
     flash_beside: float
 
 
@@ -232,15 +231,15 @@ def _flash(values: dict[str, Any]) -> FlashProfile:
 
 
 def _unit(values: dict[str, Any]) -> UnitProfile:
-    shares = [_rate(values[name]) for name in ("beside_flash", "flash_beside")]
-    if not all(0 < share <= 1 for share in shares) or not values["kernels"]:
+    left = _rate(values["flash_beside"])
+    if not 0 < left <= 1 or not values["kernels"]:
         raise ValueError("is damaged")
     return UnitProfile(
         _whole(values["lanes"], 1, 1 << 10),
         tuple(_kernel(each) for each in values["kernels"]),
         _rate(values["between"]),
         _rate(values["streamed"]),
-        *shares,
+        left,
     )
 
 

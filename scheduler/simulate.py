@@ -6,13 +6,14 @@ ledger); only the units are models. Decode is simulated at a few positions, pref
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 from coterie.errors import PlanError, UsageError
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.clock import Clock, Outcome
 from coterie.scheduler.device_model import Instruction, flash_rate
-from coterie.scheduler.layout import lay_out_model
+from coterie.scheduler.layout import LOOKUPS, lay_out_model
 from coterie.scheduler.operators import Reader, Rows
 from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan
@@ -113,19 +114,8 @@ class Simulation:
         begin, head, end = layout.weights.positions
         self._spans = {"decode": (begin, end), "prefill": (begin, head), "head": (head, end)}
         self._merged = {name: self.requests.between(*span) for name, span in self._spans.items()}
-        self.device = self._as_streamed() if layout.weights.tape.size else device
-
-    def _as_streamed(self) -> Device:
-        """The device with as many requests in flight as the ring has room for, where that makes a known difference."""
-        device = self.device
-        fit = [depth for depth in device.flashes if depth * self.requests_size() <= self.plan.ring]
-        flash = (
-            device.flashes[max([d for d in fit if d <= device.flash_depth] or [min(device.flashes)])]
-            if device.flashes
-            else device.flash
-        )
-        between = device.between if device.streamed is None else device.streamed
-        return replace(device, flash=flash, between=between)
+        if layout.weights.tape.size and device.streamed is not None:
+            self.device = replace(device, between=device.streamed)
 
     def _memory(self) -> Memory:
         memory = self.question.memory
@@ -164,18 +154,24 @@ class Simulation:
         )
 
     def _lookup(self, tokens: int) -> float:
-        """Seconds until embeddings that are not pinned are there: single reads, behind those in flight (expected)."""
+        """Seconds until embeddings that are not pinned are there (expected): each extent that holds some is read once,
+        LOOKUPS at a time, for one token behind what the tape has in flight."""
         embedding = self.layout.weights.embedding
         if embedding is None or self.device.flash is None:
             return 0.0
         pinned = sum(part.count for part in embedding.slices if part.position < 0) / embedding.run.extents
         if pinned >= 1:
             return 0.0
-        size, flash = embedding.run.stride, self.device.flash
-        alone = size / flash.bandwidth(flash.points[0].pattern, size) + self.device.latency
-        in_flight = self.device.flash_depth * self.requests_size() if self.layout.weights.tape.size else 0.0
-        behind = in_flight / flash.bandwidth(flash.points[0].pattern, self.device.flash_block)
-        return (1 - pinned) * (alone * -(-tokens // 4) + behind)
+        size, flash, extents = embedding.run.stride, self.device.flash, embedding.run.extents
+        distinct = (1 - pinned) * extents * (1 - (1 - 1 / extents) ** tokens)
+        known = [depth for depth in self.device.flashes if depth <= min(LOOKUPS, max(1, ceil(distinct)))]
+        model = self.device.flashes[max(known)] if known else flash
+        pattern = flash.points[0].pattern
+        reads = distinct * size / model.bandwidth(pattern, size) + min(1.0, distinct) * self.device.latency
+        if tokens > 1 or not self.layout.weights.tape.size:
+            return reads
+        in_flight = min(self.device.flash_depth * self.requests_size(), self.plan.ring)
+        return reads + distinct * in_flight / flash.bandwidth(pattern, self.device.flash_block)
 
     def requests_size(self) -> float:
         """Bytes of a request, on average."""

@@ -1,16 +1,19 @@
 """This machine as a device, out of its measured profile (coterie profile --flash, --units)."""
 
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
 from coterie.errors import UsageError
 from coterie.paths import cache_dir, packed_dir
 from coterie.scheduler.flash_model import FlashModel, FlashPoint
+from coterie.scheduler.planner import available_cores
 from coterie.scheduler.profile import DeviceProfile, FlashProfile, UnitProfile, file_system, load_profile
 from coterie.scheduler.soc import Device, Mark, Rates, UnitModel
 from coterie.storage.available import available_memory
 
-UNBOUND = 1e15  # bytes/s: what units do to each other here was measured as such (beside_flash, flash_beside)
+UNBOUND = 1e15  # bytes/s: what units do to each other here is in beside_flash and flash_beside
+LEAST_LEFT = 0.1  # of a lane's time
 
 
 def this_machine(profile: DeviceProfile | None = None, *, lanes: int | None = None, path: Path | None = None) -> Device:
@@ -30,7 +33,7 @@ def this_machine(profile: DeviceProfile | None = None, *, lanes: int | None = No
         "this machine",
         max(available_memory(), 1),
         UNBOUND,
-        {"cpu": _cpu(unit, profile.memory_bandwidth)},
+        {"cpu": _cpu(unit, profile.memory_bandwidth, flash)},
         _flash(flash) if flash else None,
         tuple(marks),
         between=unit.between,
@@ -46,12 +49,24 @@ def this_machine(profile: DeviceProfile | None = None, *, lanes: int | None = No
 KEYS = ("launch", "rate", "bandwidth", "fill")
 
 
-def _cpu(unit: UnitProfile, bandwidth: float) -> UnitModel:
+def _cpu(unit: UnitProfile, bandwidth: float, flash: FlashProfile | None) -> UnitModel:
     rates = {
         cost.kernel: Rates(cost.rate, cost.fill, bandwidth=cost.bandwidth or UNBOUND, launch=cost.launch)
         for cost in unit.kernels
     }
-    return UnitModel("cpu", "cpu", bandwidth, rates, next(iter(rates)), beside_flash=unit.beside_flash, measured=True)
+    left = _beside_flash(flash, unit.lanes, bandwidth) if flash else 1.0
+    return UnitModel("cpu", "cpu", bandwidth, rates, next(iter(rates)), beside_flash=left, measured=True)
+
+
+def _beside_flash(flash: FlashProfile, lanes: int, bandwidth: float) -> float:
+    """What share of their time is left to lanes on all cores while flash is read at its full rate: the flash unit takes
+    the processor to ask for reads, and to go through what came for its checksum, as fast as one core reads memory."""
+    cores = available_cores()
+    rows = [r for r in flash.rows if (r.engine, r.block, r.depth) == (flash.engine, flash.block, flash.depth)]
+    if lanes < cores or not rows:
+        return 1.0
+    asking = statistics.median(1e-6 * row.cpu_us / row.block for row in rows)
+    return max(LEAST_LEFT, 1 - (asking + cores / bandwidth) * flash.bytes_per_s / lanes)
 
 
 def _flashes(found: FlashProfile) -> dict[int, FlashModel]:

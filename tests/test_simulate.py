@@ -5,34 +5,27 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
-import numpy as np
 import pytest
-from simulated import DENSE_47B, LLAMA_1B, LLAMA_8B, SMALL, on_paper
+from simulated import DENSE_47B, LLAMA_1B, LLAMA_8B, PHONE, SMALL, on_paper, simulation
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
 from coterie.actors.dilated import DilatedClock
 from coterie.cli import app
-from coterie.commands import measure_units
-from coterie.commands.measure_units import Shape, fitted, non_negative
 from coterie.errors import PlanError, UsageError
-from coterie.scheduler import profile
 from coterie.scheduler.clock import Clock, Outcome
-from coterie.scheduler.device_model import Instruction
+from coterie.scheduler.flash_model import FlashModel, FlashPoint
 from coterie.scheduler.operators import Rows
-from coterie.scheduler.profile import DeviceProfile, FlashProfile, FlashRow, KernelCost, UnitProfile, load_profile
 from coterie.scheduler.simulate import Question, Simulation
-from coterie.scheduler.soc import Device
-from coterie.scheduler.soc_file import load_soc, parse_soc
-from coterie.scheduler.steps import Requests
-from coterie.scheduler.this_machine import this_machine
+from coterie.scheduler.soc_file import parse_soc
+from coterie.scheduler.steps import NO_LAUNCH, Request, Requests, Step, Task
 from coterie.scheduler.what_if import changed
 from coterie.sizes import Share
 from coterie.storage.flash_file import is_flash_file
 
-PHONE = load_soc("snapdragon-8gen3")
 SIMPLE = """
 name = "simple"
 [memory]
@@ -53,10 +46,6 @@ read = 1_048_576
 points = [{ pattern = "sequential", block = 4096, bytes_per_s = 1e9 }]
 """
 SIMPLE_DEVICE = parse_soc(SIMPLE.encode(), "simple.toml")
-
-
-def simulation(device: Device = PHONE, shape: Shape = SMALL, **asked: Any) -> Simulation:
-    return Simulation(*on_paper(shape), device, Question(**{"memory": Share(1.0), "prompt": 16, "tokens": 8, **asked}))
 
 
 def shares_of(**shares: float) -> tuple[tuple[str, float], ...]:
@@ -150,6 +139,18 @@ def test_reads_never_run_further_ahead_than_the_ring() -> None:
         assert arrived - freed <= made.plan.ring
         number += 1
     assert number == 2 * len(steps[0].requests)
+
+
+@pytest.mark.parametrize(("slots", "rate"), [(1, 1e9), (8, 4e9)])
+def test_flash_is_as_fast_as_the_ring_has_room_for_reads(slots: int, rate: float) -> None:
+    known = {depth: FlashModel((FlashPoint("sequential", 4096, depth * 1e9),)) for depth in (1, 2, 4)}
+    device = replace(SIMPLE_DEVICE, flash=known[4], flashes=known, flash_depth=4)
+    count, size = 64, 1 << 20
+    reads = tuple(Request(n, n + 1, size, 0) for n in range(count))
+    tasks = tuple(Task("cpu", "ffn", 0, NO_LAUNCH, 1e-9, 0.0, (), n + 1, n + 1, False, "memory") for n in range(count))
+    ring = SimpleNamespace(pages=slots, room=lambda read: (read.first % slots, read.first % slots + 1))
+    outcome = Clock(device, ["cpu"], [Step("decode", tasks, reads, 0, count, 1)], cast(Requests, ring)).run()
+    assert outcome.steps[0][1] == pytest.approx(count * size / rate, rel=1e-3)
 
 
 def freed_to(step: Any, position: int) -> int:
@@ -295,109 +296,6 @@ def test_a_sparse_model_is_refused() -> None:
     file, spec = on_paper(SMALL)
     with pytest.raises(PlanError, match="cannot be simulated yet"):
         Simulation(file, replace(spec, sparse=True), PHONE, Question())
-
-
-# --- this machine ---------------------------------------------------------------------------------------
-
-ROWS = tuple(FlashRow("sequential", "io_uring", 1 << 20, depth, 1 << 30, depth * 1e9, 1.0) for depth in (1, 2, 4))
-KERNELS = tuple(
-    KernelCost(name, 1e-5, rate, bandwidth, 0.0)
-    for name, rate, bandwidth in [
-        *((f"{family}:Q4_0:1", 0.0, 1e10) for family in ("matmul", "ffn_up", "ffn_down")),
-        *((f"{family}:Q4_0:4", 1e12, 0.0) for family in ("matmul", "ffn_up", "ffn_down")),
-        ("matmul:Q4_0:2", 0.0, 1e10),
-        *((family, 1e12, 0.0) for family in ("attend", "attend_one", "norm", "rope", "merge", "embed:Q4_0")),
-    ]
-)
-UNIT = UnitProfile(2, KERNELS, 1e-4, 2e-4, 0.9, 0.8)
-
-
-@pytest.fixture
-def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeviceProfile:
-    monkeypatch.setenv("COTERIE_HOME", str(tmp_path))
-    flash = FlashProfile("io_uring", 1 << 20, 4, 4e9, False, ROWS)
-    found = DeviceProfile(2e10, {profile.file_system(tmp_path): flash}, {"2": UNIT})
-    profile.save_profile(found)
-    return found
-
-
-def test_this_machine_is_what_was_measured(measured: DeviceProfile) -> None:
-    assert load_profile() == measured
-    device = this_machine()
-    assert not device.emulated
-    assert device.guesses() == ()
-    made = simulation(device, LLAMA_1B, threads=2, memory=Share(1.0), prompt=0)
-    decode, _ = made.decode()
-    count = made.layout.programs["decode"].length
-    assert decode.seconds == pytest.approx(made.plan.bytes_per_token / 1e10 + 1e-5 * count + 1e-4, rel=0.02)  # padding
-    streamed = simulation(device, LLAMA_1B, threads=2, memory=Share(0.5), prompt=0)
-    assert streamed.device.between == 2e-4
-    assert streamed.device.flash == device.flashes[4]
-    reading = streamed.plan.streamed_per_token / 4e9
-    assert reading < streamed.decode()[0].seconds
-
-
-def test_what_has_not_been_measured_is_said(measured: DeviceProfile) -> None:
-    with pytest.raises(UsageError, match="with 7 lanes: coterie profile --units"):
-        this_machine(lanes=7)
-    with pytest.raises(UsageError, match="coterie profile --units"):
-        this_machine(DeviceProfile())
-    made = Simulation(*on_paper(SMALL, "Q8_0"), this_machine(), Question(Share(1.0), prompt=0, tokens=2))
-    with pytest.raises(UsageError, match="has not been measured here: coterie profile --units --formats Q8_0"):
-        made.decode()
-
-
-def test_a_profile_of_before_and_a_damaged_one(measured: DeviceProfile, capsys: pytest.CaptureFixture[str]) -> None:
-    path = profile.profile_path()
-    content = json.loads(path.read_text())
-    section = content["machines"][profile.machine()]
-    units = section.pop("units")
-    path.write_text(json.dumps(content))
-    assert load_profile() == DeviceProfile(measured.memory_bandwidth, measured.flash)
-    profile._warn.cache_clear()
-    for key, value in (
-        ("beside_flash", 0),
-        ("beside_flash", 2.0),
-        ("lanes", -1),
-        ("kernels", []),
-        ("between", float("nan")),
-    ):
-        section["units"] = {"2": units["2"] | {key: value}}
-        path.write_text(json.dumps(content))
-        assert load_profile() == DeviceProfile()
-    assert "is damaged" in capsys.readouterr().err
-
-
-def test_kernels_are_fitted() -> None:
-    def point(rows: int, tokens: int, seconds: float) -> tuple[Instruction, float]:
-        return Instruction("matmul", "cpu", rows, 1024, tokens, nbytes=rows * 576.0, kernel="matmul:Q4_0:1"), seconds
-
-    few = fitted("a", [point(n, 1, 1e-5 + n * 576 / 2e10) for n in (512, 4096, 32768)])
-    assert (few.launch, few.bandwidth) == pytest.approx((1e-5, 2e10))
-    many = fitted(
-        "b",
-        [point(n, t, 2e-5 + 2 * n * 1024 * (t + 8) / 5e11) for n in (512, 4096) for t in (64, 256)]
-        + [point(4096, 2, 1e-3)],
-    )
-    assert (many.launch, many.rate, many.fill) == pytest.approx((2e-5, 5e11, 8))
-    assert many.bandwidth == pytest.approx(4096 * 576 / (1e-3 - 2e-5), rel=1e-3)
-    ones = np.ones(3)
-    assert non_negative(np.stack([ones, -ones * 2 + [0, 0, 0.1]], axis=1), ones) == pytest.approx([1, 0])
-
-
-def test_measuring_units_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small shapes: what comes out is of no use, but whole."""
-    monkeypatch.setattr(measure_units, "NARROW", Shape(256, 4, 2, 512, 2, 512))
-    monkeypatch.setattr(measure_units, "WIDE", Shape(512, 8, 2, 1024, 2, 1024))
-    monkeypatch.setattr(measure_units, "REPEAT", 2)
-    found = measure_units.measure_units(["Q4_0"], 1, lambda *_: None)
-    names = {cost.kernel for cost in found.kernels}
-    assert {"matmul:Q4_0:1", "ffn_up:Q4_0:4", "ffn_down:Q4_0:1", "attend", "attend_one", "norm"} <= names
-    assert all(cost.rate or cost.bandwidth or cost.launch for cost in found.kernels)
-    made = simulation(this_machine(DeviceProfile(2e10, {}, {"1": found})), threads=1, memory=Share(1.0))
-    assert made.answer().decode
-    with pytest.raises(UsageError, match="no weights are in 'Q9'"):
-        measure_units.measure_units(["Q9"], 1, lambda *_: None)
 
 
 # --- the command ----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from coterie.storage import runs as runs_module
 from coterie.storage.arena import Ledger
 from coterie.storage.runs import Extents, lay_out_runs
 from coterie.storage.weights import Residency, lay_out
+from coterie.stream import Stream
 
 N = 24
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
@@ -60,6 +61,22 @@ def test_streamed_logits_are_the_same_bits(name: str, folder: Path) -> None:
             assert (engine.plan.streamed_per_token > 0) == (share < 1)
             streamed.add(engine.plan.streamed_per_token)
     assert len(streamed) > 1
+
+
+def test_each_token_is_looked_up_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt's rows that want logits are not looked up again for the output's matrix."""
+    looked_up, original = list[int](), Stream.look_up
+
+    def counting(self: Stream, ids: Any, *rest: Any) -> Any:
+        looked_up.extend(ids.tolist())
+        return original(self, ids, *rest)
+
+    monkeypatch.setattr(Stream, "look_up", counting)
+    tokens = some_tokens(N)
+    with streaming(packed(folder, next(iter(CASES))), 0.1, 1) as engine:
+        assert engine.layout.lookups is not None
+        prefilled(engine, tokens)
+    assert looked_up == tokens
 
 
 @pytest.mark.parametrize("engine_name", ["io_uring", "preadv"])

@@ -76,7 +76,7 @@ class Stepping:
         program, stream, meter = self.layout.programs[name], self.stream, self.meter
         ids = np.asarray(rows.ids, np.int64)
         if stream is None or meter is None:
-            self.unit.run(name, *rows, self._embeddings(ids))
+            self.unit.run(name, *rows, self._places(name, ids))
             return
 
         def watch() -> None:
@@ -90,7 +90,7 @@ class Stepping:
         meter.start()
         try:
             tape = stream.begin(program, again=more)
-            self.unit.run(name, *rows, self._embeddings(ids), tape, watch)
+            self.unit.run(name, *rows, self._places(name, ids), tape, watch)
         except Yield:
             stream.lose()
             raise
@@ -118,6 +118,10 @@ class Stepping:
                 return action()
             except UnitLost as loss:
                 self._recover(loss)
+
+    def _places(self, name: str, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where a step finds its ids' embeddings; a head needs none, and would read them from flash once more."""
+        return np.empty(0, np.int64) if name.startswith("head") else self._embeddings(ids)
 
     def _embeddings(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Addresses of the groups of rows in which the ids' embeddings lie."""

@@ -9,7 +9,6 @@ what lanes prepare for themselves are in it. A kernel's times at several sizes b
 
 import statistics
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,37 +69,36 @@ WIDE = Shape(2048, 32, 8, 8192, 4, 32768)
 
 
 def measure_units(
-    formats: Sequence[str], lanes: int, progress: Progress, flash: tuple[Path, FlashProfile] | None = None
+    formats: Sequence[str],
+    lanes: int,
+    progress: Progress,
+    pauses: tuple[float, float],
+    flash: tuple[Path, FlashProfile] | None = None,
 ) -> UnitProfile:
-    """What `lanes` lanes do with weights of these formats; with `flash`, a large file and how it is read, also how
-    computing and reading slow each other. Raises UsageError for a format that there is not."""
+    """What `lanes` lanes do with weights of these formats; `pauses` as measure_pauses has found them; with `flash`, a
+    large file and how it is read, also how computing slows reading. Raises UsageError for a format that there is
+    not."""
     for name in formats:
         if name not in FORMATS or name not in BLOCKS:
             raise UsageError(f"no weights are in {name!r}; there is {', '.join(sorted(set(FORMATS) & set(BLOCKS)))}")
     points: dict[str, list[Point]] = {}
-    pauses: list[tuple[float, float]] = []
-    beside = 1.0, 1.0
+    beside = 1.0
     for number, (name, shape) in enumerate([(name, shape) for name in formats for shape in (NARROW, WIDE)]):
         progress("measuring kernels", number, 2 * len(formats))
         with Bench(shape, name, lanes, progress) as bench:
             for found in bench.all_points():
                 points.setdefault(short_name(found[0].kernel), []).append(found)
-            if shape is NARROW and not pauses:
-                pauses.append(bench.pause())
             if shape is WIDE and name == formats[0] and flash is not None:
                 progress("measuring kernels while reading")
                 beside = bench.beside(*flash)
-    between = pauses[0][0]
-    with Bench(NARROW, formats[0], lanes, progress, detached=True) as bench:
-        streamed = bench.pause()[0]
     kernels = tuple(fitted(kernel, found) for kernel, found in sorted(points.items()))
-    return UnitProfile(lanes, kernels, between, streamed, *beside)
+    return UnitProfile(lanes, kernels, *pauses, beside)
 
 
 class Bench:
     """A made-up model in memory, all its weights of one format, with a unit to run it. A context manager."""
 
-    def __init__(self, shape: Shape, format: str, lanes: int, progress: Progress, *, detached: bool = False) -> None:
+    def __init__(self, shape: Shape, format: str, lanes: int, progress: Progress) -> None:
         self.spec, tensors = made_up(shape, format)
         runs = lay_out_runs(tensors, self.spec)
         residency, file = choose(runs, 1 << 62), cast(ModelHeader, SimpleNamespace(tensors=tensors))
@@ -123,7 +121,7 @@ class Bench:
         assert buffers.rings is not None
         self._rings = buffers.rings
         self.cache = KVCache(self.arena, KVLayout.of(self.spec), CONTEXT, BATCH + 1)
-        self.unit = CpuUnit(self.arena, lanes, buffers, detached=detached)
+        self.unit = CpuUnit(self.arena, lanes, buffers)
         self.layout = cut(self.arena)
         self.arena.numpy(self.arena.whole("weights"))[:] = FILL
         fill_tables(self.arena, self.layout.weights, 0)
@@ -202,34 +200,9 @@ class Bench:
         at_least = np.maximum.accumulate(np.concatenate([[min(begun)], ends]))
         return np.diff(at_least) / self.unit.cycles_per_second()
 
-    def pause(self) -> tuple[float, float]:
-        """Seconds of a decode step that no instruction takes, and all of it."""
-        rows, pauses, whole = Rows(1, NEAR), list[float](), list[float]()
-        for _ in range(3 * REPEAT):
-            self._forget_events()
-            begun = time.perf_counter()
-            self.step("decode", rows)
-            whole.append(time.perf_counter() - begun)
-            spans = self._spans(self.layout.programs["decode"])
-            if spans is not None:
-                pauses.append(whole[-1] - float(spans.sum()))
-        return max(0.0, statistics.median(pauses or [0.0])), statistics.median(whole)
-
-    def beside(self, path: Path, way: FlashProfile) -> tuple[float, float]:
-        """What share of its speed is left to decode while a file is read, and of reading while lanes decode."""
-        rows = Rows(1, NEAR)
+    def beside(self, path: Path, way: FlashProfile) -> float:
+        """What share of its rate is left to reading a file while lanes decode."""
         self.unit.connect(0, 0)  # lanes let a reading thread go first, as in a real run; nothing waits for a flag
-
-        def steps(until: Callable[[], bool]) -> float:
-            times = list[float]()
-            while not until() or len(times) < 3:
-                begun = time.perf_counter()
-                self.step("decode", rows)
-                times.append(time.perf_counter() - begun)
-            return statistics.median(times)
-
-        end = time.perf_counter() + BESIDE
-        alone = steps(lambda: time.perf_counter() > end)
         with Sweep(path) as sweep:
             point = way.engine, "sequential", way.block, way.depth, sweep.size
             reading_alone = sweep.measure(point, BESIDE).bytes_per_s
@@ -243,10 +216,10 @@ class Bench:
 
             thread = threading.Thread(target=read)
             thread.start()
-            together = steps(lambda: not thread.is_alive())
+            while thread.is_alive():
+                self.step("decode", Rows(1, NEAR))
             thread.join()
-        left = rates[0] / reading_alone if rates else 1.0
-        return min(1.0, alone / together), min(1.0, left)
+        return min(1.0, rates[0] / reading_alone) if rates else 1.0
 
 
 def made_up(shape: Shape, format: str) -> tuple[ModelSpec, dict[str, TensorInfo]]:

@@ -98,11 +98,13 @@ def _measured_units(
     formats: str, threads: int | None, progress: terminal.Progress, path: Path, flash: "FlashProfile | None"
 ) -> "UnitProfile":
     from coterie.actors.sweep import quick_flash
+    from coterie.commands.measure_pauses import measure_pauses
     from coterie.commands.measure_units import measure_units
 
     lanes = threads or len(os.sched_getaffinity(0))
     names = [name.strip() for name in formats.split(",")]
-    return measure_units(names, lanes, progress, (path, flash or quick_flash(path)))
+    pauses = measure_pauses(lanes, progress)
+    return measure_units(names, lanes, progress, pauses, (path, flash or quick_flash(path)))
 
 
 @contextmanager
@@ -163,7 +165,7 @@ def _unit_lines(unit: "UnitProfile") -> list[str]:
         memory = f"{cost.bandwidth / 1e9:.1f} GB/s" if cost.bandwidth else ""
         compute = f"{cost.rate / 1e9:.1f} G/s" if cost.rate else ""
         lines.append(f"  {cost.kernel:20}{1e6 * cost.launch:8.1f}{memory:>14}{compute:>14}")
-    left = f"{100 * unit.beside_flash:.0f} % of its speed beside flash, which keeps {100 * unit.flash_beside:.0f} %"
+    left = f"flash keeps {100 * unit.flash_beside:.0f} % of its rate beside it"
     lines += [f"  {left}; {1e6 * unit.between:.0f} us between steps, {1e6 * unit.streamed:.0f} where streamed", ""]
     return lines
 
