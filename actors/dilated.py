@@ -14,7 +14,8 @@ from typing import Any
 from coterie.actors.pacing import Flags
 from coterie.errors import UnitError, UsageError
 from coterie.kernels.record import LINE
-from coterie.scheduler.clock import Clock, Outcome, Running, shared
+from coterie.scheduler.bandwidth import shared
+from coterie.scheduler.clock import Clock, Outcome, Running
 from coterie.scheduler.soc import Device
 from coterie.scheduler.steps import Requests, Step
 from coterie.storage.arena import Arena, BufferRef

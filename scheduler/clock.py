@@ -13,6 +13,7 @@ from math import inf
 import numpy as np
 
 from coterie.errors import PlanError
+from coterie.scheduler.bandwidth import shared
 from coterie.scheduler.flash_model import FlashModel, between
 from coterie.scheduler.soc import Device
 from coterie.scheduler.steps import Request, Requests, Step, Task
@@ -45,21 +46,6 @@ class Running:
     task: Task | None
     item: int  # number of the task in its step, or of the first read
     waited: float
-
-
-def shared(wants: Sequence[float], together: float) -> list[float]:
-    """What share of its wish each gets of `together` bytes/s: an equal part at most, while that is too little for all
-    (water filling)."""
-    if sum(wants) <= together:
-        return [1.0] * len(wants)
-    shares, left = [1.0] * len(wants), together
-    order = sorted(range(len(wants)), key=wants.__getitem__)
-    for done, i in enumerate(order):
-        equal = left / (len(order) - done)
-        given = min(wants[i], equal)
-        shares[i] = given / wants[i] if wants[i] else 1.0
-        left -= given
-    return shares
 
 
 class Clock:

@@ -1,7 +1,7 @@
 """Steps for a simulator: the operators of a program, placed on units, cut where weights arrive, with their costs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from coterie.errors import UsageError
 from coterie.scheduler.device_model import Cost, Instruction, cost, part
 from coterie.scheduler.operators import Operator
+from coterie.scheduler.partition import Cut
 from coterie.scheduler.soc import Device
 from coterie.storage.runs import PAGE
 from coterie.storage.weights import PINNED, Weights
@@ -19,19 +20,38 @@ LEAST_SHARE = 0.01
 NO_LAUNCH = 0.0, 0.0, 0.0
 
 
+class Portion(NamedTuple):
+    """A unit's part of an operator: a share of the rows, in runs of so many tokens (none: all of the step's)."""
+
+    unit: str
+    share: float
+    runs: tuple[int, ...] = ()
+
+
+Product = tuple[str, int, int, int, str]  # kind, rows, columns, tokens, format: products that are alike
+
+
+def product_of(i: Instruction) -> Product:
+    return i.kind, i.rows, i.columns, i.tokens, i.format
+
+
 @dataclass(frozen=True)
 class Placement:
-    """Who does what in one phase: by the kind of an instruction, else `others`. A unit that follows another one's work
-    waits for it at a flag, or, with `fence`, by the runtime's own call and for a copy of its result. `formats`: what a
-    unit takes weights for, where it is not to choose by their format."""
+    """Who does what in one phase: `cuts` of products, else by the kind of an instruction, else `others`. A unit that
+    follows another one's work waits for it at a flag, or, with `fence`, by the runtime's own call and for a copy of its
+    result. `formats`: what a unit takes weights for, where it is not to choose by their format."""
 
     by_kind: Mapping[str, Shares]
     others: str
     fence: bool = False
     formats: Mapping[str, str] | None = None
+    cuts: Mapping[Product, Cut] = field(default_factory=dict)
 
-    def of(self, i: Instruction) -> Shares:
-        return self.by_kind.get(i.kind, ((self.others, 1.0),))
+    def of(self, i: Instruction) -> tuple[Portion, ...]:
+        cut = self.cuts.get(product_of(i))
+        if cut is not None:
+            return tuple(Portion(piece.unit, piece.rows / i.rows, piece.runs) for piece in cut.pieces)
+        return tuple(Portion(*share) for share in self.by_kind.get(i.kind, ((self.others, 1.0),)))
 
 
 def placements(
@@ -159,23 +179,26 @@ class _Maker:
 
     def add(self, operator: Operator) -> None:
         waits = tuple(task for number in operator.waits for task in self._last[number])
-        shares, last = self.placement.of(operator.instruction), list[int]()
-        for unit, share in shares:
+        portions, last = self.placement.of(operator.instruction), list[int]()
+        whole = len(portions) == 1 and len(portions[0].runs) < 2
+        prepared = set[str]()
+        for unit, share, runs in portions:
             before = waits
-            if self.device.units[unit].kind != "cpu":  # lanes of a CPU do these for themselves
+            if self.device.units[unit].kind != "cpu" and unit not in prepared:  # lanes of a CPU do these for themselves
+                prepared.add(unit)
                 for each in operator.prepares:
                     before = (self._task(replace(each, unit=unit), before, 0, 0),)
-            last.append(self._placed(operator, unit, share, before))
-        if len(shares) > 1 and operator.frees:  # what is freed is freed when all parts are done
-            joined = Task(shares[0][0], "join", -1, NO_LAUNCH, 0.0, 0.0, tuple(last), 0, operator.frees, True, "")
+            for tokens in runs or (operator.instruction.tokens,):
+                i = replace(operator.instruction, unit=unit, tokens=tokens)
+                i = i if share == 1 else part(i, share, unit, self.device.units[unit].step)
+                last.append(self._placed(operator, i, before, operator.frees if whole else 0))
+        if not whole and operator.frees:  # what is freed is freed when all parts are done
+            joined = Task(portions[0].unit, "join", -1, NO_LAUNCH, 0.0, 0.0, tuple(last), 0, operator.frees, True, "")
             self.tasks.append(joined)
             last = [len(self.tasks) - 1]
         self._last.append(tuple(last))
 
-    def _placed(self, operator: Operator, unit: str, share: float, waits: tuple[int, ...]) -> int:
-        step = self.device.units[unit].step
-        i = replace(operator.instruction, unit=unit) if share == 1 else part(operator.instruction, share, unit, step)
-        frees = operator.frees if share == 1 else 0
+    def _placed(self, operator: Operator, i: Instruction, waits: tuple[int, ...], frees: int) -> int:
         if operator.first == PINNED:
             return self._task(i, waits, 0, frees)
         nbytes = [r.nbytes for r in self._of(operator)]

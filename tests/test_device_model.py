@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 
 from coterie.errors import UsageError
-from coterie.scheduler.clock import shared
+from coterie.scheduler.bandwidth import shared
 from coterie.scheduler.device_model import Instruction, Kind, Order, cost, part, time
 from coterie.scheduler.soc import Device
 from coterie.scheduler.soc_file import load_soc
