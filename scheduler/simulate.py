@@ -12,6 +12,7 @@ from coterie.errors import PlanError, UsageError
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.clock import Clock, Outcome
+from coterie.scheduler.cutting import LENGTHS, Cutter
 from coterie.scheduler.device_model import Instruction, flash_rate
 from coterie.scheduler.layout import LOOKUPS, lay_out_model
 from coterie.scheduler.operators import Reader, Rows
@@ -33,18 +34,23 @@ MOST_TOKENS = 1 << 20
 @dataclass(frozen=True)
 class Question:
     """What is to be simulated: `memory`, a ceiling in bytes or a share of the weights (None: what the device's memory
-    allows); `units` that work, the first GPU or CPU decodes; `split`: shares of decode's matrices; `formats`: by unit,
-    what it takes weights for; `fence`: units meet by calls of their runtimes; `prompt` and `tokens`: lengths."""
+    allows); `units` that work, the first GPU or CPU decodes; `split`: shares of decode's matrices; `cut`: units
+    across which the partition solver cuts all products instead, `lengths`: of an NPU's graphs then; `formats`: by unit,
+    what it takes weights for; `fence`: units meet by calls of their runtimes; `prompt` and `tokens`: lengths; `chunk`:
+    tokens of a prompt that are computed at a time (None: as planned for this machine)."""
 
     memory: Memory | None = None
     units: tuple[str, ...] = ("cpu",)
     split: Shares = ()
+    cut: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = LENGTHS
     formats: Mapping[str, str] = field(default_factory=dict)
     fence: bool = False
     prompt: int = 256
     tokens: int = 64
     context: int | None = None
     threads: int | None = None
+    chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,11 @@ class Simulation:
             device, question.units, question.split, fence=question.fence, formats=question.formats
         )
         self.units = list(dict.fromkeys([*question.units, *(name for name, _ in question.split)]))
-        wishes = Wishes(question.threads, self._context(), memory=self._memory())
+        self.cutter: Cutter | None = None
+        if question.cut:
+            home = self.decoding.others
+            self.cutter = Cutter(device, question.cut, home, question.fence, question.formats, question.lengths)
+        wishes = Wishes(question.threads, self._context(), memory=self._memory(), chunk=question.chunk)
         self.plan, residency = make_plan(file, spec, wishes, self._flash())
         runs, plan = lay_out_runs(file.tensors, spec), self.plan
         layout = lay_out_model(
@@ -148,6 +158,8 @@ class Simulation:
         """A step of a program: "decode", "prefill" (a chunk), "head"."""
         operators = self.reader.operators(self.layout.programs[name], rows)
         placement: Placement = self.decoding if name == "decode" else self.prefilling
+        if self.cutter is not None:
+            placement = replace(placement, cuts=self.cutter.cut(operators))
         lookup = 0.0 if name == "head" else self._lookup(rows.tokens)
         return make_step(
             name, operators, self.device, placement, self._merged[name], self._spans[name], rows.tokens, lookup

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from coterie.scheduler.simulate import Answer, Phase, Question
     from coterie.scheduler.soc import Device
 
+AUTO = "auto"  # of --split
+
 
 def simulate(
     model: ModelArgument = None,
@@ -26,7 +28,11 @@ def simulate(
     ] = "cpu",
     split: Annotated[
         str,
-        typer.Option("--split", metavar="UNIT=SHARE,...", help="Cut decode's matrices by rows: gpu=0.75,npu=0.25."),
+        typer.Option(
+            "--split",
+            metavar="UNIT=SHARE,... | auto",
+            help="Cut decode's matrices by rows; auto: all, as is fastest.",
+        ),
     ] = "",
     formats: Annotated[
         str, typer.Option("--formats", metavar="UNIT=FORMAT,...", help="What a unit takes weights for, as npu=int4.")
@@ -53,9 +59,10 @@ def simulate(
         from coterie.scheduler.what_if import changed
 
         device = _device(soc, threads)
+        names, solve = tuple(units.split(",")), split == AUTO
         question = Question(
-            memory, tuple(units.split(",")), _shares(split), _pairs("--formats", formats), prompt=prompt, tokens=tokens,
-            context=context or None, threads=threads,
+            memory, names, () if solve else _shares(split), names if solve else (), prompt=prompt, tokens=tokens,
+            formats=_pairs("--formats", formats), context=context or None, threads=threads,
         )  # fmt: skip
         after = changed(what_if, device, question) if what_if else None
         with open_file(fetch.resolve(name, progress)) as file:
