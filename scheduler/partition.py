@@ -97,6 +97,8 @@ def solve(
     loads = _Loads(tokens, costs)
     best, least = None, (inf, 0)
     for candidate in candidates(rows, tokens, workers, shares):
+        if loads.rest(candidate) > least[0]:
+            continue
         found = loads.seconds(candidate, together), len(candidate.group) + (candidate.taker is not None)
         if found < least:
             best, least = candidate, found
@@ -165,6 +167,12 @@ class _Loads:
             first, then = self._cost(worker.name, rows, length), self.of(worker, rows, tokens - length)
             ways.append(Load((length, *then.runs), first.seconds + then.seconds, first.nbytes + then.nbytes))
         return min(ways, key=lambda load: load.seconds)
+
+    def rest(self, candidate: Candidate) -> float:
+        """Seconds that the tokens which are left over take alone: it takes no less."""
+        if candidate.taker is None:
+            return 0.0
+        return self.of(candidate.taker, candidate.bounds[-1], self._tokens - candidate.covered).seconds
 
     def seconds(self, candidate: Candidate, together: float) -> float:
         """Until all of it can be used."""
