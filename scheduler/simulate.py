@@ -15,7 +15,7 @@ from coterie.scheduler.clock import Clock, Outcome
 from coterie.scheduler.cutting import LENGTHS, Cutter
 from coterie.scheduler.device_model import Instruction, flash_rate
 from coterie.scheduler.layout import LOOKUPS, lay_out_model
-from coterie.scheduler.operators import Reader, Rows
+from coterie.scheduler.operators import Operator, Reader, Rows
 from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan
 from coterie.scheduler.soc import Device
@@ -156,14 +156,20 @@ class Simulation:
 
     def step(self, name: str, rows: Rows) -> Step:
         """A step of a program: "decode", "prefill" (a chunk), "head"."""
-        operators = self.reader.operators(self.layout.programs[name], rows)
-        placement: Placement = self.decoding if name == "decode" else self.prefilling
-        if self.cutter is not None:
-            placement = replace(placement, cuts=self.cutter.cut(operators))
+        operators, placement = self.operators(name, rows), self.placement(name, rows)
         lookup = 0.0 if name == "head" else self._lookup(rows.tokens)
         return make_step(
             name, operators, self.device, placement, self._merged[name], self._spans[name], rows.tokens, lookup
         )
+
+    def operators(self, name: str, rows: Rows) -> list[Operator]:
+        """Those of a program."""
+        return self.reader.operators(self.layout.programs[name], rows)
+
+    def placement(self, name: str, rows: Rows) -> Placement:
+        """Who does what in it."""
+        fixed = self.decoding if name == "decode" else self.prefilling
+        return replace(fixed, cuts=self.cutter.cut(self.operators(name, rows))) if self.cutter else fixed
 
     def _lookup(self, tokens: int) -> float:
         """Seconds until embeddings that are not pinned are there (expected): each extent that holds some is read once,

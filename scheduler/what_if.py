@@ -58,8 +58,8 @@ def _faster(device: Device, key: str, times: float) -> Device:
     if key == "flash":
         if device.flash is None:
             raise UsageError(f"nothing is known of the flash of {device.name}")
-        points = tuple(replace(p, bytes_per_s=p.bytes_per_s * times) for p in device.flash.points)
-        return replace(device, flash=FlashModel(points, device.flash.crowd), latency=device.latency / times)
+        flashes = {depth: _flash(each, times) for depth, each in device.flashes.items()}
+        return replace(device, flash=_flash(device.flash, times), flashes=flashes, latency=device.latency / times)
     if key == "bandwidth":
         units = {name: _wider(unit, times) for name, unit in device.units.items()}
         return replace(device, together=device.together * times, units=units)
@@ -67,6 +67,10 @@ def _faster(device: Device, key: str, times: float) -> Device:
         return replace(device, units={**device.units, key: _quicker(device.units[key], times)})
     known = ", ".join(["flash", "memory", "bandwidth", "sync", *device.units])
     raise UsageError(f"--what-if {key}: there is {known}")
+
+
+def _flash(flash: FlashModel, times: float) -> FlashModel:
+    return replace(flash, points=tuple(replace(p, bytes_per_s=p.bytes_per_s * times) for p in flash.points))
 
 
 def _wider(unit: UnitModel, times: float) -> UnitModel:

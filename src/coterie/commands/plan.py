@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coterie.commands import terminal
+from coterie.commands.explained import explanation_lines
 from coterie.commands.options import (
     Context,
     Json,
@@ -18,6 +19,16 @@ from coterie.commands.options import (
     pick_model,
     value_sources,
 )
+from coterie.errors import UsageError
+
+if TYPE_CHECKING:
+    from coterie.models.header import ModelHeader
+    from coterie.models.spec import ModelSpec
+    from coterie.scheduler.explain import Explanation
+    from coterie.scheduler.plan import Plan, Wishes
+    from coterie.scheduler.simulate import Answer
+
+PROMPT, TOKENS = 256, 64  # that --explain looks at
 
 
 def plan(
@@ -35,6 +46,10 @@ def plan(
     save: Annotated[
         Path | None, typer.Option("--save", metavar="FILE", help="Write the plan, for run --plan; packs the model.")
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say where a step's time goes, predicted; needs profile --flash and --units."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """What would be in memory and what streamed, and how fast that can be; reads only headers."""
@@ -63,12 +78,37 @@ def plan(
             if activations is not None:
                 wishes = replace(wishes, activations=activations_of(activations, spec, file))
             made, _ = make_plan(file, spec, wishes, flash_of(file, spec, wishes))
+            reasons = _reasons(file, spec, wishes, made) if explain else None
         if save is not None:
             write_plan(save, format_plan(made))
             progress.say([f"wrote {save}"])
         bandwidth = load_profile().memory_bandwidth
     forecast = made.forecast(bandwidth)
     if as_json:
-        terminal.write_json(made.as_dict() | {"forecast": forecast})
+        more = {"explain": reasons[0].as_dict()} if reasons else {}
+        terminal.write_json(made.as_dict() | {"forecast": forecast} | more)
     else:
-        terminal.write("\n".join([*made.lines(), made.forecast_line(forecast)]) + "\n")
+        lines = [*made.lines(), made.forecast_line(forecast), *(explanation_lines(*reasons) if reasons else [])]
+        terminal.write("\n".join(lines) + "\n")
+
+
+def _reasons(file: "ModelHeader", spec: "ModelSpec", wishes: "Wishes", plan: "Plan") -> "tuple[Explanation, Answer]":
+    """The plan in virtual time, on this machine as it was measured."""
+    from coterie.scheduler.explain import explain
+    from coterie.scheduler.simulate import Question, Simulation
+    from coterie.scheduler.this_machine import this_machine
+    from coterie.sizes import Share
+
+    if not plan.placement.exact:
+        raise UsageError("--explain knows only the CPU unit of this machine so far; drop --units")
+    prompt = min(PROMPT, plan.context // 2)
+    tokens = min(TOKENS, plan.context - prompt)
+    device, memory = this_machine(lanes=plan.lanes), wishes.memory
+    if not isinstance(memory, Share):
+        memory = plan.total if plan.streamed_per_token else device.memory
+    question = Question(
+        memory, prompt=prompt, tokens=tokens, context=plan.context, threads=plan.lanes, chunk=plan.chunk
+    )
+    simulation = Simulation(file, spec, device, question)
+    answer = simulation.answer()
+    return explain(simulation, file, answer), answer

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coterie.commands import terminal
+from coterie.commands.explained import explanation_lines
 from coterie.commands.options import Context, Json, Memory, ModelArgument, ModelOption, Threads, pick_model
 from coterie.errors import UsageError
 
@@ -47,6 +48,10 @@ def simulate(
     timeline: Annotated[
         Path | None, typer.Option("--timeline", metavar="FILE", help="Write what every unit did, for Perfetto.")
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say where the time goes, and what more would give."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Tokens/s, and what bounds them, of a model on a device that is described, not present (emulated)."""
@@ -55,6 +60,7 @@ def simulate(
         from coterie import fetch
         from coterie.models.load import read_spec
         from coterie.opening import open_file
+        from coterie.scheduler.explain import explain as reasons_of
         from coterie.scheduler.simulate import Question, Simulation
         from coterie.scheduler.what_if import changed
 
@@ -68,17 +74,20 @@ def simulate(
         with open_file(fetch.resolve(name, progress)) as file:
             spec = read_spec(file)
             progress("simulating")
-            answers = [Simulation(file, spec, *asked).answer() for asked in [(device, question), after] if asked]
+            made = [Simulation(file, spec, *asked) for asked in [(device, question), after] if asked]
+            answers = [simulation.answer() for simulation in made]
+            reasons = reasons_of(made[0], file, answers[0]) if explain else None
         if timeline is not None:
             _write(timeline, answers[0])
             progress.say([f"wrote {timeline}"])
     if as_json:
         data = answers[0].as_dict() | ({"what_if": {"changes": what_if} | answers[1].as_dict()} if after else {})
-        terminal.write_json(data)
+        terminal.write_json(data | ({"explain": reasons.as_dict()} if reasons else {}))
     else:
         lines = _lines(answers[0], question, device)
         if after:
             lines += ["", f"if {what_if}:", *_compared(answers[0], answers[1])]
+        lines += explanation_lines(reasons, answers[0]) if reasons else []
         terminal.write("\n".join(lines) + "\n")
 
 
