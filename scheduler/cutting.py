@@ -48,15 +48,19 @@ class Cutter:
         """A unit as the solver knows it."""
         unit, home = self.device.unit(name), self.device.unit(self.home)
         lengths = () if unit.kind != "npu" else (1,) if tokens == 1 else self.lengths
-        there_and_back = home.fence + unit.copy + unit.fence + home.copy if self.fence else home.sync + unit.sync
-        return Worker(name, unit.step, lengths, 0.0 if name == self.home else there_and_back)
+        if name == self.home:
+            return Worker(name, unit.step, lengths)
+        meeting = home.fence + unit.copy + unit.fence + home.copy if self.fence else home.sync + unit.sync
+        idle = (home.drained or 0.0) - (home.queued or 0.0)  # what comes next starts on a queue that has run empty
+        return Worker(name, unit.step, lengths, meeting + max(0.0, idle))
 
     def part(self, i: Instruction, unit: str, rows: int, tokens: int) -> Cost:
-        """What so many rows of a product, for so many tokens, take on a unit whose queue has run empty."""
+        """What so many rows of a product, for so many tokens, take: behind other work at home, elsewhere on a unit
+        whose queue has run empty."""
         model = self.device.unit(unit)
         own = replace(i, unit=unit, rows=rows, tokens=tokens, nbytes=i.nbytes * rows / i.rows)
         if self.formats and unit in self.formats:
             own = replace(own, format=self.formats[unit], kernel="")
         found = cost(own, self.device)
-        drained = found.launch if model.drained is None else min(found.launch, model.drained)
-        return replace(found, launch=drained)
+        known = model.queued if unit == self.home else model.drained
+        return replace(found, launch=found.launch if known is None else min(found.launch, known))

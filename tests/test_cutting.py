@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import phone
 import pytest
-from simulated import LLAMA_8B, PHONE, SMALL, simulation
+from simulated import LLAMA_1B, LLAMA_8B, PHONE, SMALL, simulation
 from test_partition import assert_whole
 
+from coterie.commands.measure_units import Shape
 from coterie.scheduler.bandwidth import until_all_end
 from coterie.scheduler.cutting import Cutter
 from coterie.scheduler.device_model import Instruction
@@ -26,12 +27,13 @@ def test_the_paper_s_ratios_come_out() -> None:
     assert found[FAR_OFF].found > 1.5
 
 
+@pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_1B])
 @pytest.mark.parametrize("prompt", [1, 31, 100, 300, 525])
-def test_cutting_is_never_slower(prompt: int) -> None:
+def test_cutting_is_never_slower(prompt: int, shape: Shape) -> None:
     """Than one unit, or the rule that gives all products of a prompt to the NPU."""
 
     def seconds(units: tuple[str, ...], cut: tuple[str, ...] = ()) -> tuple[float, float]:
-        made = simulation(PHONE, LLAMA_8B, prompt=prompt, tokens=4, units=units, cut=cut, memory=1 << 34, chunk=544)
+        made = simulation(PHONE, shape, prompt=prompt, tokens=4, units=units, cut=cut, memory=1 << 34, chunk=544)
         return made.prefill()[0].seconds, made.decode()[0].seconds
 
     prefill, decode = seconds(UNITS, UNITS)
