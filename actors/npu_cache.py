@@ -32,11 +32,12 @@ FILES = 4096
 
 class GraphCache:
     """The graphs of a runtime, in a folder. `limit` bytes and `files` files are kept, those used last, and all that
-    this cache has opened. `builds` and `loads` count what was compiled here, and what came from disk."""
+    this cache has opened. `builds` and `loads` count what was compiled here, and what came from disk; `nbytes` are the
+    graphs' own bytes."""
 
     def __init__(self, runtime: Runtime, folder: Path | None = None, limit: int = LIMIT, files: int = FILES) -> None:
         self.runtime, self.folder = runtime, folder or cache_dir() / "graphs"
-        self.builds = self.loads = 0
+        self.builds = self.loads = self.nbytes = 0
         self._limit, self._files = limit, files
         self._opened: set[Path] = set()
         self._maps: list[mmap.mmap] = []
@@ -60,7 +61,10 @@ class GraphCache:
             replace_file(path, blob + _checksum(path, np.frombuffer(blob, np.uint8)))
             self._prune(path)
             graph = self._load(path, form)
-        return graph or self.runtime.load(np.frombuffer(blob, np.uint8), form)
+        if graph is None:
+            graph = self.runtime.load(np.frombuffer(blob, np.uint8), form)
+            self.nbytes += len(blob)
+        return graph
 
     def drop_pages(self) -> None:
         """Let go of the files' pages in memory: runtimes have read what they keep of them, and what they look at again
@@ -86,6 +90,7 @@ class GraphCache:
         with suppress(UnitError):
             if digest == _checksum(path, blob):
                 graph = self.runtime.load(blob, form)
+                self.nbytes += blob.size
                 self._opened.add(path)
                 self._maps.append(pages)
                 with suppress(OSError):

@@ -43,7 +43,7 @@ class Graphs:
         self.cache = GraphCache(self.runtime)
         self.unit = NpuUnit(cpu.arena, buffers, cpu.abort_address)
         self._ranges: Ranges | None = None
-        self.nbytes = 0  # that the process grew by when graphs were loaded
+        self.nbytes = 0  # that the process grew by when graphs were loaded, at least the graphs' own
 
     def load(self, layout: ModelLayout) -> None:
         """Have every graph, and give it its buffers. Raises PlanError where an NPU cannot address them all."""
@@ -62,7 +62,7 @@ class Graphs:
         for program in layout.npu.values():
             self.unit.load(program, graphs[program.name])
         self._ranges = None
-        self.nbytes = _private_bytes() - before
+        self.nbytes = max(_private_bytes() - before, self.cache.nbytes)  # others may have given memory back meanwhile
         self.cache.drop_pages()
 
     def describe(self) -> dict[str, Any]:
