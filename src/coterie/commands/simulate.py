@@ -11,10 +11,13 @@ from coterie.commands.options import Context, Json, Memory, ModelArgument, Model
 from coterie.errors import UsageError
 
 if TYPE_CHECKING:
+    from coterie.models.header import ModelHeader
+    from coterie.models.spec import ModelSpec
+    from coterie.scheduler.choice import Choice
     from coterie.scheduler.simulate import Answer, Phase, Question
     from coterie.scheduler.soc import Device
 
-AUTO = "auto"  # of --split
+AUTO = "auto"  # of --units and --split
 
 
 def simulate(
@@ -25,7 +28,7 @@ def simulate(
     ] = "this",
     memory: Memory = None,
     units: Annotated[
-        str, typer.Option("--units", metavar="UNIT,...", help="Who works: the NPU prefills, the first other decodes.")
+        str, typer.Option("--units", metavar="UNIT,...", help="Who works; auto: whoever is fastest together.")
     ] = "cpu",
     split: Annotated[
         str,
@@ -61,10 +64,12 @@ def simulate(
         from coterie.models.load import read_spec
         from coterie.opening import open_file
         from coterie.scheduler.explain import explain as reasons_of
-        from coterie.scheduler.simulate import Question, Simulation
+        from coterie.scheduler.simulate import Question
         from coterie.scheduler.what_if import changed
 
         device = _device(soc, threads)
+        if units == AUTO and split:
+            raise UsageError("--units auto decides who does what; drop --split")
         names, solve = tuple(units.split(",")), split == AUTO
         question = Question(
             memory, names, () if solve else _shares(split), names if solve else (), prompt=prompt, tokens=tokens,
@@ -74,21 +79,36 @@ def simulate(
         with open_file(fetch.resolve(name, progress)) as file:
             spec = read_spec(file)
             progress("simulating")
-            made = [Simulation(file, spec, *asked) for asked in [(device, question), after] if asked]
-            answers = [simulation.answer() for simulation in made]
-            reasons = reasons_of(made[0], file, answers[0]) if explain else None
+            found = [_choices(file, spec, *asked) for asked in [(device, question), after] if asked]
+            made, answers = found[0][0], [each[0].answer for each in found]
+            reasons = reasons_of(made.simulation, file, made.answer) if explain else None
         if timeline is not None:
             _write(timeline, answers[0])
             progress.say([f"wrote {timeline}"])
     if as_json:
         data = answers[0].as_dict() | ({"what_if": {"changes": what_if} | answers[1].as_dict()} if after else {})
+        data |= {"units": list(made.question.units), "cut": bool(made.question.cut)}
         terminal.write_json(data | ({"explain": reasons.as_dict()} if reasons else {}))
     else:
-        lines = _lines(answers[0], question, device)
+        lines = _lines(answers[0], made.question, device) + _others(found[0])
         if after:
             lines += ["", f"if {what_if}:", *_compared(answers[0], answers[1])]
         lines += explanation_lines(reasons, answers[0]) if reasons else []
         terminal.write("\n".join(lines) + "\n")
+
+
+def _choices(file: "ModelHeader", spec: "ModelSpec", device: "Device", question: "Question") -> "list[Choice]":
+    """What was asked for, or with units that are to be chosen all that can be, the fastest first."""
+    from coterie.scheduler.choice import choices, one_choice
+
+    choose = choices if question.units == (AUTO,) else one_choice
+    return choose(file, spec, device, question)
+
+
+def _others(found: "list[Choice]") -> list[str]:
+    """What was not chosen, next best first."""
+    rest = [f"{choice.name} {choice.seconds / found[0].seconds:.2f}" for choice in found[1:]]
+    return [f"chosen: {found[0].name}; the others take, in times of this: {'; '.join(rest)}"] if rest else []
 
 
 def _device(soc: str, threads: int | None) -> "Device":
