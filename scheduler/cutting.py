@@ -1,9 +1,11 @@
 """Cutting the products of a step across a device's units, by what the device model says of their parts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, product
 
 from coterie.scheduler.device_model import Cost, Instruction, cost
+from coterie.scheduler.joint import Kind, Option, share_out
 from coterie.scheduler.operators import Operator
 from coterie.scheduler.partition import Cut, Worker, solve
 from coterie.scheduler.soc import Device
@@ -11,6 +13,34 @@ from coterie.scheduler.steps import LINEAR, Product, product_of
 from coterie.storage.weights import PINNED
 
 LENGTHS = (64, 128, 256, 512, 1024)  # tokens for which an NPU has graphs, beside one of a single token
+
+
+Shape = tuple[str, int, int]  # kind, rows, columns: of a product's weights
+Place = tuple[int, Shape]  # with the layer
+
+
+def shape_of(i: Instruction) -> Shape:
+    return i.kind, i.rows, i.columns
+
+
+def place_of(i: Instruction) -> Place:
+    return i.layer, shape_of(i)
+
+
+def cuttable(operator: Operator) -> bool:
+    """Whether it is a product whose weights are in memory."""
+    return operator.instruction.kind in LINEAR and operator.first == PINNED
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A step's operators, and how often there is such a step."""
+
+    operators: Sequence[Operator]
+    times: float
+
+    def products(self) -> list[Instruction]:
+        return [operator.instruction for operator in self.operators if cuttable(operator)]
 
 
 @dataclass(frozen=True)
@@ -26,23 +56,67 @@ class Cutter:
     formats: Mapping[str, str] | None = None
     lengths: tuple[int, ...] = LENGTHS
 
-    def cut(self, operators: Iterable[Operator]) -> dict[Product, Cut]:
-        """The best cut of each product whose weights are in memory; streamed ones are not cut."""
+    def cut(self, operators: Iterable[Operator], outside: Collection[Place] = ()) -> dict[Product, Cut]:
+        """The best cut of each product whose weights are in memory; streamed ones are not cut. `outside`: products of
+        which units with a window take no part."""
         found: dict[Product, Cut] = {}
+        alike: dict[tuple[Instruction, bool], Cut] = {}
         for operator in operators:
-            i = operator.instruction
-            if i.kind in LINEAR and operator.first == PINNED and product_of(i) not in found:
-                found[product_of(i)] = self.best(i)
+            if not cuttable(operator):
+                continue
+            i, inside = operator.instruction, place_of(operator.instruction) not in outside
+            plain = replace(i, layer=-1)
+            if (plain, inside) not in alike:
+                alike[plain, inside] = self.best(plain, inside=inside)
+            found[product_of(i)] = alike[plain, inside]
         return found
 
-    def best(self, i: Instruction) -> Cut:
-        """The best cut of one product."""
-        workers = [self.worker(name, i.tokens) for name in self.units]
+    def best(self, i: Instruction, *, inside: bool = True) -> Cut:
+        """The best cut of one product; not `inside`: without units that have a window."""
+        workers = [self.worker(name, i.tokens) for name in self.units if inside or not self.device.unit(name).window]
 
         def part(unit: str, rows: int, tokens: int) -> Cost:
             return self.part(i, unit, rows, tokens)
 
         return solve(i.rows, i.tokens, workers, part, together=self.device.together)
+
+    def outside(self, phases: Sequence[Steps]) -> list[set[Place]]:
+        """Of each phase the products that the unit with a window leaves to others, so that all weights it computes with
+        fit, in the least time of all. Raises PlanError where that cannot be, UsageError as share_out."""
+        banned: list[set[Place]] = [set() for _ in phases]
+        name = next((name for name in self.units if self.device.unit(name).window), "")
+        if not name:
+            return banned
+        layers: dict[Shape, set[int]] = {}
+        for phase in phases:
+            for i in phase.products():
+                layers.setdefault(shape_of(i), set()).add(i.layer)
+        others = any(not self.device.unit(each).window for each in self.units)
+        ways = list(product((True, False) if others else (True,), repeat=len(phases)))  # when the unit takes part
+        kinds = [
+            Kind(len(found), tuple(self._option(name, shape, way, phases) for way in ways))
+            for shape, found in layers.items()
+        ]
+        counts = share_out(kinds, self.device.unit(name).window or 0.0)
+        for (shape, found), each in zip(layers.items(), counts, strict=True):
+            left = iter(sorted(found))
+            for way, count in zip(ways, each, strict=True):
+                for layer in islice(left, count):
+                    for places, inside in zip(banned, way, strict=True):
+                        if not inside:
+                            places.add((layer, shape))
+        return banned
+
+    def _option(self, name: str, shape: Shape, way: Sequence[bool], phases: Sequence[Steps]) -> Option:
+        """A product with the unit inside in some phases: seconds of all steps, bytes of the weights it has for it."""
+        seconds, nbytes = 0.0, 0.0
+        for phase, inside in zip(phases, way, strict=True):
+            i = next((i for i in phase.products() if shape_of(i) == shape), None)
+            if i is not None:
+                cut = self.best(replace(i, layer=-1), inside=inside)
+                rows = max((piece.rows for piece in cut.pieces if piece.unit == name), default=0)
+                seconds, nbytes = seconds + phase.times * cut.seconds, max(nbytes, rows * i.nbytes / i.rows)
+        return Option(seconds, nbytes)
 
     def worker(self, name: str, tokens: int) -> Worker:
         """A unit as the solver knows it."""

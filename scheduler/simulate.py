@@ -6,13 +6,14 @@ ledger); only the units are models. Decode is simulated at a few positions, pref
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import ceil
 
 from coterie.errors import PlanError, UsageError
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.clock import Clock, Outcome
-from coterie.scheduler.cutting import LENGTHS, Cutter
+from coterie.scheduler.cutting import LENGTHS, Cutter, Place, Steps
 from coterie.scheduler.device_model import Instruction, flash_rate
 from coterie.scheduler.layout import LOOKUPS, lay_out_model
 from coterie.scheduler.operators import Operator, Reader, Rows
@@ -169,7 +170,20 @@ class Simulation:
     def placement(self, name: str, rows: Rows) -> Placement:
         """Who does what in it."""
         fixed = self.decoding if name == "decode" else self.prefilling
-        return replace(fixed, cuts=self.cutter.cut(self.operators(name, rows))) if self.cutter else fixed
+        if self.cutter is None:
+            return fixed
+        prompts, tokens = self._outside
+        outside = prompts if name == "prefill" else tokens
+        return replace(fixed, cuts=self.cutter.cut(self.operators(name, rows), outside))
+
+    @cached_property
+    def _outside(self) -> list[set[Place]]:
+        """Products that do not fit a unit's window, of prompts' chunks and of tokens."""
+        assert self.cutter is not None
+        chunk = max(1, min(self.question.prompt, self.plan.chunk))
+        prompts = Steps(self.operators("prefill", Rows(chunk, 0)), self.question.prompt / chunk)
+        tokens = Steps(self.operators("decode", Rows(1, self.question.prompt)), self.question.tokens)
+        return self.cutter.outside([prompts, tokens])
 
     def _lookup(self, tokens: int) -> float:
         """Seconds until embeddings that are not pinned are there (expected): each extent that holds some is read once,

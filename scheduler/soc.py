@@ -54,7 +54,8 @@ class UnitModel:
     queue, `drained` when the queue had run empty (None: as alone); `sync`: until another unit knows by a flag that one
     is finished, `fence`: by a call of the runtime; `copy`: for the buffers of one kernel, where they are not shared;
     `beside_flash`: share of its speed that is left while flash is read; `power`: watts while it is busy (None: not
-    known); `shares`: the unit whose cores it runs on ("": its own); `rates` by format, or by the name of a kernel."""
+    known); `shares`: the unit whose cores it runs on ("": its own); `window`: bytes of weights that it can address
+    (None: all memory); `rates` by format, or by the name of a kernel."""
 
     name: str
     kind: str
@@ -71,6 +72,7 @@ class UnitModel:
     beside_flash: float = 1.0
     power: float | None = None
     shares: str = ""
+    window: float | None = None
     measured: bool = False
 
     def rates_of(self, kernel: str, format: str) -> Rates:

@@ -134,6 +134,7 @@ def _unit(name: str, table: "_Table") -> UnitModel:
         beside_flash=table.share("beside_flash", 1.0),
         power=table.number_or_none("power"),
         shares=table.text("shares", ""),
+        window=table.number_or_none("window"),
     )
     table.done()
     return unit

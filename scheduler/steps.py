@@ -28,11 +28,11 @@ class Portion(NamedTuple):
     runs: tuple[int, ...] = ()
 
 
-Product = tuple[str, int, int, int, str]  # kind, rows, columns, tokens, format: products that are alike
+Product = tuple[int, str, int, int, int, str]  # layer, kind, rows, columns, tokens, format
 
 
 def product_of(i: Instruction) -> Product:
-    return i.kind, i.rows, i.columns, i.tokens, i.format
+    return i.layer, i.kind, i.rows, i.columns, i.tokens, i.format
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ from simulated import LLAMA_1B, LLAMA_8B, PHONE, SMALL, simulation
 from test_partition import assert_whole
 
 from coterie.commands.measure_units import Shape
+from coterie.errors import PlanError
 from coterie.scheduler.bandwidth import until_all_end
 from coterie.scheduler.cutting import Cutter
 from coterie.scheduler.device_model import Instruction
 from coterie.scheduler.operators import Rows
+from coterie.scheduler.simulate import Simulation
 from coterie.scheduler.soc import Device, Rates, UnitModel
+from coterie.scheduler.steps import product_of
 from coterie.sizes import Share
 
 UNITS = "gpu", "npu"
@@ -103,3 +106,37 @@ def test_perturbed_profiles_have_valid_plans(seed: int) -> None:
 def test_small_models_are_cut_too() -> None:
     made = simulation(PHONE, SMALL, prompt=40, tokens=4, units=("cpu", "gpu", "npu"), cut=("cpu", "gpu", "npu"))
     assert made.answer().prefill
+
+
+def window(nbytes: float) -> Device:
+    return replace(PHONE, units={**PHONE.units, "npu": replace(PHONE.units["npu"], window=nbytes)})
+
+
+def npu_bytes(made: Simulation) -> float:
+    """Bytes of the weights that the NPU computes with, for prompts or tokens."""
+    found: dict[tuple[object, ...], float] = {}
+    for name, rows in (("prefill", Rows(64, 0)), ("decode", Rows(1, 64))):
+        placement = made.placement(name, rows)
+        for operator in made.operators(name, rows):
+            i = operator.instruction
+            cut = placement.cuts.get(product_of(i))
+            taken = max((piece.rows for piece in cut.pieces if piece.unit == "npu"), default=0) if cut else 0
+            key = i.layer, i.kind, i.rows, i.columns
+            found[key] = max(found.get(key, 0.0), taken * i.nbytes / max(1, i.rows))
+    return sum(found.values())
+
+
+def test_an_npu_computes_with_what_it_can_address() -> None:
+    """The checklist's row 46: with less to address fewer products are the NPU's, and it is never faster."""
+    pytest.importorskip("highspy", reason="pip install -e .[plan]")
+    before = 0.0
+    for part in (1.0, 0.6, 0.3, 0.1, 0.01):
+        device = window(part * 700e6)
+        asked = {"prompt": 64, "tokens": 4, "units": UNITS, "cut": UNITS, "memory": 1 << 34, "chunk": 64}
+        made = simulation(device, LLAMA_1B, **asked)
+        assert npu_bytes(made) <= part * 700e6
+        seconds = made.prefill()[0].seconds
+        assert seconds >= 0.98 * before
+        before = max(before, seconds)
+    with pytest.raises(PlanError, match="products want at least"):
+        simulation(window(1e6), LLAMA_1B, prompt=64, units=("npu",), cut=("npu",), memory=1 << 34).answer()
