@@ -1,7 +1,8 @@
 """Cutting the products of a step across a device's units, by what the device model says of their parts."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice, product
 
 from coterie.scheduler.device_model import Cost, Instruction, cost
@@ -13,7 +14,7 @@ from coterie.scheduler.steps import LINEAR, Product, product_of
 from coterie.storage.weights import PINNED
 
 LENGTHS = (64, 128, 256, 512, 1024)  # tokens for which an NPU has graphs, beside one of a single token
-
+OWN_BYTES = {"int4": 0.5, "int8": 1.0, "f16": 2.0, "f16_sdk": 2.0}  # of a weight, in formats that only units have
 
 Shape = tuple[str, int, int]  # kind, rows, columns: of a product's weights
 Place = tuple[int, Shape]  # with the layer
@@ -55,44 +56,41 @@ class Cutter:
     fence: bool = False
     formats: Mapping[str, str] | None = None
     lengths: tuple[int, ...] = LENGTHS
+    _known: dict[tuple[Instruction, bool], Cut] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def cut(self, operators: Iterable[Operator], outside: Collection[Place] = ()) -> dict[Product, Cut]:
         """The best cut of each product whose weights are in memory; streamed ones are not cut. `outside`: products of
         which units with a window take no part."""
-        found: dict[Product, Cut] = {}
-        alike: dict[tuple[Instruction, bool], Cut] = {}
-        for operator in operators:
-            if not cuttable(operator):
-                continue
-            i, inside = operator.instruction, place_of(operator.instruction) not in outside
-            plain = replace(i, layer=-1)
-            if (plain, inside) not in alike:
-                alike[plain, inside] = self.best(plain, inside=inside)
-            found[product_of(i)] = alike[plain, inside]
-        return found
+        products = [operator.instruction for operator in operators if cuttable(operator)]
+        return {product_of(i): self.best(i, inside=place_of(i) not in outside) for i in products}
 
     def best(self, i: Instruction, *, inside: bool = True) -> Cut:
-        """The best cut of one product; not `inside`: without units that have a window."""
-        workers = [self.worker(name, i.tokens) for name in self.units if inside or not self.device.unit(name).window]
+        """The best cut of one product; not `inside`: without units that have a window. Those have the last rows, so
+        that what they take for few tokens is a part of what they take for many, or the other way round."""
+        i = replace(i, layer=-1)
+        if (i, inside) not in self._known:
+            names = sorted(self.units, key=self._has_window)
+            workers = [self.worker(name, i.tokens) for name in names if inside or not self._has_window(name)]
+            part = partial(self.part, i)
+            self._known[i, inside] = solve(i.rows, i.tokens, workers, part, together=self.device.together)
+        return self._known[i, inside]
 
-        def part(unit: str, rows: int, tokens: int) -> Cost:
-            return self.part(i, unit, rows, tokens)
-
-        return solve(i.rows, i.tokens, workers, part, together=self.device.together)
+    def _has_window(self, name: str) -> bool:
+        return self.device.unit(name).window is not None
 
     def outside(self, phases: Sequence[Steps]) -> list[set[Place]]:
         """Of each phase the products that the unit with a window leaves to others, so that all weights it computes with
         fit, in the least time of all. Raises PlanError where that cannot be, UsageError as share_out."""
         banned: list[set[Place]] = [set() for _ in phases]
-        name = next((name for name in self.units if self.device.unit(name).window), "")
+        name = next(filter(self._has_window, self.units), "")
         if not name:
             return banned
         layers: dict[Shape, set[int]] = {}
         for phase in phases:
             for i in phase.products():
                 layers.setdefault(shape_of(i), set()).add(i.layer)
-        others = any(not self.device.unit(each).window for each in self.units)
-        ways = list(product((True, False) if others else (True,), repeat=len(phases)))  # when the unit takes part
+        choices = (True,) if all(map(self._has_window, self.units)) else (True, False)
+        ways = list(product(choices, repeat=len(phases)))  # in which phases the unit takes part
         kinds = [
             Kind(len(found), tuple(self._option(name, shape, way, phases) for way in ways))
             for shape, found in layers.items()
@@ -113,10 +111,15 @@ class Cutter:
         for phase, inside in zip(phases, way, strict=True):
             i = next((i for i in phase.products() if shape_of(i) == shape), None)
             if i is not None:
-                cut = self.best(replace(i, layer=-1), inside=inside)
+                cut = self.best(i, inside=inside)
                 rows = max((piece.rows for piece in cut.pieces if piece.unit == name), default=0)
-                seconds, nbytes = seconds + phase.times * cut.seconds, max(nbytes, rows * i.nbytes / i.rows)
+                row = i.columns * OWN_BYTES[own] if (own := self._format(name)) in OWN_BYTES else i.nbytes / i.rows
+                seconds, nbytes = seconds + phase.times * cut.seconds, max(nbytes, rows * row)
         return Option(seconds, nbytes)
+
+    def _format(self, name: str) -> str:
+        """What a unit takes weights for, "": what they are."""
+        return (self.formats or {}).get(name, "")
 
     def worker(self, name: str, tokens: int) -> Worker:
         """A unit as the solver knows it."""
@@ -133,8 +136,8 @@ class Cutter:
         whose queue has run empty."""
         model = self.device.unit(unit)
         own = replace(i, unit=unit, rows=rows, tokens=tokens, nbytes=i.nbytes * rows / i.rows)
-        if self.formats and unit in self.formats:
-            own = replace(own, format=self.formats[unit], kernel="")
+        if self._format(unit):
+            own = replace(own, format=self._format(unit), kernel="")
         found = cost(own, self.device)
         known = model.queued if unit == self.home else model.drained
         return replace(found, launch=found.launch if known is None else min(found.launch, known))
