@@ -82,9 +82,9 @@ def _label(i: Instruction) -> str:
 def _placed(i: Instruction, placement: Placement, device: Device) -> tuple[str, float]:
     """Where an operator runs, and seconds."""
     cut = placement.cuts.get(product_of(i))
-    if cut is not None and len(cut.pieces) > 1:
+    if cut is not None:
         parts = [f"{p.unit} {p.rows} rows x {'+'.join(map(str, p.runs))}" for p in cut.pieces]
-        return f"{cut.strategy}: {', '.join(parts)}", cut.seconds
+        return cut.units[0] if cut.strategy == "one unit" else f"{cut.strategy}: {', '.join(parts)}", cut.seconds
     portions = placement.of(i)
     times = [_seconds(i, portion.unit, portion.share, placement, device) for portion in portions]
     names = [p.unit if p.share == 1 else f"{p.unit} {100 * p.share:.0f} %" for p in portions]

@@ -36,6 +36,9 @@ def test_cuts_are_named() -> None:
     assert down.count == 32
     assert down.where.startswith("rows: gpu ")
     assert "npu" in down.where
+    padded = simulation(PHONE, LLAMA_8B, prompt=200, tokens=0, units=("npu",), cut=("npu",), memory=1 << 34, chunk=224)
+    lines = [line for line in table(padded, "prefill", Rows(200, 0)) if line.name.startswith("ffn")]
+    assert {line.where.split(" ", 1)[0] for line in lines} <= {"padding:", "lengths:"}
     norm = next(line for line in table(made, "prefill", Rows(256, 0)) if line.name == "norm")
     assert norm.where == "gpu"
 
