@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, product
 
-from coterie.scheduler.device_model import Cost, Instruction, cost
+from coterie.scheduler.device_model import Cost, Instruction, cost, in_format, launches
 from coterie.scheduler.joint import Kind, Option, share_out
 from coterie.scheduler.operators import Operator
 from coterie.scheduler.partition import Cut, Worker, solve
@@ -136,8 +136,6 @@ class Cutter:
         whose queue has run empty."""
         model = self.device.unit(unit)
         own = replace(i, unit=unit, rows=rows, tokens=tokens, nbytes=i.nbytes * rows / i.rows)
-        if self._format(unit):
-            own = replace(own, format=self._format(unit), kernel="")
-        found = cost(own, self.device)
-        known = model.queued if unit == self.home else model.drained
-        return replace(found, launch=found.launch if known is None else min(found.launch, known))
+        found = cost(in_format(own, self._format(unit)), self.device)
+        _, queued, drained = launches(found, model)
+        return replace(found, launch=queued if unit == self.home else drained)

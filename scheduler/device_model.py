@@ -14,6 +14,7 @@ and actors/dilated.py: `Cost.bytes_per_s` is what an instruction wants of it.
 """
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Literal
 
 from coterie.errors import UsageError
@@ -93,6 +94,17 @@ def cost(i: Instruction, device: Device) -> Cost:
     if i.kind in ("matmul", "ffn"):
         return _product(i, unit, rates)
     return _plain(i, unit, rates)
+
+
+def launches(found: Cost, unit: UnitModel) -> tuple[float, float, float]:
+    """Seconds to launch a kernel alone, behind another one in the unit's queue, and on a queue that has run empty."""
+    queued, drained = (inf if known is None else known for known in (unit.queued, unit.drained))
+    return found.launch, min(found.launch, queued), min(found.launch, drained)
+
+
+def in_format(i: Instruction, format: str) -> Instruction:
+    """The same with weights in a format that only its unit has ("": as they are), for which there is no kernel here."""
+    return replace(i, format=format, kernel="") if format else i
 
 
 def _read(i: Instruction, device: Device) -> Cost:

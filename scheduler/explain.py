@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from coterie.errors import CoterieError
 from coterie.models.header import ModelHeader
-from coterie.scheduler.device_model import Instruction, cost, part
+from coterie.scheduler.device_model import Instruction, cost, in_format, part
 from coterie.scheduler.operators import Rows
 from coterie.scheduler.simulate import Answer, Question, Simulation
 from coterie.scheduler.soc import Device
@@ -93,9 +93,7 @@ def _placed(i: Instruction, placement: Placement, device: Device) -> tuple[str, 
 
 def _seconds(i: Instruction, unit: str, share: float, placement: Placement, device: Device) -> float:
     own = replace(i, unit=unit) if share == 1 else part(i, share, unit, device.unit(unit).step)
-    if placement.formats and unit in placement.formats:
-        own = replace(own, format=placement.formats[unit], kernel="")
-    return cost(own, device).seconds
+    return cost(in_format(own, placement.format_of(unit)), device).seconds
 
 
 def changes(simulation: Simulation, file: ModelHeader, now: Answer) -> Iterator[Change]:

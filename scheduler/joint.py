@@ -30,13 +30,11 @@ class Kind:
 def share_out(kinds: Sequence[Kind], limit: float) -> list[list[int]]:
     """How many products of each kind take each of its options, so that all take least time and want `limit` bytes at
     most. Raises PlanError where nothing is small enough, UsageError where HiGHS is needed and missing."""
-    best = [
-        min(range(len(kind.options)), key=[option.seconds for option in kind.options].__getitem__) for kind in kinds
-    ]
-    if sum(kind.count * kind.options[n].nbytes for kind, n in zip(kinds, best, strict=True)) <= limit:
+    fastest = [min(kind.options, key=lambda option: option.seconds) for kind in kinds]
+    if sum(kind.count * option.nbytes for kind, option in zip(kinds, fastest, strict=True)) <= limit:
         return [
-            [kind.count * (n == chosen) for n in range(len(kind.options))]
-            for kind, chosen in zip(kinds, best, strict=True)
+            [kind.count * (n == kind.options.index(option)) for n in range(len(kind.options))]
+            for kind, option in zip(kinds, fastest, strict=True)
         ]
     least = sum(kind.count * min(option.nbytes for option in kind.options) for kind in kinds)
     if least > limit:

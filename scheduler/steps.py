@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from coterie.errors import UsageError
-from coterie.scheduler.device_model import Cost, Instruction, cost, part
+from coterie.scheduler.device_model import Cost, Instruction, cost, in_format, launches, part
 from coterie.scheduler.operators import Operator
 from coterie.scheduler.partition import Cut
 from coterie.scheduler.soc import Device
@@ -46,6 +46,10 @@ class Placement:
     fence: bool = False
     formats: Mapping[str, str] | None = None
     cuts: Mapping[Product, Cut] = field(default_factory=dict)
+
+    def format_of(self, unit: str) -> str:
+        """What a unit takes weights for, "": what they are."""
+        return (self.formats or {}).get(unit, "")
 
     def of(self, i: Instruction) -> tuple[Portion, ...]:
         cut = self.cuts.get(product_of(i))
@@ -229,13 +233,10 @@ class _Maker:
 
     def _task(self, i: Instruction, waits: tuple[int, ...], needs: int, frees: int, share: float = 1.0) -> int:
         unit = self.device.units[i.unit]
-        if self.placement.formats and i.unit in self.placement.formats:
-            i = replace(i, format=self.placement.formats[i.unit], kernel="")
+        i = in_format(i, self.placement.format_of(i.unit))
         if i not in self._costs:
             found = cost(i, self.device)
-            queued = found.launch if unit.queued is None else min(found.launch, unit.queued)
-            drained = found.launch if unit.drained is None else min(found.launch, unit.drained)
-            self._costs[i] = found, (found.launch, queued, drained)
+            self._costs[i] = found, launches(found, unit)
         found, launch = self._costs[i]
         name = i.kernel.partition(":")[0] or i.kind
         task = Task(
