@@ -22,7 +22,7 @@ from coterie.actors.sweep import Sweep, memory_bandwidth
 from coterie.commands.measure_pauses import measure_pauses
 from coterie.commands.measure_units import measure_units
 from coterie.commands.terminal import Progress
-from coterie.models.load import read_spec
+from coterie.models.load import open_source, read_spec
 from coterie.opening import open_file
 from coterie.scheduler.operators import Rows
 from coterie.scheduler.profile import DeviceProfile, FlashProfile, file_system, load_profile
@@ -42,9 +42,9 @@ POINT = 0.15  # seconds
 
 def measured_device(model: Path, lanes: int, progress: Progress) -> Device:
     """This machine, as it is now."""
-    with open_file(model) as file:
+    with open_source(model) as file:
         formats = {tensor.format for tensor in file.tensors.values() if tensor.rows > 1}
-        packed = packed_path(file)  # type: ignore[arg-type]
+        packed = packed_path(file)
     known = load_profile().flash.get(file_system(packed))
     flash = None
     with Sweep(packed) as sweep:

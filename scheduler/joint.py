@@ -49,7 +49,7 @@ def _solved(kinds: Sequence[Kind], limit: float) -> list[list[int]]:
         raise UsageError(
             "this plan has to fit an NPU's memory, for which HiGHS is needed: pip install 'coterie[plan]'"
         ) from None
-    model: Any = highspy.Highs()  # type: ignore[no-untyped-call]
+    model: Any = highspy.Highs()
     model.setOptionValue("output_flag", False)
     model.setOptionValue("mip_rel_gap", 0.0)
     scale = max(option.seconds for kind in kinds for option in kind.options) or 1.0

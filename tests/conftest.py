@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from packed_models import packed, small_extents
+from simulated import ROWS, UNIT
 
 from coterie import paths
+from coterie.scheduler import profile
 
 
 def pytest_configure() -> None:
@@ -44,3 +46,13 @@ def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("COTERIE_HOME", str(home))
     monkeypatch.setenv("COTERIE_CONFIG", str(tmp_path / "config.toml"))
     return home
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> profile.DeviceProfile:
+    """A profile of this machine, made up, in a cache folder of the test's own."""
+    monkeypatch.setenv("COTERIE_HOME", str(tmp_path))
+    flash = profile.FlashProfile("io_uring", 1 << 20, 4, 4e9, False, ROWS)
+    found = profile.DeviceProfile(2e10, {profile.file_system(tmp_path): flash}, {"2": UNIT})
+    profile.save_profile(found)
+    return found

@@ -7,6 +7,7 @@ from typing import Any, cast
 from coterie.commands.measure_units import Shape, made_up
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
+from coterie.scheduler.profile import FlashRow, KernelCost, UnitProfile
 from coterie.scheduler.simulate import Question, Simulation
 from coterie.scheduler.soc import Device
 from coterie.scheduler.soc_file import load_soc
@@ -27,3 +28,17 @@ def on_paper(shape: Shape, format: str = "Q4_0") -> tuple[ModelHeader, ModelSpec
 
 def simulation(device: Device = PHONE, shape: Shape = SMALL, **asked: Any) -> Simulation:
     return Simulation(*on_paper(shape), device, Question(**{"memory": Share(1.0), "prompt": 16, "tokens": 8, **asked}))
+
+
+# A machine that was measured: by depth, so many GB/s; two lanes that read 10 GB/s and compute 1 T/s.
+ROWS = tuple(FlashRow("sequential", "io_uring", 1 << 20, depth, 1 << 30, depth * 1e9, 1.0) for depth in (1, 2, 4))
+KERNELS = tuple(
+    KernelCost(name, 1e-5, rate, bandwidth, 0.0)
+    for name, rate, bandwidth in [
+        *((f"{family}:Q4_0:1", 0.0, 1e10) for family in ("matmul", "ffn_up", "ffn_down")),
+        *((f"{family}:Q4_0:4", 1e12, 0.0) for family in ("matmul", "ffn_up", "ffn_down")),
+        ("matmul:Q4_0:2", 0.0, 1e10),
+        *((family, 1e12, 0.0) for family in ("attend", "attend_one", "norm", "rope", "merge", "embed:Q4_0")),
+    ]
+)
+UNIT = UnitProfile(2, KERNELS, 1e-4, 2e-4, 0.8)

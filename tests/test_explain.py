@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from simulated import LLAMA_1B, LLAMA_8B, PHONE, on_paper, simulation
-from test_this_machine import measured  # noqa: F401 - a fixture
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
@@ -64,7 +63,7 @@ def run(*words: str) -> Any:
     return CliRunner().invoke(app, list(words))
 
 
-def test_the_commands(tmp_path: Path, measured: DeviceProfile) -> None:  # noqa: F811
+def test_the_commands(tmp_path: Path, measured: DeviceProfile) -> None:
     model = str(write_tiny(tmp_path / "tiny.gguf"))
     asked = f"simulate {model} --soc snapdragon-8gen3 --units cpu,npu --split auto -p 32 -n 4".split()
     result = run(*asked, "--explain")

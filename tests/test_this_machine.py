@@ -13,31 +13,10 @@ from coterie.errors import UsageError
 from coterie.scheduler import profile
 from coterie.scheduler import this_machine as machine
 from coterie.scheduler.device_model import Instruction
-from coterie.scheduler.profile import DeviceProfile, FlashProfile, FlashRow, KernelCost, UnitProfile, load_profile
+from coterie.scheduler.profile import DeviceProfile, load_profile
 from coterie.scheduler.simulate import Question, Simulation
 from coterie.scheduler.this_machine import this_machine
 from coterie.sizes import Share
-
-ROWS = tuple(FlashRow("sequential", "io_uring", 1 << 20, depth, 1 << 30, depth * 1e9, 1.0) for depth in (1, 2, 4))
-KERNELS = tuple(
-    KernelCost(name, 1e-5, rate, bandwidth, 0.0)
-    for name, rate, bandwidth in [
-        *((f"{family}:Q4_0:1", 0.0, 1e10) for family in ("matmul", "ffn_up", "ffn_down")),
-        *((f"{family}:Q4_0:4", 1e12, 0.0) for family in ("matmul", "ffn_up", "ffn_down")),
-        ("matmul:Q4_0:2", 0.0, 1e10),
-        *((family, 1e12, 0.0) for family in ("attend", "attend_one", "norm", "rope", "merge", "embed:Q4_0")),
-    ]
-)
-UNIT = UnitProfile(2, KERNELS, 1e-4, 2e-4, 0.8)
-
-
-@pytest.fixture
-def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeviceProfile:
-    monkeypatch.setenv("COTERIE_HOME", str(tmp_path))
-    flash = FlashProfile("io_uring", 1 << 20, 4, 4e9, False, ROWS)
-    found = DeviceProfile(2e10, {profile.file_system(tmp_path): flash}, {"2": UNIT})
-    profile.save_profile(found)
-    return found
 
 
 def test_this_machine_is_what_was_measured(measured: DeviceProfile) -> None:
