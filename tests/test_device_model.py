@@ -106,7 +106,7 @@ def test_swapping_operands_makes_about_six_times() -> None:
 
 def test_an_npu_is_little_better_than_a_gpu_at_ffn_down() -> None:
     for tokens in (256, 512, 1024, 2048):
-        assert 0.5 <= product("gpu", 4096, 14336, tokens) / product("npu", 4096, 14336, tokens) <= 1.55
+        assert 0.5 <= product("gpu", 4096, 14336, tokens) / product("npu", 4096, 14336, tokens) <= 1.5
         assert product("gpu", 14336, 4096, tokens) / product("npu", 14336, 4096, tokens) > 4
     for tokens in (1, 2):  # and worse for few
         assert product("gpu", 4096, 14336, tokens) < product("npu", 4096, 14336, tokens)
