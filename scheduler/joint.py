@@ -38,7 +38,8 @@ def share_out(kinds: Sequence[Kind], limit: float) -> list[list[int]]:
         ]
     least = sum(kind.count * min(option.nbytes for option in kind.options) for kind in kinds)
     if least > limit:
-        raise PlanError(f"products want at least {least:.0f} bytes of a memory of {limit:.0f}; name another unit beside it")
+        wanted = f"products want at least {least:.0f} bytes of a memory of {limit:.0f}"
+        raise PlanError(f"{wanted}; name another unit beside it")
     return _solved(kinds, limit)
 
 
