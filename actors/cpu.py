@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,16 @@ class CpuUnit:
         """Tell the lanes which flags count a flash unit's reads."""
         self._header[r.ARRIVED], self._header[r.FREED] = arrived, freed
         self._header[r.YIELD] = int(self.lanes >= len(os.sched_getaffinity(0)))
+
+    def give(self, words: Mapping[int, int]) -> None:
+        """Tell the lanes in the next steps' headers how much of products is another unit's (record.GIVEN_...)."""
+        for word, count in words.items():
+            self._header[word] = count
+
+    def product_seconds(self) -> dict[str, float]:
+        """How long lanes have computed matrices ("matmul") and feed-forward networks ("ffn") so far, on average."""
+        words = {"matmul": r.LINE_MATMUL, "ffn": r.LINE_FFN}
+        return {kind: self._count(word) / self.lanes / cycles_per_second() for kind, word in words.items()}
 
     @property
     def next_epoch(self) -> int:

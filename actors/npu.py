@@ -1,15 +1,16 @@
 """The NPU unit: static-shape graphs, run one after the other by a thread that meets the CPU unit's lanes at flags."""
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.host import UnitLost
 from coterie.actors.lanes import NAP, cycles_per_second
+from coterie.actors.npu_product import Product
 from coterie.errors import CoterieError
 from coterie.kernels import library
 from coterie.kernels import record as r
@@ -21,18 +22,15 @@ SLICE = 0.1  # seconds of waiting for a flag after which the thread looks around
 LAST_WAIT = 5.0  # seconds that close waits for a graph under way
 
 
-class BoundGraph(Protocol):
-    """A graph whose input and output are buffers of the arena."""
-
-    def run(self) -> None: ...
-
-
 class NpuUnit:
-    """Runs programs of graphs. `abort`: address of the word that calls the CPU unit's lanes off."""
+    """Runs programs of graphs. `abort`: address of the word that calls the CPU unit's lanes off; `cores`: those that
+    its thread keeps to (none: any)."""
 
-    def __init__(self, arena: Arena, buffers: UnitBuffers, abort: int) -> None:
-        self.arena, self.buffers = arena, buffers
-        self._programs: dict[str, list[tuple[tuple[int, ...], BoundGraph]]] = {}
+    def __init__(self, arena: Arena, buffers: UnitBuffers, abort: int, cores: Collection[int] = ()) -> None:
+        self.arena, self.buffers, self._cores = arena, buffers, cores
+        self._programs: dict[str, list[tuple[tuple[int, ...], Product]]] = {}
+        self._pieces: dict[int, int] = {}
+        self.busy = dict[int, int]()
         self._await, self._post = library.function("lane_await", 6), library.function("lane_post", 2)
         self._watch, self._nap = library.function("lane_watch", 4), arena.address(buffers.nap)
         self._event, self.cycles = library.function("lane_event", 7), library.function("lane_cycles", 0)
@@ -48,13 +46,13 @@ class NpuUnit:
             self._ring = arena.address(buffers.rings)
         self._thread: threading.Thread | None = None
 
-    def load(self, program: Program, graphs: list[BoundGraph]) -> None:
-        """A program, and the graph of each of its records."""
+    def load(self, program: Program, products: list[Product]) -> None:
+        """A program, and the product of each of its records."""
         base, records = self.arena.base, []
-        for row, graph in zip(program.words[: program.length], graphs, strict=True):
+        for row, product in zip(program.words[: program.length], products, strict=True):
             flag, opcode = base + int(row[r.SET]), int(row[r.OPCODE])
             waits = tuple(base + int(row[r.WAIT + n]) - r.FOREIGN for n in range(r.WAITS) if row[r.WAIT + n])
-            records.append(((flag, opcode, *waits), graph))
+            records.append(((flag, opcode, *waits), product))
         self._programs[program.name] = records
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="coterie-npu", daemon=True)
@@ -65,9 +63,10 @@ class NpuUnit:
         self._record(started, self.cycles(), r.Opcode.BUILD, 0)
 
     @contextmanager
-    def beside(self, name: str, epoch: int) -> Iterator[None]:
-        """Run a program while the CPU unit runs its step of that number. Raises UnitLost where a graph fails."""
-        self.begin(name, epoch)
+    def beside(self, name: str, epoch: int, pieces: dict[int, int]) -> Iterator[None]:
+        """Run a program while the CPU unit runs its step of that number: of each product so many pieces, by opcode.
+        Raises UnitLost where a graph fails."""
+        self.begin(name, epoch, pieces)
         try:
             yield
         except BaseException:
@@ -75,9 +74,10 @@ class NpuUnit:
             self.check()  # if it complains, that is the reason
             raise
 
-    def begin(self, name: str, epoch: int) -> None:
+    def begin(self, name: str, epoch: int, pieces: dict[int, int]) -> None:
         """Start a program beside the CPU unit's step of that number."""
-        self._name, self._epoch, self._complaint = name, epoch, ""
+        self._name, self._epoch, self._complaint, self._pieces = name, epoch, "", pieces
+        self.busy = dict.fromkeys(pieces, 0)
         self._serial += 1
         self._post(self._go, self._serial)
 
@@ -93,6 +93,10 @@ class NpuUnit:
         if self._complaint:
             raise UnitLost("npu", self._complaint)
 
+    def busy_seconds(self) -> dict[int, float]:
+        """How long products of each opcode took in the last step."""
+        return {opcode: cycles / cycles_per_second() for opcode, cycles in self.busy.items()}
+
     def waits(self) -> tuple[float, float]:
         """Seconds of waiting for other units so far: asleep, and looking."""
         slept, polled = self.arena.numpy(self.buffers.counts)[0, [r.LINE_SLEPT, r.LINE_POLLED]]
@@ -100,6 +104,8 @@ class NpuUnit:
 
     def _serve(self) -> None:
         """The unit's thread."""
+        if self._cores:
+            os.sched_setaffinity(0, self._cores)
         serial = 0
         while True:
             while not self._watch(self._go, serial + 1, 0, self._nap):
@@ -115,18 +121,20 @@ class NpuUnit:
                 self._fail(f"a graph failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             self._post(self._parked, serial)
 
-    def _run(self, records: list[tuple[tuple[int, ...], BoundGraph]]) -> None:
+    def _run(self, records: list[tuple[tuple[int, ...], Product]]) -> None:
         most = int(SLICE * cycles_per_second())
-        for (flag, opcode, *waits), graph in records:
+        for (flag, opcode, *waits), product in records:
             asked = self.cycles()
             for awaited in waits:
                 while not self._await(awaited, self._epoch, self._own_abort, self._rate, self._counts, most):
                     if self._abort_word[0]:
                         return
             begun = self.cycles()
-            graph.run()
-            self._record(begun, self.cycles(), opcode, begun - asked)
+            product.run(self._pieces[opcode & 0xFFFF])
+            ended = self.cycles()
+            self.busy[opcode & 0xFFFF] += ended - begun
             self._post(flag, self._epoch)
+            self._record(begun, ended, opcode, begun - asked)
 
     def _fail(self, complaint: str) -> None:
         self._complaint = complaint
@@ -141,5 +149,5 @@ class NpuUnit:
         thread, self._thread = self._thread, None
         if thread is not None:
             self.call_off()
-            self.begin("", 0)
+            self.begin("", 0, {})
             thread.join(LAST_WAIT)

@@ -16,7 +16,8 @@ def unit_copies(placement: Placement, spec: ModelSpec) -> dict[str, int]:
         copies["gpu"] = GPU_RUNTIME
     if placement.prefill == "npu":
         heads = (2 * spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
-        weights = WEIGHTS * spec.dim * (heads + 3 * spec.ffn_dim)
+        parts = {kind: cut.points[-1] / cut.of for kind, cut in placement.cuts.items()}
+        weights = WEIGHTS * spec.dim * (parts["matmul"] * heads + parts["ffn"] * 3 * spec.ffn_dim)
         widths = 4 * (4 * spec.dim + heads + 3 * spec.ffn_dim)  # bytes of a row in a layer's graphs
         layers = len(spec.layers)
         copies["npu"] = NPU_RUNTIME + sum(int(layers * (weights + rows * widths)) for rows in placement.lengths)

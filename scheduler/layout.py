@@ -116,7 +116,7 @@ def lay_out_model(
     on_gpu = _on_gpu(spec, weights, shared, ledger, placement, gpu, chunk)
     on_npu: dict[str, Program] = {}
     for length in placement.lengths:
-        beside = NpuLowering(spec, weights, shared, ledger, rows=length)
+        beside = NpuLowering(spec, weights, shared, ledger, rows=length, tile=tile)
         name = f"prefill@{length}"
         body, on_npu[name] = beside.both(name, f"graphs@{length}")
         programs += [body, beside.head(f"head@{length}")]

@@ -5,7 +5,8 @@ preparation that each lane runs for itself, so that a layer costs five hand-over
 over rows and claimed like the rest.
 """
 
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import ClassVar, TypedDict
 
 from coterie.kernels import operands as o
 from coterie.kernels.formats import COLUMNS, ROWS
@@ -25,7 +26,16 @@ PANEL_BYTES = 448 << 10  # of activations that stay in the second-level cache
 
 
 class Lowering(Workspace):
-    """Compiles programs for up to `rows` rows in tiles of `tile` tokens."""
+    """Compiles programs for up to `rows` rows in tiles of `tile` tokens.
+
+    given  of products in which other units take part, the header word that says how much is theirs
+    again  what another unit sums up of each FFN, to be added to `z`
+    plain  where norms leave their rows for units with graphs
+    """
+
+    given: ClassVar[Mapping[str, int]] = {}
+    again: BufferRef | None = None
+    plain: BufferRef | None = None
 
     # --- programs ---------------------------------------------------------------------------------
 
@@ -125,10 +135,10 @@ class Lowering(Workspace):
             o.NORM_X_OUT: self.x[self._at],
             o.NORM_ROW: 4 * self.width,
             o.NORM_Y: add,
+            o.NORM_AGAIN: self.again if add is self.z else None,
             o.NORM_POST: post,
             o.NORM_WEIGHT: weight,
             o.NORM_DIM: self.spec.dim,
-            o.NORM_SUBS: self.width // COLUMNS,
             o.NORM_EPS: float(self.spec.norm_eps),
             o.NORM_OUT: None if alone else out.ints,
             o.NORM_OUT_LANE: out.int_lane,
@@ -136,9 +146,9 @@ class Lowering(Workspace):
             o.NORM_FLOAT_LANE: out.float_lane,
             o.NORM_TILE: self.final_tile if select else self.tile,
             o.NORM_SELECT: int(select),
-            o.NORM_Y_ROW: 4 * self.width,
             o.NORM_TILE_SUBS: out.subs,
             o.NORM_PLANES: self.planes if select else 1,
+            o.NORM_PLAIN: None if select else self.plain,
         }
         if woven:
             operands |= {
@@ -160,10 +170,8 @@ class Lowering(Workspace):
             o.NORM_POST: norms.get("post_ffw_norm"),
             o.NORM_WEIGHT: norms["ffn_norm"],  # it reads one
             o.NORM_DIM: self.spec.dim,
-            o.NORM_SUBS: self.width // COLUMNS,
             o.NORM_EPS: float(self.spec.norm_eps),
             o.NORM_TILE: self.tile,
-            o.NORM_Y_ROW: 4 * self.width,
             o.NORM_PLANES: 1,
         }
         b.add(kernel_name("norm"), Opcode.NORM, operands, layer=len(self.weights.layers) - 1)
@@ -190,8 +198,10 @@ class Lowering(Workspace):
         outputs: bool = False,
         prepare: Draft | None = None,
         waits: list[int] | None = None,
+        given: tuple[int, int, int] = (0, 0, 0),
     ) -> int:
-        """y[row][column:] = matrix x[row], a slice after the other."""
+        """y[row][column:] = matrix x[row], a slice after the other. `given`: the header word that says which share of a
+        product is another unit's, and of its row groups those before this matrix, and all."""
         run, number = matrix.run, 0
         tiles, lane = x.of(matrix.format)
         token = FLOAT_TOKEN if matrix.format.is_float else INT8_TOKEN
@@ -217,6 +227,9 @@ class Lowering(Workspace):
                 o.MATMUL_PER: run.per,
                 o.MATMUL_STRIDE: run.stride,
                 o.MATMUL_ARRIVAL: 0 if part.position == PINNED else part.position + 1,
+                o.MATMUL_GIVEN: given[0],
+                o.MATMUL_BEFORE: given[1] + first,
+                o.MATMUL_ALL: given[2],
             }
             number = b.add(
                 kernel_name("matmul", matrix.format.name, tile), Opcode.MATMUL, operands,
@@ -234,12 +247,14 @@ class Lowering(Workspace):
         third, where every one has a format of its own, waits for the first). What is streamed is computed in order."""
         pinned = all(part.position == PINNED for matrix in layer.projections for part in matrix.slices)
         waits, column, numbers = [len(b.drafts) - 1] if b.drafts else [], 0, list[int]()
+        groups = sum(matrix.rows for matrix in layer.projections) // ROWS
         for matrix in layer.projections:
             before = numbers[-1:] or waits
             if pinned:
                 before = waits if len(numbers) < 2 else numbers[:1]
             target = self.normed, self.qkv, column, self.qkv_width
-            numbers.append(self._matmul(b, i, matrix, *target, prepare=ready, waits=before))
+            given = self.given.get("qkv", 0), column // ROWS, groups
+            numbers.append(self._matmul(b, i, matrix, *target, prepare=ready, waits=before, given=given))
             column += matrix.rows
         return numbers[-2:] if pinned else numbers[-1:]
 
@@ -296,7 +311,8 @@ class Lowering(Workspace):
 
     def _mix(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> None:
         """Attention's output matrix."""
-        self._matmul(b, i, layer.output, self.attended, self.y, 0, self.width, prepare=ready)
+        given = self.given.get("out", 0), 0, layer.output.run.items
+        self._matmul(b, i, layer.output, self.attended, self.y, 0, self.width, prepare=ready, given=given)
 
     def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN, ready: Draft | None) -> None:
         layout = ffn.layout
@@ -353,6 +369,7 @@ class Lowering(Workspace):
             o.UP_SCRATCH: self.ffn_scratch,
             o.UP_SCRATCH_LANE: self.ffn_lane,
             o.UP_UP_OFFSET: layout.gate_bytes,
+            o.UP_GIVEN: self.given.get("up", 0),
         }
 
     def _down(self, ffn: FFN, span: Span) -> dict[int, Operand]:
@@ -370,6 +387,8 @@ class Lowering(Workspace):
             o.DOWN_CHUNK: max(1, layout.down_groups // (PIECES * self.lanes)),
             o.DOWN_PANEL: max(1, PANEL_BYTES // (self.rows * token * layout.down.subs)),
             o.DOWN_KEEP: int(span.first > 0),
+            o.DOWN_GIVEN: self.given.get("down", 0),
+            o.DOWN_WITHOUT: self.given.get("sums", 0),
         }
 
 

@@ -1,40 +1,60 @@
-"""Compile prompts' chunks for a CPU unit and an NPU unit together: static-shape graphs do the matrix products, the CPU
-unit all else (llm.npu, section 3: norms, attention and rotary positions stay in floating point).
+"""Compile prompts' chunks for a CPU unit and an NPU unit together: static-shape graphs compute a part of the matrix
+products, or all of them, the CPU unit the rest and all else (llm.npu, section 3: norms, attention and rotary positions
+stay in floating point; HeteroInfer, section 4.2: a product cut by the rows of its weights).
 
-A layer's graphs are `qkv`, `out` and `ffn` (Gate, Up, activation and Down in one). Each unit has a program of its own;
-they meet at flags, three times a layer and direction.
+A layer's graphs are `qkv`, `out` and `ffn` (Gate, Up, activation and Down in one). Of qkv and out the NPU computes the
+first rows, into its columns of the CPU unit's own output; of an ffn the first neurons, whose sums the next norm adds.
+How much is in the step's header. Each unit has a program of its own; they meet at flags, three times a layer and
+direction.
 """
 
+from itertools import pairwise
+from typing import ClassVar
+
 import numpy as np
+from numpy.typing import NDArray
 
 from coterie.kernels import operands as o
-from coterie.kernels.formats import COLUMNS, Format
+from coterie.kernels import record as r
+from coterie.kernels.formats import ROWS
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
 from coterie.models.spec import ModelSpec
-from coterie.scheduler.buffers import Shared, Tiles
+from coterie.scheduler.balance import Given
+from coterie.scheduler.buffers import Shared
 from coterie.scheduler.lower import Lowering
 from coterie.scheduler.program import Draft, Operand, Program, ProgramBuilder
-from coterie.storage.arena import BufferRef, Ledger, round_up
+from coterie.storage.arena import BufferRef, Ledger
 from coterie.storage.weights import FFN, Layer, Weights
+
+GROUPED = {"qkv": "matmul", "out": "matmul", "ffn": "ffn"}  # kinds of graphs whose cuts move together
+SHARES = {"matmul": (r.GIVEN_QKV, r.GIVEN_OUT), "ffn": (r.GIVEN_UP,)}  # header words that say how much is given
 
 
 class NpuLowering(Lowering):
     """Compiles the two programs of chunks of up to `rows` tokens, the graphs' length; graphs work on all rows, of which
     a shorter chunk's last ones hold what nobody reads."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, shared: Shared, ledger: Ledger, *, rows: int) -> None:
-        super().__init__(spec, weights, shared, ledger, mode="prefill", rows=rows, tile=1)
+    given: ClassVar = {"qkv": r.GIVEN_QKV, "out": r.GIVEN_OUT, "up": r.GIVEN_UP, "sums": r.GIVEN_UP}
 
-    def _allocate_ffn(self) -> None:
-        """The graphs keep what is between Gate and Down to themselves."""
-
-    def _tiles(self, columns: int, rows: int, readers: list[Format], shared: bool = False) -> Tiles:
-        """What graphs read: plain float rows. The head's matrix is the CPU unit's."""
-        if rows == self.shared.logits.shape[0]:
-            return super()._tiles(columns, rows, readers, shared)
-        subs = round_up(columns, COLUMNS) // COLUMNS
-        return Tiles(None, self.ledger.allocate("activations", (rows, COLUMNS * subs), np.float32), subs, 0, 0)
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        shared: Shared,
+        ledger: Ledger,
+        *,
+        rows: int,
+        tile: int,
+    ) -> None:
+        self.length = rows
+        super().__init__(spec, weights, shared, ledger, mode="prefill", rows=rows, tile=tile)
+        self.z = self._floats(self.rows, self.width)  # y still holds what norms have added
+        self.plain = self.normed_rows = self._floats(self.rows, self.width)
+        self.again = self.sums = self._floats(self.rows, self.width)
+        self.piece = self._floats(
+            self.length, max(self.width, self.qkv_width)
+        )  # what one graph makes, until it is added
 
     def both(self, name: str, graphs: str) -> tuple[Program, Program]:
         """All layers: the CPU unit's program, and the NPU unit's."""
@@ -43,32 +63,51 @@ class NpuLowering(Lowering):
         cpu.add(kernel_name("meet"), Opcode.POST, {})  # the step ends on the CPU unit, behind the last graph
         return cpu.build(), self._npu.build()
 
-    def _graph(self, b: ProgramBuilder, i: int, kind: str, x: BufferRef, y: BufferRef) -> None:
+    # --- operators in which graphs take part ----------------------------------------------------------
+
+    def _graph(
+        self, b: ProgramBuilder, i: int, kind: str, parts: tuple[int, int, int], x: BufferRef, y: BufferRef
+    ) -> int:
+        """Have the NPU unit compute its share of a product, once the last instruction is done; returns the flag that it
+        posts then. `parts`: row groups or clusters, rows or neurons of each, and of all."""
+        count, each, rows = parts
         operands: dict[int, Operand] = {
             o.GRAPH_X: x,
-            o.GRAPH_X_ROW: 4 * x.shape[1],
+            o.GRAPH_X_ROW: 4 * x.shape[-1],
             o.GRAPH_Y: y,
-            o.GRAPH_Y_ROW: 4 * y.shape[1],
+            o.GRAPH_Y_ROW: 4 * y.shape[-1],
+            o.GRAPH_PIECE: self.piece,
+            o.GRAPH_COUNT: count,
+            o.GRAPH_EACH: each,
+            o.GRAPH_ROWS: rows,
         }
         opcode = Opcode.FFN if kind == "ffn" else Opcode.MATMUL
-        name = kernel_name("graph", kind, self.rows)
         self._npu.meet(b.drafts[-1].flag)
-        self._npu.add(name, opcode, operands, layer=i, waits=[])
-        b.meet(self._npu.drafts[-1].flag)
-
-    # --- operators that are graphs ------------------------------------------------------------------
+        self._npu.add(kernel_name("graph", kind, self.length), opcode, operands, layer=i, waits=[])
+        return self._npu.drafts[-1].flag
 
     def _project(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> list[int]:
-        self._graph(b, i, "qkv", _rows(self.normed), self.qkv)
-        return [len(b.drafts) - 1]
+        rows = sum(matrix.rows for matrix in layer.projections)
+        flag = self._graph(b, i, "qkv", (rows // ROWS, ROWS, rows), self.normed_rows, self.qkv)
+        numbers = super()._project(b, i, layer, ready)
+        b.meet(flag)
+        met = b.add(kernel_name("meet"), Opcode.POST, {}, layer=i, waits=numbers[-2:-1])
+        return [met, numbers[-1]]
 
     def _mix(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> None:
-        self._graph(b, i, "out", _rows(self.attended), self.y)
+        parts = layer.output.run.items, ROWS, layer.output.rows
+        flag = self._graph(b, i, "out", parts, self.attention, self.y)
+        super()._mix(b, i, layer, ready)
+        b.meet(flag)
 
     def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN, ready: Draft | None) -> None:
-        self._graph(b, i, "ffn", _rows(self.normed), self.z)
+        layout = ffn.layout
+        flag = self._graph(b, i, "ffn", (layout.clusters, layout.neurons, layout.ffn_dim), self.normed_rows, self.sums)
+        super()._ffn(b, i, ffn, ready)
+        b.meet(flag)
 
 
-def _rows(tiles: Tiles) -> BufferRef:
-    assert tiles.floats is not None
-    return tiles.floats
+def pieces(words: NDArray[np.int64], cut: Given) -> list[tuple[int, int]]:
+    """The first row, or neuron, of each of a record's graphs, and that behind its last; some may have none."""
+    each, rows = int(words[o.GRAPH_EACH]), int(words[o.GRAPH_ROWS])
+    return list(pairwise(min(rows, each * bound) for bound in cut.bounds(int(words[o.GRAPH_COUNT]))))

@@ -2,10 +2,12 @@
 then it follows the seed systems: prompts' products on the NPU or the GPU, decode on the GPU where both are busy
 otherwise."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from coterie.errors import UsageError
+from coterie.scheduler.balance import Given
 
 UNITS = ("cpu", "gpu", "npu")
 LENGTHS = (128,)  # rows of graphs; each length costs another copy of all weights
@@ -19,21 +21,47 @@ ROLES = {  # of the units asked for: who computes prompts, and who decodes
 }
 
 
+SPLITS = ("layer", "tensor")
+PARTS = {"matmul": 4, "ffn": 8}  # equal parts of products, of which an NPU takes some, by kind
+REACH = 2  # parts by which a cut may move from where it begins, for which there are graphs
+
+
 @dataclass(frozen=True)
 class Placement:
     """Who computes prompts, "cpu", "gpu" or "npu" (graphs of `lengths` rows, and the CPU unit all else), and who
-    decodes."""
+    decodes.
+
+    split  "layer": an operator is one unit's; "tensor": the CPU unit computes a part of other units' products
+    cuts   of prompts' products between the NPU and the CPU unit, by kind
+    kept   cores, the last ones, that the CPU unit leaves to units which compute on cores
+    """
 
     prefill: str = "cpu"
     decode: str = "cpu"
     lengths: tuple[int, ...] = ()
+    split: str = "layer"
+    cuts: Mapping[str, Given] = field(default_factory=dict)
+    kept: int = 0
 
     @classmethod
-    def of(cls, units: Sequence[str], chunk: int) -> "Placement":
+    def of(cls, units: Sequence[str], chunk: int, split: str = "layer", kept: int = 0) -> "Placement":
         """The placement for a set of units and chunks of so many tokens. Raises UsageError for a set that cannot be."""
         prefill, decode = ROLES[check_units(units)]
+        if split not in SPLITS:
+            raise UsageError(f"split is {split!r:.40}: there are {' and '.join(SPLITS)}")
+        if split == "tensor" and len(units) == 1:
+            raise UsageError(f"{units[0]} alone shares its products with no unit: --split tensor needs --units")
         lengths = tuple(sorted({min(length, chunk) for length in LENGTHS})) if prefill == "npu" else ()
-        return cls(prefill, decode, lengths)
+        cuts = dict[str, Given]()
+        if prefill == "npu":
+            cuts = {kind: Given.around(of // 2, of, REACH) for kind, of in PARTS.items()}
+            if split == "layer":
+                cuts = dict.fromkeys(PARTS, Given.whole())
+        return cls(prefill, decode, lengths, split, cuts, kept)
+
+    def own_cores(self) -> tuple[int, ...]:
+        """The cores of units beside the CPU unit; none: they may use all."""
+        return tuple(sorted(os.sched_getaffinity(0))[-self.kept :]) if self.kept else ()
 
     @property
     def exact(self) -> bool:
@@ -48,7 +76,8 @@ class Placement:
         """What each unit does, for people."""
         parts: dict[str, list[str]] = {"cpu": [], "gpu": [], "npu": []}
         if self.prefill == "npu":
-            parts["npu"].append("prompts' matrix products")
+            some = "a part of " * (self.split == "tensor")
+            parts["npu"].append(f"{some}prompts' matrix products")
             parts["cpu"].append("the rest of prompts")
         else:
             parts[self.prefill].append("prompts")

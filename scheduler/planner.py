@@ -132,7 +132,8 @@ class _Draft:
         self.file, self.spec, self.wishes, self.flash = file, spec, wishes, flash
         self.runs = lay_out_runs(file.tensors, spec)
         self.sector = flash.sector if flash else PAGE
-        self.lanes = available_cores() if wishes.threads is None else wishes.threads
+        others = int(wishes.split == "tensor" and available_cores() > 1)  # who computes on cores has one of its own
+        self.lanes = available_cores() - others if wishes.threads is None else wishes.threads
         if not 1 <= self.lanes <= MAX_LANES:
             raise UsageError(f"{self.lanes} threads: choose 1 to {MAX_LANES}")
         self.context = wishes.context
@@ -225,7 +226,8 @@ class _Draft:
             raise PlanError(f"{self.file.path.name}: {error}; raise --memory by {need + 1} MiB, or lower -c") from None
 
     def placement(self, chunk: int) -> Placement:
-        return Placement.of(self.wishes.units, chunk)
+        wishes, kept = self.wishes, max(0, available_cores() - self.lanes) if self.wishes.split == "tensor" else 0
+        return Placement.of(wishes.units, chunk, wishes.split, kept)
 
     def chunks(self, context: int) -> list[int]:
         """Sizes of a prompt's chunk that may be tried, the largest first."""
@@ -299,6 +301,7 @@ class _Draft:
         weights = layout.weights
         given = {name: getattr(wishes, name) for name in ("threads", "context", "memory", "chunk")}
         given["units"] = None if wishes.units == ("cpu",) else wishes.units
+        given["split"] = None if wishes.split == "layer" else wishes.split
         flash, bundles, placement = self.flash, bundle_runs(self.runs), self.placement(chunk)
         numerics = "exact" if placement.exact else "near"
         if flash is not None and residency.ring and wishes.block is None:

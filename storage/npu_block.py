@@ -30,6 +30,7 @@ class Form:
     activation           of an ffn, else None
     swapped              compute (W x^T)^T, so that the weights stream and the activations stay (HeteroLLM, section 4.1)
     folded               present the n rows as a x b of them; None: as they are (llm.npu, section 4)
+    part                 which rows of the weights, or neurons of an ffn, from the first to behind the last; None: all
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Form:
     activation: Activation | None = None
     swapped: bool = False
     folded: tuple[int, int] | None = None
+    part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if (self.activation is not None) != (self.kind == "ffn"):

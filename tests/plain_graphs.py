@@ -9,12 +9,15 @@ import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.npu import NpuUnit
+from coterie.actors.npu_product import Product
 from coterie.graphs import rows_at
 from coterie.kernels import operands as o
 from coterie.kernels.record import OPCODE
 from coterie.models.llama import activated
 from coterie.models.load import Model
 from coterie.scheduler.layout import ModelLayout
+from coterie.scheduler.lower_npu import GROUPED, pieces
+from coterie.scheduler.placement import Placement
 from coterie.storage.packer import half_split_rows
 from coterie.storage.unit import UnitBuffers
 
@@ -40,20 +43,29 @@ class PlainGraph:
 class PlainGraphs:
     """In place of coterie.graphs.Graphs."""
 
-    def __init__(self, cpu: CpuUnit, buffers: UnitBuffers, model: Model, progress: Callable[..., None]) -> None:
-        self.arena, self.model = cpu.arena, model
+    def __init__(
+        self, cpu: CpuUnit, buffers: UnitBuffers, model: Model, progress: Callable[..., None], placement: Placement
+    ) -> None:
+        self.arena, self.model, self.cuts = cpu.arena, model, placement.cuts
         self.unit = NpuUnit(cpu.arena, buffers, cpu.abort_address)
         self.graphs: list[PlainGraph] = []
 
     def load(self, layout: ModelLayout) -> None:
         for program in layout.npu.values():
-            made = []
+            made = list[Product]()
             for kernel, row in zip(program.kernels, program.words, strict=True):
                 _, kind, rows = kernel.split(":")
                 x, y = (rows_at(self.arena, int(row[at]), int(rows), int(row[at + 1])) for at in (o.GRAPH_X, o.GRAPH_Y))
-                made.append(PlainGraph(block(self.model, kind, int(row[OPCODE]) >> 16), x, y))
-            self.graphs += made
-            self.unit.load(program, list(made))
+                graphs, outputs, firsts = list[PlainGraph](), list[Floats](), list[int]()
+                for first, last in pieces(row, self.cuts[GROUPED[kind]]):
+                    width = y.shape[1] if kind == "ffn" else last - first
+                    out = y if kind == "ffn" and not graphs else np.zeros((int(rows), width), np.float32)
+                    graphs.append(PlainGraph(block(self.model, kind, int(row[OPCODE]) >> 16, first, last), x, out))
+                    outputs.append(out)
+                    firsts.append(first)
+                made.append(Product(graphs, outputs, y, None if kind == "ffn" else firsts))
+                self.graphs += graphs
+            self.unit.load(program, made)
 
     def describe(self) -> dict[str, Any]:
         return {"unit": "npu", "runtime": "numpy"}
@@ -62,8 +74,8 @@ class PlainGraphs:
         self.unit.close()
 
 
-def block(model: Model, kind: str, layer: int) -> Callable[[Floats], Floats]:
-    """What a graph of that kind does with padded rows."""
+def block(model: Model, kind: str, layer: int, first: int, last: int) -> Callable[[Floats], Floats]:
+    """What a graph of some rows, or neurons, of that kind does with padded rows."""
     spec, source = model.spec, model.source
 
     def weights(name: str) -> Floats:
@@ -73,10 +85,11 @@ def block(model: Model, kind: str, layer: int) -> Callable[[Floats], Floats]:
         return found
 
     if kind == "qkv":
-        joined = np.concatenate([weights(f"attn_{name}") for name in "qkv"])
+        joined = np.concatenate([weights(f"attn_{name}") for name in "qkv"])[first:last]
         return lambda x: x[:, : joined.shape[1]] @ joined.T
     if kind == "out":
-        out = weights("attn_output")
+        out = weights("attn_output")[first:last]
         return lambda x: x[:, : out.shape[1]] @ out.T
-    gate, up, down = (weights(f"ffn_{name}") for name in ("gate", "up", "down"))
+    gate, up = (weights(f"ffn_{name}")[first:last] for name in ("gate", "up"))
+    down = weights("ffn_down")[:, first:last]
     return lambda x: activated(spec.activation, x[:, : spec.dim] @ gate.T, x[:, : spec.dim] @ up.T) @ down.T

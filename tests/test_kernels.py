@@ -206,10 +206,8 @@ def norm_operands(m: Machine, x: BufferRef, weight: BufferRef, dim: int, tile: i
         o.NORM_ROW: 4 * x.shape[1],
         o.NORM_WEIGHT: weight,
         o.NORM_DIM: dim,
-        o.NORM_SUBS: x.shape[1] // 32,
         o.NORM_EPS: EPS,
         o.NORM_TILE: tile,
-        o.NORM_Y_ROW: 4 * x.shape[1],
         o.NORM_TILE_SUBS: x.shape[1] // 32,
         o.NORM_PLANES: 1,
     }

