@@ -21,9 +21,11 @@ class Given:
     points: tuple[int, ...]
 
     @classmethod
-    def around(cls, parts: int, of: int, reach: int) -> "Given":
-        """A cut that may move by `reach` parts."""
-        return cls(parts, of, tuple(range(max(1, parts - reach), min(of, parts + reach) + 1)))
+    def around(cls, parts: int, of: int) -> "Given":
+        """A cut that may move by one or two parts up, and by half down: a graph's fixed costs make many small ones
+        expensive, and down to nothing is always possible."""
+        points = {parts // 2, parts, parts + 1, parts + 2} if parts > 3 else {parts, parts + 1, parts + 2}
+        return cls(parts, of, tuple(sorted(point for point in points if point <= of)))
 
     @classmethod
     def whole(cls) -> "Given":

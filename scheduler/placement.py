@@ -22,8 +22,8 @@ ROLES = {  # of the units asked for: who computes prompts, and who decodes
 
 
 SPLITS = ("layer", "tensor")
-PARTS = {"matmul": 4, "ffn": 8}  # equal parts of products, of which an NPU takes some, by kind
-REACH = 2  # parts by which a cut may move from where it begins, for which there are graphs
+PARTS = 8  # equal parts of a product, of which an NPU takes some
+KINDS = "matmul", "ffn"  # of products that are cut alike
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Placement:
     decodes.
 
     split  "layer": an operator is one unit's; "tensor": the CPU unit computes a part of other units' products
-    cuts   of prompts' products between the NPU and the CPU unit, by kind
+    cuts   between the CPU unit and another one: of prompts' products with the NPU ("matmul", "ffn"), of prompts'
+           chunks by tokens ("tokens") and of decode's products by rows ("rows") with the GPU
     kept   cores, the last ones, that the CPU unit leaves to units which compute on cores
     """
 
@@ -54,9 +55,7 @@ class Placement:
         lengths = tuple(sorted({min(length, chunk) for length in LENGTHS})) if prefill == "npu" else ()
         cuts = dict[str, Given]()
         if prefill == "npu":
-            cuts = {kind: Given.around(of // 2, of, REACH) for kind, of in PARTS.items()}
-            if split == "layer":
-                cuts = dict.fromkeys(PARTS, Given.whole())
+            cuts = dict.fromkeys(KINDS, Given.around(PARTS // 2, PARTS) if split == "tensor" else Given.whole())
         return cls(prefill, decode, lengths, split, cuts, kept)
 
     def own_cores(self) -> tuple[int, ...]:

@@ -226,8 +226,8 @@ class _Draft:
             raise PlanError(f"{self.file.path.name}: {error}; raise --memory by {need + 1} MiB, or lower -c") from None
 
     def placement(self, chunk: int) -> Placement:
-        wishes, kept = self.wishes, max(0, available_cores() - self.lanes) if self.wishes.split == "tensor" else 0
-        return Placement.of(wishes.units, chunk, wishes.split, kept)
+        kept = max(0, available_cores() - self.lanes) if len(self.wishes.units) > 1 else 0
+        return Placement.of(self.wishes.units, chunk, self.wishes.split, kept)
 
     def chunks(self, context: int) -> list[int]:
         """Sizes of a prompt's chunk that may be tried, the largest first."""
