@@ -6,7 +6,7 @@ to its own end, so that handing over and what lanes prepare for themselves are i
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -149,18 +149,16 @@ def layouts(
 ) -> tuple[Callable[[Ledger], Units], Callable[[Ledger, Units], ModelLayout]]:
     """How to lay out the units' own buffers, and then the model, all in memory: first on paper, then in an arena."""
     runs = lay_out_runs(tensors, spec)
-    residency, file = (
-        Residency(np.arange(Extents.of(runs).nbytes.size)),
-        cast(ModelHeader, SimpleNamespace(tensors=tensors)),
-    )
+    residency = Residency(np.arange(Extents.of(runs).nbytes.size))  # in the order of the file, as GPUs want them
+    file = cast(ModelHeader, SimpleNamespace(tensors=tensors))
 
     def cut_units(ledger: Ledger) -> Units:
         return lay_out_units(ledger, placement, lanes, CHUNK, tracing=True)
 
     def cut_model(ledger: Ledger, units: Units) -> ModelLayout:
-        more: dict[str, Any] = {"placement": placement, "gpu": units.gpu}
         return lay_out_model(
-            ledger, file, spec, runs, residency, lanes=lanes, context=CONTEXT, chunk=CHUNK, tile=TILE_TOKENS, **more
-        )
+            ledger, file, spec, runs, residency, lanes=lanes, context=CONTEXT, chunk=CHUNK, tile=TILE_TOKENS,
+            placement=placement, gpu=units.gpu,
+        )  # fmt: skip
 
     return cut_units, cut_model

@@ -38,7 +38,7 @@ from coterie.storage.weights import FFN
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of a product's rows
 TOKENS = (1, 8, 32, 64, 128, 256)
 HEAD_TOKENS = OUTPUT_ROWS  # whose logits are computed together at most
-ROUNDS = 5  # behind one that warms up
+ROUNDS = 7  # behind one that warms up
 COPIES = 32  # of a product, of several layers, in a GPU's queue at most
 LAUNCHES = 64
 LEAST = 1e-7  # seconds: what was disturbed may seem to end before it begins
