@@ -113,10 +113,12 @@ def linear(points: Sequence[tuple[int, float]], at: int, least: float) -> float:
     """The value at `at` of what goes through these points, ascending: linear between them, proportional beyond, but
     not less than `least` (or the first value, where that is less)."""
     (first, low), (last, high) = points[0], points[-1]
-    if at <= first:
+    if at < first:
         return max(low * at / first, min(least, low))
-    if at >= last:
+    if at > last:
         return high * at / last
+    if at == first:
+        return low
     (x, before), (end, after) = next(pair for pair in pairwise(points) if at <= pair[1][0])
     return after if at == end else before + (after - before) * (at - x) / (end - x)
 

@@ -329,11 +329,11 @@ def _unit_times(values: dict[str, Any]) -> UnitTimes:
 
 
 def _product_times(values: dict[str, Any]) -> ProductTimes:
-    operator, rows, columns, format = values["product"]
+    operator, rows, columns, format = _items(values["product"], 4)
     product = Product(_word(operator, OPERATORS), _whole(rows, 1, LARGEST), _whole(columns, 1, LARGEST), _name(format))
     points = tuple(
         Point(_whole(part, 1, product.rows), _whole(tokens, 1, LARGEST), _rate(seconds))
-        for part, tokens, seconds in values["points"]
+        for part, tokens, seconds in (_items(point, 3) for point in values["points"])
     )
     if not points or any(not point.seconds for point in points) or len({point[:2] for point in points}) < len(points):
         raise ValueError("is damaged")
@@ -356,6 +356,12 @@ def _word(value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError("is damaged")
     return str(value)
+
+
+def _items(value: Any, count: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) != count:
+        raise ValueError("is damaged")
+    return value
 
 
 def _name(value: Any) -> str:
