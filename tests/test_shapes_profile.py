@@ -361,6 +361,31 @@ def test_another_model_adds_its_products(short: None, model: Path, tmp_path: Pat
     assert load_profile().shapes.units["cpu"].products[:6] == known
 
 
+def test_again_replaces_this_models_points(short: None, model: Path, tmp_path: Path) -> None:
+    other = write_tiny(tmp_path / "other.gguf", ffn=128, formats=MIXED)
+    for path in (other, model):
+        shown(str(path), "--on", "cpu", "-t", "1")
+    before = load_profile().shapes.units["cpu"].products
+    result = coterie("profile", "--shapes", str(model), "--on", "cpu", "-t", "1", "--again")
+    assert "cpu: 6 products measured\n" in result.stderr
+    after = load_profile().shapes.units["cpu"].products
+    assert len(after) == len(before) == 8
+    assert after[:2] == tuple(times for times in before if tuple(times.product) not in OF_THE_MODEL)
+    assert {times.product for times in after} == {times.product for times in before}
+
+
+def test_points_of_a_busy_machine_are_named(short: None, model: Path) -> None:
+    shown(str(model), "--on", "cpu", "-t", "1")
+    known = load_profile()
+    bent = unit(lambda rows, tokens: flat(rows, tokens) * (3 if tokens == 8 else 1)).products[0].points
+    own = known.shapes.units["cpu"]
+    more = tuple(ProductTimes(QKV._replace(format=f"F{n}"), 1, bent) for n in range(20))
+    known.shapes.units["cpu"] = replace(own, products=(*own.products, *more))
+    save_profile(known)
+    result = coterie("profile", "--shapes", str(model), "--on", "cpu", "-t", "1")
+    assert "perhaps of a busy machine; try --again" in result.stderr
+
+
 def test_all_units_are_measured_alone_and_together(short: None, model: Path) -> None:
     for package in ("pyopencl", "openvino"):
         if find_spec(package) is None:
@@ -404,7 +429,8 @@ def test_missing_units_are_named(short: None, model: Path, monkeypatch: pytest.M
 
 
 def test_bad_arguments_are_refused(short: None, model: Path, tmp_path: Path) -> None:
-    refused(coterie("profile", "--on", "cpu"), "--on belongs to --shapes")
+    refused(coterie("profile", "--on", "cpu"), "--on and --again belong to --shapes")
+    refused(coterie("profile", "--again"), "--on and --again belong to --shapes")
     refused(coterie("profile", "--shapes", str(model), "--on", "cpu,tpu"), "'tpu'", "cpu, gpu, npu")
     refused(coterie("profile", "--shapes", "--flash", str(model)), "one at a time")
     refused(coterie("profile", "--shapes"), "which model?")

@@ -12,7 +12,7 @@ from coterie.actors.lanes import NAP, cycles_per_second
 from coterie.kernels import library
 from coterie.storage.arena import Arena
 
-READING = 0.3  # seconds of reading
+READING, TRIALS = 0.15, 3  # seconds of reading, how often
 HANDS = 100  # hand-overs
 GAP = 0.0005  # seconds between two
 COPIES = 20
@@ -55,7 +55,8 @@ def copying(rows: int, width: int) -> float:
 
 
 def reading(readers: Sequence[Callable[[], int]]) -> float:
-    """Bytes/s that these units read from memory at the same time."""
+    """Bytes/s that these units read from memory at the same time: the best of a few times, since what other programs
+    read is taken from it."""
     ready = threading.Barrier(len(readers))
     for read in readers:
         read()  # what is built at a first run
@@ -68,4 +69,4 @@ def reading(readers: Sequence[Callable[[], int]]) -> float:
         return nbytes / (time.perf_counter() - begun)
 
     with ThreadPoolExecutor(len(readers)) as pool:
-        return sum(pool.map(measure, readers))
+        return max(sum(pool.map(measure, readers)) for _ in range(TRIALS))

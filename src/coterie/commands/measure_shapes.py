@@ -15,12 +15,14 @@ from coterie.commands.shape_meters import SHARES, CpuMeter, GpuMeter, Meter, mod
 from coterie.errors import UnitError, UsageError
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
+from coterie.scheduler.estimate import known_error
 from coterie.scheduler.placement import CPU_ONLY, Placement
 from coterie.scheduler.profile import Product, ProductTimes, Shapes, UnitTimes
 from coterie.storage.arena import Arena, Ledger
 
 COLD = 256 << 20  # bytes of layers that no cache holds: of a larger model, the first ones of each kind
 ALIKE = 2  # layers of a kind at least
+BUSY = 0.1  # median error of estimates that needs a word
 MOST = 128  # products of a unit that are kept, those of the latest models
 
 
@@ -58,11 +60,18 @@ def _gpu_key() -> str:
 
 
 def measure_shapes(
-    file: ModelHeader, spec: ModelSpec, there: There, lanes: int, known: Shapes, progress: Progress
+    file: ModelHeader,
+    spec: ModelSpec,
+    there: There,
+    lanes: int,
+    known: Shapes,
+    progress: Progress,
+    *,
+    again: bool = False,
 ) -> tuple[Shapes, list[str]]:
     """`known` with all products of this model on the units that are there, and a line a unit about it; what was
-    measured with the same keys is reused. Raises UnitError where there is no unit, UsageError for a sparse model, or a
-    part of one."""
+    measured with the same keys is reused, unless `again`. Raises UnitError where there is no unit, UsageError for a
+    sparse model, or a part of one."""
     if spec.sparse or spec.part is not None:
         raise UsageError(f"{file.path.name} is sparse, or a part: only whole dense models are profiled by shapes")
     said = [f"{name}: not measured, {why}" for name, why in there.missing.items()]
@@ -76,16 +85,21 @@ def measure_shapes(
     for name, key in there.keys.items():
         own = graph_products(products, spec) if name == "npu" else products
         before = known.units.get(name)
-        fresh = before if before and before.key == key else None
-        todo[name] = [each for each in own if fresh is None or each not in {t.product for t in fresh.products}]
-        reused = f", {len(own) - len(todo[name])} reused" if len(own) > len(todo[name]) else ""
-        stale = "" if before is None or fresh else f" (those known were measured with {before.key}, not with {key})"
-        said.append(f"{name}: {len(todo[name])} products measured{reused}{stale}")
+        same = before is not None and before.key == key
+        reused = {times.product for times in before.products} if before and same and not again else set()
+        todo[name] = [product for product in own if product not in reused]
+        stale = "" if before is None or same else f" (those known were measured with {before.key}, not with {key})"
+        kept = f", {len(own) - len(todo[name])} reused" if len(own) > len(todo[name]) else ""
+        said.append(f"{name}: {len(todo[name])} products measured{kept}{stale}")
     if any(todo.values()):
         placement = Placement("gpu", "gpu") if "gpu" in todo else CPU_ONLY
         bench = ModelBench(spec, tensors, lanes, progress, placement=placement, variants=len(SHARES))
         with bench, _meters(bench, there) as meters:
-            known = _measured(known, meters, there.keys, todo, progress)
+            known = _measured(known, meters, there.keys, todo, progress, again)
+    for name in there.keys:
+        error = known_error(known.units[name])
+        if error and error.median > BUSY:
+            said.append(f"{name}: points are off by {100 * error.median:.0f} %, perhaps of a busy machine; try --again")
     return known, said
 
 
@@ -131,19 +145,21 @@ def _measured(
     keys: Mapping[str, str],
     todo: Mapping[str, Sequence[Product]],
     progress: Progress,
+    again: bool,
 ) -> Shapes:
     units, together, new = dict(known.units), dict(known.together), set[str]()
     for name, meter in meters.items():
-        if name in units and units[name].key != keys[name]:
-            del units[name]
-        if name not in units:
+        before = units.get(name)
+        before = before if before and before.key == keys[name] else None
+        others = tuple(times for times in before.products if times.product not in todo[name]) if before else ()
+        if before is None or again:
             progress(f"measuring what {name} takes to start, and to read")
             new.add(name)
             launch, queued = meter.launches()
             rate = reading([meter.reader()])
-            units[name] = UnitTimes(keys[name], meter.format, meter.lengths, launch, queued, rate, ())
+            before = UnitTimes(keys[name], meter.format, meter.lengths, launch, queued, rate, ())
         found: list[ProductTimes] = list(meter.times(todo[name], progress)) if todo[name] else []
-        units[name] = replace(units[name], products=(*units[name].products, *found)[-MOST:])
+        units[name] = replace(before, products=(*others, *found)[-MOST:])
     together = {pair: rate for pair, rate in together.items() if not new & set(pair.split("+"))}
     for one, other in combinations(meters, 2):
         if f"{one}+{other}" not in together:

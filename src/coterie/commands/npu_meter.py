@@ -8,7 +8,7 @@ import numpy as np
 
 from coterie.actors.npu_graphs import Graph, Runtime
 from coterie.commands.model_bench import ModelBench, Progress
-from coterie.commands.shape_meters import ROUNDS, SHARES, Points, gathered, note, portion, read_all
+from coterie.commands.shape_meters import ROUNDS, SHARES, Points, gathered, portion, read_all
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.profile import Product, ProductTimes
 from coterie.storage.npu_block import Block, Form
@@ -50,7 +50,7 @@ class NpuMeter:
                     for tokens, graph in graphs.items():
                         seconds = self._seconds(graph)
                         if turn:
-                            note(points, (rows, tokens), seconds)
+                            points.setdefault((rows, tokens), []).append(seconds)
             yield gathered(product, block.nbytes, points)  # of all rows, which come last
 
     def launches(self) -> tuple[float, float]:

@@ -45,6 +45,7 @@ def profile(
     on: Annotated[
         str | None, typer.Option("--on", metavar="cpu,gpu,npu", help="Units that --shapes measures; by default all.")
     ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Have --shapes measure what it has measured before.")] = False,
     formats: Annotated[
         str, typer.Option("--formats", metavar="FORMAT,...", help="Weight formats to measure units with.")
     ] = "Q4_0,Q8_0,Q6_K",
@@ -61,12 +62,12 @@ def profile(
 ) -> None:
     """Measure this machine for later plans (--flash, --units, --shapes), or count a sparse model's live neurons
     (--activations); without an option, show what has been measured."""
-    if on is not None and not shapes:
-        raise UsageError("--on belongs to --shapes")
+    if (on is not None or again) and not shapes:
+        raise UsageError("--on and --again belong to --shapes")
     if shapes:
         if flash or units or activations is not None or text is not None:
             raise UsageError("--shapes measures a model's products and nothing else: one at a time")
-        _profile_shapes(pick_model(None if file is None else str(file), model_option), on, threads, as_json)
+        _profile_shapes(pick_model(None if file is None else str(file), model_option), on, threads, again, as_json)
         return
     if activations is not None:
         if flash or units:
@@ -108,7 +109,7 @@ def profile(
         terminal.write("\n".join(_lines(known)) + "\n")
 
 
-def _profile_shapes(name: str, on: str | None, threads: int | None, as_json: bool) -> None:
+def _profile_shapes(name: str, on: str | None, threads: int | None, again: bool, as_json: bool) -> None:
     """Measure a model's products, as far as they are not known, and show them."""
     with terminal.Progress() as progress:
         progress("looking at this machine")
@@ -126,7 +127,7 @@ def _profile_shapes(name: str, on: str | None, threads: int | None, as_json: boo
         with open_file(fetch.resolve(name, progress)) as file:
             spec = read_spec(file)
             there = units_there([unit for unit in UNITS if unit in wanted], lanes)
-            known.shapes, said = measure_shapes(file, spec, there, lanes, known.shapes, progress)
+            known.shapes, said = measure_shapes(file, spec, there, lanes, known.shapes, progress, again=again)
         progress.say([*said, f"wrote {save_profile(known)}"])
     if as_json:
         terminal.write_json({"path": profile_path()} | shapes_dict(known.shapes))

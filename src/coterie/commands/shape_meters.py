@@ -2,15 +2,14 @@
 few numbers of tokens.
 
 Programs are the model's own, with the rows of their products cut. Before each run all weights are read, so that those
-of a product are as far away as in a real step. All are run in turn, a few times, and the best time counts: what other
-programs take of the machine only adds to it.
+of a product are as far away as in a real step. All are run in turn, a few times, and the lower quartile counts: what
+other programs take of the machine mostly adds to a time.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from math import inf
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -41,9 +40,8 @@ HEAD_TOKENS = OUTPUT_ROWS  # whose logits are computed together at most
 ROUNDS = 7  # behind one that warms up
 COPIES = 32  # of a product, of several layers, in a GPU's queue at most
 LAUNCHES = 64
-LEAST = 1e-7  # seconds: what was disturbed may seem to end before it begins
 PRODUCTS = (r.Opcode.MATMUL, r.Opcode.FFN_UP, r.Opcode.FFN_DOWN)
-Points = dict[tuple[int, int], float]  # seconds by rows and tokens
+Points = dict[tuple[int, int], list[float]]  # seconds by rows and tokens
 
 
 class Meter(Protocol):
@@ -100,13 +98,10 @@ def read_all(bench: ModelBench) -> None:
     time.sleep(2 * IDLE_SPIN)
 
 
-def note(points: Points, key: tuple[int, int], seconds: float) -> None:
-    """Keep the best time of a point."""
-    points[key] = min(points.get(key, inf), max(seconds, LEAST))
-
-
 def gathered(product: Product, nbytes: float, points: Points) -> ProductTimes:
-    return ProductTimes(product, int(nbytes), tuple(Point(*key, seconds) for key, seconds in sorted(points.items())))
+    """A point by rows and tokens: the lower quartile of its times."""
+    made = (Point(*key, sorted(times)[len(times) // 4]) for key, times in sorted(points.items()))
+    return ProductTimes(product, int(nbytes), tuple(made))
 
 
 class CpuMeter:
@@ -136,8 +131,9 @@ class CpuMeter:
                 nbytes[product_of(each)] = each.nbytes
                 alike.setdefault((product_of(each), self._rows(program, i)), []).append(float(seconds[i]))
             for (product, rows), found in alike.items():
-                note(points.setdefault(product, {}), (rows, step.tokens), statistics.median(found))
-        if any(len(points.get(product, ())) < 2 for product in products):
+                if (middle := statistics.median(found)) > 0:  # what was disturbed may seem to end before it begins
+                    points.setdefault(product, {}).setdefault((rows, step.tokens), []).append(middle)
+        if not all(product in points for product in products):
             raise UsageError(BUSY)
         for product in products:
             yield gathered(product, nbytes[product], points[product])
@@ -235,11 +231,12 @@ class GpuMeter:
                     loaded = self.device.load(words, [each.kernel for each in found])
                     runs += [(loaded, len(found), rows, tokens) for tokens in lengths]
             for turn in range(ROUNDS + 1):
-                progress("measuring products on the GPU unit", number * ROUNDS + turn, len(products) * (ROUNDS + 1))
+                done, total = number * (ROUNDS + 1) + turn, len(products) * (ROUNDS + 1)
+                progress("measuring products on the GPU unit", done, total)
                 for loaded, count, rows, tokens in runs:
                     seconds = self._seconds(loaded, tokens) / count
                     if turn:
-                        note(points, (rows, tokens), seconds)
+                        points.setdefault((rows, tokens), []).append(seconds)
             yield gathered(product, found[0].instruction.nbytes, points)
 
     def launches(self) -> tuple[float, float]:

@@ -51,5 +51,5 @@ def _summary(unit: "UnitTimes") -> list[str]:
 
     error = known_error(unit)
     known = f"{100 * error.median:.1f} % (p90 {100 * error.p90:.1f} %)" if error else "not known"
-    launch = f"launch {1e6 * unit.launch:.1f} us, {1e6 * unit.queued:.1f} behind another one"
+    launch = f"launch {1e6 * unit.launch:.2f} us, {1e6 * unit.queued:.2f} behind another one"
     return [f"  {launch}; reads {unit.bandwidth / 1e9:.1f} GB/s; estimates between points are off by {known}"]
