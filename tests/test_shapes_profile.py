@@ -258,6 +258,11 @@ def test_keys_tell_drivers_versions_and_lanes_apart() -> None:
     assert all(len(key) <= profile.LONGEST for key in (gpu(name="x" * 999), npu(2), identity.cpu_key(1024)))
 
 
+def test_the_best_time_is_no_slip() -> None:
+    assert shape_meters.best([3.0, 1.1, 1e-7, 0.4, 1.0, 1.2, 1.3]) == 1.0
+    assert shape_meters.best([2.0]) == 2.0
+
+
 def test_a_large_model_is_represented_by_a_few_layers() -> None:
     spec, tensors = made_up(replace(LLAMA_1B, layers=64), "Q4_0")
     tensors = {
