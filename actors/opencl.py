@@ -54,8 +54,8 @@ class OpenCLDevice:
         self.arena, self.share = arena, share
         self.device = _find_device(cl)
         self.name = str(self.device.name).strip()
-        if self.device.platform.name == "Portable Computing Language":
-            name_cpu(self.device.int_ptr)
+        pocl = self.device.platform.name == "Portable Computing Language"
+        cpu = name_cpu(self.device.int_ptr) if pocl else ""
         self.is_cpu = bool(self.device.type & cl.device_type.CPU)
         self.wide = self.is_cpu if wide is None else wide
         try:
@@ -65,7 +65,7 @@ class OpenCLDevice:
             self.buffer = self._wrap()
         except cl.Error as error:
             raise UnitError(f"OpenCL device {self.name} cannot be used: {_line(error)}") from None
-        self._builder = Builder(cl, self._context, self.device, self.wide)
+        self._builder = Builder(cl, self._context, self.device, self.wide, cpu)
         self._programs: list[Loaded] = []
         self._closed = False
 
