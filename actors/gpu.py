@@ -80,7 +80,7 @@ class GpuUnit:
         self, arena: Arena, buffers: UnitBuffers, device: Device, cores: Collection[int] = (), fast: bool = True
     ) -> None:
         self.arena, self.buffers, self.device, self._cores, self._fast = arena, buffers, device, cores, fast
-        self.seconds = 0.0  # of the last step beside another unit's
+        self._started = 0  # cycles at which the step under way was enqueued
         self._given: dict[str, tuple[int, ...]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._post = library.function("lane_post", 2)
@@ -129,23 +129,25 @@ class GpuUnit:
             self._thread = ThreadPoolExecutor(1, "coterie-gpu", keep)
         self._off_word[0] = 0
         self._share(name, words)
-        under_way = self._thread.submit(self._serve, name, rows, epoch, abort)
+        enqueued = self._thread.submit(self._serve, name, rows, epoch, abort)
         try:
             yield
         except BaseException:
             self._off_word[0] = 1  # the queue runs on, and waits for nobody
-            under_way.result()  # if it was lost, that is the reason
+            enqueued.result()  # if it was lost, that is the reason
             raise
-        under_way.result()
+        enqueued.result()
+        self.settle()
 
     def _serve(self, name: str, rows: Rows, epoch: int, abort: int) -> None:
-        started = time.perf_counter()
+        """Enqueue a step, in a thread: a queue's own thread may be on the same core, so nobody looks for its end before
+        the other unit's."""
         try:
-            self.run(name, rows, epoch=epoch)
+            with self._lock:
+                self._start(name, rows, epoch)
         except BaseException:
             self._post(abort, 1)  # the other unit would wait for ever
             raise
-        self.seconds = time.perf_counter() - started
 
     def _share(self, name: str, words: Mapping[int, int]) -> None:
         """Have records that compute a part compute this one."""
@@ -156,41 +158,43 @@ class GpuUnit:
                 loaded.limit(record, *share.launched(words, loaded.units(record)))
             self._given[name] = given
 
-    def run(self, name: str, rows: Rows, results: Sequence[BufferRef] = (), epoch: int | None = None) -> None:
+    def run(self, name: str, rows: Rows, results: Sequence[BufferRef] = ()) -> None:
         """Run a loaded program for one step, and come back when its flag is posted; `results`: what this process reads
-        then; `epoch`: the step's number, higher than any before."""
+        then."""
         with self._lock:
-            if self._closed:
-                raise UnitError("this model has been closed")
+            self._start(name, rows, self._epoch + 1)
             self._settle()
-            program, loaded = self._programs[name]
-            count, wanted = np.size(rows.ids), np.size(rows.outputs)
-            if count == 0 or (program.outputs and wanted == 0):
-                raise UnitError(f"program {name} was given no rows to work on")
-            words = r.IDS, r.POSITIONS, r.TABLES, r.OUTPUT_ROWS
-            for word, values in zip(words, rows, strict=True):
-                array = np.asarray(values)
-                self._rows[word][: array.size] = array
-            self._epoch = self._epoch + 1 if epoch is None else epoch
-            self._header[[r.EPOCH, r.TOKENS, r.OUTPUTS]] = self._epoch, count, wanted
-            started = self._cycles()
-            try:
-                self.device.before_step(self._told)
-                self._under_way = program
-                if self._fast:
-                    loaded.run(count, wanted)
-                else:
-                    self._run_parts(program, loaded, count, wanted)
-                self._join(program)
-                self.device.after_step(results)
-            except UnitLost:
-                raise
-            except UnitError as error:
-                with suppress(UnitError):  # what was enqueued before it failed may still be running
-                    self.device.finish()
-                self._under_way = None
-                raise UnitLost("gpu", str(error)) from None
-            self._record(started, r.Opcode.STEP, self._epoch)
+            self.device.after_step(results)
+
+    def _start(self, name: str, rows: Rows, epoch: int) -> None:
+        """Enqueue a step of that number, higher than any before."""
+        if self._closed:
+            raise UnitError("this model has been closed")
+        self._settle()
+        program, loaded = self._programs[name]
+        count, wanted = np.size(rows.ids), np.size(rows.outputs)
+        if count == 0 or (program.outputs and wanted == 0):
+            raise UnitError(f"program {name} was given no rows to work on")
+        words = r.IDS, r.POSITIONS, r.TABLES, r.OUTPUT_ROWS
+        for word, values in zip(words, rows, strict=True):
+            array = np.asarray(values)
+            self._rows[word][: array.size] = array
+        self._epoch, self._started = epoch, self._cycles()
+        self._header[[r.EPOCH, r.TOKENS, r.OUTPUTS]] = epoch, count, wanted
+        try:
+            self.device.before_step(self._told)
+            self._under_way = program
+            if self._fast:
+                loaded.run(count, wanted)
+            else:
+                self._run_parts(program, loaded, count, wanted)
+        except UnitLost:
+            raise
+        except UnitError as error:
+            with suppress(UnitError):  # what was enqueued before it failed may still be running
+                self.device.finish()
+            self._under_way = None
+            raise UnitLost("gpu", str(error)) from None
 
     def _run_parts(self, program: Program, loaded: Loaded, count: int, wanted: int) -> None:
         """Enqueue what lies between meetings with other units; at each wait for the device, and post or look here."""
@@ -218,6 +222,7 @@ class GpuUnit:
     def _settle(self) -> None:
         if self._under_way is not None:
             self._join(self._under_way)
+            self._record(self._started, r.Opcode.STEP, self._epoch)
 
     def _join(self, program: Program) -> None:
         """Wait for the flag; Python's signal handlers run between looks. A queue cannot be called off: what is in it

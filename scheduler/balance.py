@@ -8,6 +8,8 @@ of the next one.
 from dataclasses import dataclass
 
 NEW = 0.5  # weight of the newest step in a unit's rate
+IDLE = 0.05  # share of a unit's time that waiting may take and still be none
+EAGER = 0.95
 WORTH = 0.03  # share of a product's time that a move must save
 
 
@@ -86,6 +88,16 @@ class Balance:
                 rates = self._rates[kind, "other"], self._rates[kind, "cpu"]
                 self.moves.append(Move(self._steps, kind, parts, best, *rates))
                 self.parts[kind] = best
+
+    def observe_waits(self, kind: str, computed: float, waited: float) -> None:
+        """The same for a unit whose own times nobody sees: the CPU unit has computed its parts in so many seconds, and
+        waited for the other unit's. Where it hardly has, the other one took no longer, and is thought a little faster
+        than it was, so that a unit which has become faster is found out."""
+        known, parts = self._rates.get((kind, "other")), self.parts[kind]
+        other = computed + waited
+        if waited < IDLE * computed and parts:
+            other = EAGER * min(computed, computed if known is None else known * parts)
+        self.observe({kind: (other, computed)})
 
     def _learn(self, kind: str, unit: str, seconds: float, parts: int) -> None:
         if parts and seconds > 0:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.gpu import GpuUnit
 from coterie.actors.gpus import open_device
-from coterie.actors.lanes import only_on
 from coterie.actors.unit import Rows
 from coterie.errors import UnitError
 from coterie.graphs import Graphs
@@ -49,8 +48,7 @@ class OtherUnits:
         try:
             if units.gpu is not None:
                 cores = placement.own_cores()
-                with only_on(cores):
-                    device = open_device(cpu.arena, gpu_share)
+                device = open_device(cpu.arena, gpu_share, cores)
                 self.gpu = GpuUnit(cpu.arena, units.gpu, device, cores, placement.fast)
                 if not self.gpu.device.integrated and (placement.prefill, placement.decode) != ("gpu", "gpu"):
                     raise UnitError("this GPU has memory of its own, and so a KV cache of its own: use --units gpu")
@@ -113,6 +111,12 @@ class OtherUnits:
         """Whether CPU and GPU unit decode a token together."""
         return self.parts.get("rows", 0) > 0
 
+    def run_on_gpu(self, name: str, rows: Rows) -> None:
+        """See GpuUnit.run."""
+        assert self.gpu is not None
+        assert self._layout is not None
+        self.gpu.run(name, rows, [self._layout.shared.logits])
+
     @contextmanager
     def gpu_beside(self, name: str, rows: Rows) -> Iterator[None]:
         """While the CPU unit runs its part of a step, the GPU unit runs its own, of these rows. Raises UnitLost."""
@@ -122,19 +126,18 @@ class OtherUnits:
         words = dict.fromkeys(ROWS, WHOLE * share // self.placement.cuts[kind].of)
         self._cpu.give(words)
         self._cpu.skip_to(epoch)
-        started, waited = time.perf_counter(), self._cpu.waited_seconds()
+        waited, computed = self._cpu.waited_seconds(), sum(self._cpu.product_seconds().values())
+        started = time.perf_counter()
         with self.gpu.beside(name, rows, epoch, words, self._cpu.abort_address):
             yield
-            taken = time.perf_counter() - started
-        if self.balance is not None and self.adapts:
-            mine = taken - (self._cpu.waited_seconds() - waited)
-            self.balance.observe({kind: (self.gpu.seconds, mine)})
-
-    def run_on_gpu(self, name: str, rows: Rows) -> None:
-        """See GpuUnit.run."""
-        assert self.gpu is not None
-        assert self._layout is not None
-        self.gpu.run(name, rows, [self._layout.shared.logits])
+            ours = time.perf_counter() - started
+        late = time.perf_counter() - started - ours  # that the GPU unit ended behind us
+        waited = self._cpu.waited_seconds() - waited
+        if self.balance is None or not self.adapts:
+            return
+        if kind == "rows":  # of which waits and products are all that depends on the cut
+            ours = sum(self._cpu.product_seconds().values()) - computed + waited
+        self.balance.observe_waits(kind, ours - waited, waited + late)
 
     @contextmanager
     def beside(self, name: str) -> Iterator[None]:
