@@ -80,7 +80,7 @@ class GpuUnit:
         self, arena: Arena, buffers: UnitBuffers, device: Device, cores: Collection[int] = (), fast: bool = True
     ) -> None:
         self.arena, self.buffers, self.device, self._cores, self._fast = arena, buffers, device, cores, fast
-        self._started = 0  # cycles at which the step under way was enqueued
+        self._started, self._deadline = 0, 0.0  # of the step under way: cycles at its begin, when it counts as hung
         self._given: dict[str, tuple[int, ...]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._post = library.function("lane_post", 2)
@@ -139,6 +139,11 @@ class GpuUnit:
         enqueued.result()
         self.settle()
 
+    def check(self) -> None:
+        """For who waits beside us for what we post. Raises UnitLost where a step takes too long."""
+        if self._under_way is not None and time.monotonic() > self._deadline:
+            raise UnitLost("gpu", f"a step has not ended in {PATIENCE:.0f} seconds", hangs=True)
+
     def _serve(self, name: str, rows: Rows, epoch: int, abort: int) -> None:
         """Enqueue a step, in a thread: a queue's own thread may be on the same core, so nobody looks for its end before
         the other unit's."""
@@ -183,7 +188,7 @@ class GpuUnit:
         self._header[[r.EPOCH, r.TOKENS, r.OUTPUTS]] = epoch, count, wanted
         try:
             self.device.before_step(self._told)
-            self._under_way = program
+            self._under_way, self._deadline = program, time.monotonic() + PATIENCE
             if self._fast:
                 loaded.run(count, wanted)
             else:

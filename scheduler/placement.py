@@ -86,7 +86,7 @@ class Placement:
         multiple of 8; none of a short chunk, all of which are the CPU unit's."""
         if "tokens" not in self.cuts or tokens < SHORT:
             return 0
-        return round(tokens * parts / self.cuts["tokens"].of / 8) * 8
+        return min(tokens, round(tokens * parts / self.cuts["tokens"].of / 8) * 8)
 
     def describe(self) -> dict[str, str]:
         """What each unit does, for people."""

@@ -227,7 +227,7 @@ class _Draft:
 
     def placement(self, chunk: int) -> Placement:
         kept = max(0, available_cores() - self.lanes) if len(self.wishes.units) > 1 else 0
-        return Placement.of(self.wishes.units, chunk, self.wishes.split, kept)
+        return Placement.of(self.wishes.units, chunk, self.wishes.split, kept, self.wishes.fast)
 
     def chunks(self, context: int) -> list[int]:
         """Sizes of a prompt's chunk that may be tried, the largest first."""

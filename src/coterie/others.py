@@ -159,6 +159,11 @@ class OtherUnits:
                 after, busy = self._cpu.product_seconds(), self.graphs.unit.busy_seconds()
                 self.balance.observe({kind: (busy[OPCODES[kind]], after[kind] - before[kind]) for kind in parts})
 
+    def check(self) -> None:
+        """While the CPU unit waits. Raises UnitLost where a unit that it may be waiting for does not answer."""
+        if self.gpu is not None and self.placement.gpu:
+            self.gpu.check()
+
     def begin_chunk(self) -> None:
         """A chunk begins: whose its tokens are stays as it is now until its logits are done."""
         self._parts = self.parts

@@ -101,7 +101,8 @@ class Stepping:
         program, stream, meter = self.layout.programs[name], self.stream, self.meter
         ids = np.asarray(rows.ids, np.int64)
         if stream is None or meter is None:
-            self.unit.run(name, *rows, self._places(name, ids))
+            others = (lambda: None) if self.others is None else self.others.check
+            self.unit.run(name, *rows, self._places(name, ids), watch=others)
             return
 
         def watch() -> None:

@@ -1,0 +1,198 @@
+"""Products that several units compute together: the same model wherever it is cut; what is lost; cuts that move."""
+
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exact_models import CASES
+from gpu_bench import GpuBench
+from plain_graphs import PlainGraphs
+from reference import Floats, same_bits
+from tiny_models import write_tiny
+
+from coterie import others
+from coterie.actors import gpu as gpu_unit
+from coterie.actors.gpu import Loaded
+from coterie.actors.opencl import OpenCLDevice
+from coterie.divergence import divergences
+from coterie.engine import Engine
+from coterie.errors import UnitError, UsageError
+from coterie.opening import open_model
+from coterie.scheduler.placement import PARTS, SIXTEENTHS, Placement
+from coterie.scheduler.plan import Wishes
+
+try:
+    GpuBench(wide=None, size=1 << 20).close()
+    no_gpu = ""
+except UnitError as missing:
+    no_gpu = str(missing)
+needs_gpu = pytest.mark.skipif(bool(no_gpu), reason=no_gpu)
+
+NEAR = 1e-6  # KL of units that differ by float rounding only
+SOME = ("llama Q4_0", "gemma3 Q6_K", "floats and integers")
+
+
+def engine(path: Path, *units: str, fast: bool = True) -> Engine:
+    split = "tensor" if len(units) > 1 else "layer"
+    wanted = Wishes(threads=2, context=512, chunk=64, units=units or ("cpu",), split=split, fast=fast)
+    return Engine(open_model(path), wanted)
+
+
+def logits(engine: Engine, lengths: tuple[int, ...] = (5, 33, 150)) -> Floats:
+    """Of every position of prompts of these lengths, each with four decoded tokens."""
+    rng, found = np.random.default_rng(1), list[Floats]()
+    for length in lengths:
+        ids = rng.integers(0, engine.spec.vocab, length + 4).tolist()
+        sequence = engine.sequence()
+        found.append(engine.prefill(sequence, ids[:length], range(length)))
+        found += [engine.decode([sequence], [token])[:1].copy() for token in ids[length:]]
+        sequence.close()
+    return np.concatenate(found)
+
+
+def cuts(engine: Engine, **parts: int) -> None:
+    """Have an engine's cuts stay where they are put."""
+    assert engine.others is not None
+    assert engine.others.balance is not None
+    engine.others.adapts = False
+    engine.others.balance.parts |= parts
+
+
+# --- CPU and NPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_every_cut_between_cpu_and_npu_is_near(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others, "Graphs", PlainGraphs)
+    path = write_tiny(tmp_path / "tiny.gguf", family, formats="F32", window=24)
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "npu")) as both:
+        wanted = logits(alone)
+        assert both.others is not None
+        points = (0, *both.others.placement.cuts["ffn"].points)
+        assert PARTS // 2 in points
+        for matmul, ffn in [*zip(points, points, strict=True), (0, points[-1]), (points[-1], 0)]:
+            cuts(both, matmul=matmul, ffn=ffn)
+            assert divergences(wanted, logits(both)).max() < NEAR, (matmul, ffn)
+        assert not both.supervisor.losses
+
+
+def test_a_graph_that_fails_in_a_cut_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others, "Graphs", PlainGraphs)
+    path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="F32")
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "npu")) as both:
+        assert both.others is not None
+        assert isinstance(both.others.graphs, PlainGraphs)
+        both.others.graphs.graphs[-4].fails = True
+        cuts(both, ffn=PARTS, matmul=PARTS)
+        assert divergences(logits(alone), logits(both)).max() < NEAR
+        (loss,) = both.supervisor.losses
+        assert (loss.unit, loss.by) == ("npu", "cpu")
+
+
+# --- CPU and GPU ------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", CASES)
+def test_every_cut_between_cpu_and_gpu_has_the_cpu_units_bits(name: str, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", window=24, **CASES[name])
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu")) as both:
+        assert both.plan.numerics == "exact"
+        lengths = (40, 90)
+        wanted = logits(alone, lengths)
+        for parts in (0, 1, 8, 13, SIXTEENTHS) if name in SOME else (5,):
+            cuts(both, tokens=parts, rows=parts)
+            assert same_bits(wanted, logits(both, lengths)), parts
+        assert not both.supervisor.losses
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("how", ["narrow", "slow", "shared"])
+def test_so_it_has_in_other_ways_to_run(name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the shape for real GPUs, with runtimes' own calls instead of flags, with a share of the GPU's time."""
+    begin, more = OpenCLDevice.__init__, {"narrow": {"wide": False}, "shared": {"share": 0.7}}.get(how, {})
+    monkeypatch.setattr(OpenCLDevice, "__init__", lambda *a, **given: begin(*a, **given | more))
+    path = write_tiny(tmp_path / "tiny.gguf", window=24, **CASES[name])
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu", fast=how != "slow")) as both:
+        for parts in (5, 11):
+            cuts(both, tokens=parts, rows=parts)
+            assert same_bits(logits(alone, (40, 70)), logits(both, (40, 70))), parts
+        assert not both.supervisor.losses
+
+
+class Faulty:
+    """A program that refuses, or is swallowed, from its `last`-th step on."""
+
+    def __init__(self, loaded: Loaded, last: int, silent: bool) -> None:
+        self.loaded, self.left, self.silent = loaded, last, silent
+
+    def run(self, tokens: int, outputs: int, records: range | None = None) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            self.loaded.run(tokens, outputs, records)
+        elif not self.silent:
+            raise UnitError("OpenCL device failed at kernel norm: DEVICE_NOT_AVAILABLE (-2)")
+
+    def units(self, record: int) -> int:
+        return self.loaded.units(record)
+
+    def limit(self, record: int, first: int, units: int) -> None:
+        self.loaded.limit(record, first, units)
+
+
+@needs_gpu
+@pytest.mark.parametrize("phase", ["prefill+gpu", "decode+gpu"])
+def test_a_gpu_that_vanishes_in_a_step_of_both(phase: str, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="Q4_0")
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu")) as both:
+        put_in(both, phase, silent=False)
+        assert same_bits(logits(alone), logits(both))
+        (loss,) = both.supervisor.losses
+        assert (loss.unit, loss.by) == ("gpu", "cpu")
+
+
+@needs_gpu
+@pytest.mark.parametrize("phase", ["prefill+gpu", "decode+gpu"])
+def test_a_gpu_that_never_answers_is_not_waited_for(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may still write, so nobody takes over; but nothing hangs."""
+    path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="Q4_0")
+    with closing(engine(path, "cpu", "gpu")) as both:
+        monkeypatch.setattr(gpu_unit, "PATIENCE", 0.5)
+        put_in(both, phase, silent=True)
+        with pytest.raises(UnitError, match=r"a step has not ended in .* seconds; end this process"):
+            logits(both)
+
+
+def put_in(both: Engine, phase: str, *, silent: bool) -> None:
+    """Have the GPU unit fail in its third step of that program."""
+    assert both.others is not None
+    assert both.others.gpu is not None
+    programs = both.others.gpu._programs
+    program, loaded = programs[phase]
+    programs[phase] = program, Faulty(loaded, 2, silent)
+    cuts(both, tokens=8, rows=8)
+
+
+# --- who takes part ---------------------------------------------------------------------------------------------------
+
+
+def test_a_split_needs_two_units() -> None:
+    with pytest.raises(UsageError, match="cpu alone shares its products with no unit"):
+        Placement.of(("cpu",), 256, "tensor")
+    with pytest.raises(UsageError, match="split is 'row': there are layer and tensor"):
+        Placement.of(("cpu", "gpu"), 256, "row")
+
+
+@pytest.mark.parametrize("chunk", [64, 256])
+def test_a_gpus_tokens_are_whole_tiles(chunk: int) -> None:
+    placement = Placement.of(("cpu", "gpu"), chunk, "tensor")
+    for tokens in range(1, chunk + 1):
+        for parts in range(SIXTEENTHS + 1):
+            first = placement.first_tokens(tokens, parts)
+            assert first % 8 == 0 or first == tokens
+            assert 0 <= first <= tokens
+            assert first == 0 or tokens >= 32
