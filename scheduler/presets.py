@@ -90,7 +90,12 @@ def resolve(preset: Preset, file: ModelHeader, spec: ModelSpec, wishes: Wishes, 
     for name in ("units", "split"):
         if name in wishes.sources or getattr(wishes, name) != getattr(Wishes(), name):
             raise UsageError(f"preset {preset.name} decides {name}; drop --{name}, or the preset")
-    way = _chosen(preset, file, spec, lacking)
+    way = chosen_way(preset, spec, lacking, file.path.name)
+    if "npu" in way.units and not isinstance(file, WeightSource):
+        raise PlanError(
+            f"preset {preset.name}: {file.path.name} is packed, and an NPU's graphs are made of what it was packed "
+            "from; name that"
+        )
     chunk = way.chunk if wishes.context is None else min(way.chunk, round_up(wishes.context, BATCH))
     lengths = tuple(sorted({min(length, chunk) for length in way.placement.lengths}))
     made = replace(
@@ -104,18 +109,14 @@ def resolve(preset: Preset, file: ModelHeader, spec: ModelSpec, wishes: Wishes, 
     return replace(made, placement=replace(way.placement, lengths=lengths, kept=lanes_and_kept(made)[1]))
 
 
-def _chosen(preset: Preset, file: ModelHeader, spec: ModelSpec, lacking: Lacking) -> Way:
+def chosen_way(preset: Preset, spec: ModelSpec, lacking: Lacking, name: str) -> Way:
+    """The first way that is for such a model, called `name`, and whose units are there. Raises PlanError, UnitError."""
     form = "sparse" if spec.sparse else "dense"
     ways = [way for way in preset.ways if way.models == form]
     if not ways:
         other = " and ".join(dict.fromkeys(way.models for way in preset.ways))
         hint = "; coterie pack --sparse makes one of a ReLU model" if form == "dense" else ""
-        raise PlanError(f"preset {preset.name} is for {other} models, and {file.path.name} is {form}{hint}")
-    if not isinstance(file, WeightSource) and all("npu" in way.units for way in ways):
-        raise PlanError(
-            f"preset {preset.name}: {file.path.name} is packed, and an NPU's graphs are made of what it was packed "
-            "from; name that"
-        )
+        raise PlanError(f"preset {preset.name} is for {other} models, and {name} is {form}{hint}")
     why = dict[str, str]()
     for way in ways:
         for unit in way.units:
