@@ -128,6 +128,28 @@ def test_the_file_says_who_computes_which_rows(sound: str) -> None:
     assert parse(tomllib.loads(sound), "it").hot == {1: (10, 90), 4: (30, 70)}
 
 
+PAGE = Path(__file__).parent.parent / "docs" / "plan.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="an sdist has no docs")
+def test_the_page_s_example_is_sound_and_names_every_key() -> None:
+    page = PAGE.read_text()
+    example = tomllib.loads(page.split("```toml\n")[1].split("```")[0])
+    made = parse(example, "docs/plan.md")
+    assert tables(made) == example
+    every = replace(made, flash=(4096, 1), hot={1: (1, 1)})
+    assert all(f"`{key}`" in page for key in keys_of(tables(every)))
+
+
+def keys_of(table: dict[str, Any]) -> set[str]:
+    """All keys but tables', in tables in tables and in lists."""
+    found = set[str]()
+    for key, value in table.items():
+        inner = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, dict)]
+        found |= ({key} if not isinstance(value, dict) else set()).union(*map(keys_of, inner))
+    return found
+
+
 # --- what is wrong -------------------------------------------------------------------------------------
 
 NPU, CPU = "{unit = 'npu', first = 0, last = 4}", "{unit = 'cpu', first = 4, last = 8}"
