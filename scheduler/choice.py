@@ -83,7 +83,7 @@ def preset_choice(
         question,
         units=(*cut, *home),
         cut=cut,
-        decode=units_of(placement.decode, ("rows",)),
+        decode=units_of("gpu" if "rows" in placement.cuts else placement.decode, ("rows",)),
         split=(),
         lengths=placement.lengths or question.lengths,
         chunk=question.chunk or way.chunk,

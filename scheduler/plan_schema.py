@@ -20,11 +20,9 @@ MOST_PARTS = 1 << 10  # of a cut
 MOST_LENGTHS = 8  # of graphs: each is another copy of all weights
 MOST_POINTS = 16  # to which a cut may move: each is another graph a layer
 PHASES = "prefill", "decode"
-KINDS: dict[tuple[str, str], tuple[str, ...]] = {  # of cuts with the CPU unit, by phase and the other unit
-    ("prefill", "npu"): ("matmul", "ffn"),
-    ("prefill", "gpu"): ("tokens",),
-    ("decode", "gpu"): ("rows",),
-}
+KINDS = {"prefill": ("matmul", "ffn", "tokens"), "decode": ("rows",)}  # of cuts with the CPU unit
+OTHER = {"matmul": "npu", "ffn": "npu", "tokens": "gpu", "rows": "gpu"}  # unit of a cut
+GPU_PARTS = 16  # into which shares are made for a GPU, which may move to any: its kernels take any number of rows
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,9 @@ def tables(made: Decisions) -> dict[str, Any]:
         found[phase] = {"unit": unit}
         if phase == "prefill" and unit == "npu":
             found[phase]["lengths"] = list(placement.lengths)
-        cuts = {kind: placement.cuts[kind] for kind in KINDS.get((phase, unit), ()) if kind in placement.cuts}
-        if cuts and placement.split == "tensor":
-            found[phase]["cuts"] = {kind: _cut_table(cut, unit) for kind, cut in cuts.items()}
+        kinds = [kind for kind in KINDS[phase] if kind in placement.cuts]
+        if kinds and placement.split == "tensor":
+            found[phase]["cuts"] = {kind: _cut_table(placement.cuts[kind], OTHER[kind]) for kind in kinds}
     found["residency"] = {"pinned": made.pinned, "ring": made.ring, "slots": made.slots}
     if made.flash is not None:
         found["flash"] = {"block": made.flash[0], "depth": made.flash[1]}
@@ -190,8 +188,6 @@ def parse_placement(top: Table, chunk: int) -> tuple[tuple[str, ...], Placement]
         phase: table.word("unit", names if phase == "prefill" else [name for name in names if name != "npu"])
         for phase, table in phases.items()
     }
-    if idle := [name for name in names if name not in ("cpu", *roles.values())]:
-        raise units.wrong("names", f"has {idle[0]}, which neither computes prompts nor decodes; drop it")
     if split == "tensor" and "cpu" not in names:
         raise units.wrong("split", "is tensor, but no unit shares products with the gpu; add cpu to the names")
     lengths: tuple[int, ...] = ()
@@ -199,20 +195,23 @@ def parse_placement(top: Table, chunk: int) -> tuple[tuple[str, ...], Placement]
         lengths = phases["prefill"].wholes("lengths", BATCH, chunk, MOST_LENGTHS, BATCH)
     cuts = dict[str, Given]()
     for phase, table in phases.items():
-        cuts |= _cuts(table, KINDS.get((phase, roles[phase]), ()), roles[phase], split)
+        sharing = [roles[phase]] if phase == "prefill" else names
+        cuts |= _cuts(table, [kind for kind in KINDS[phase] if OTHER[kind] in sharing], split)
         table.done()
+    if idle := [name for name in names if name not in ("cpu", *roles.values(), *(OTHER[kind] for kind in cuts))]:
+        raise units.wrong("names", f"has {idle[0]}, which neither computes prompts nor decodes; drop it")
     return names, Placement(roles["prefill"], roles["decode"], lengths, split, cuts)
 
 
-def _cuts(phase: Table, kinds: Sequence[str], unit: str, split: str) -> dict[str, Given]:
-    """The cuts of a phase in which `unit` works; what is not cut, an NPU computes whole."""
-    given = dict.fromkeys(kinds if unit == "npu" else (), Given.whole())
+def _cuts(phase: Table, kinds: Sequence[str], split: str) -> dict[str, Given]:
+    """The cuts of a phase, of these kinds; what is not cut, an NPU computes whole."""
+    given = {kind: Given.whole() for kind in kinds if OTHER[kind] == "npu"}
     if not phase.has("cuts"):
         return given
     table = phase.table("cuts")
     if split != "tensor":
         raise phase.wrong("cuts", 'has no meaning where units.split is "layer"; make that "tensor", or drop the cuts')
-    given |= {kind: _cut(table.table(kind), unit) for kind in kinds if table.has(kind)}
+    given |= {kind: _cut(table.table(kind), OTHER[kind]) for kind in kinds if table.has(kind)}
     table.done()
     return given
 
@@ -221,7 +220,8 @@ def _cut(table: Table, unit: str) -> Given:
     """A cut of which `unit` computes the first parts, and the CPU unit the rest."""
     pieces = table.tables("pieces", MOST_POINTS)
     if not table.has("of") and pieces[0].has("share"):
-        of, ends = PARTS, list(_shares(table, pieces, unit))
+        of = GPU_PARTS if unit == "gpu" else PARTS
+        ends = list(_shares(table, pieces, unit, of))
     else:
         of = table.whole("of", 1, MOST_PARTS)
         ends = list(_ranges(table, pieces, unit, of))
@@ -229,8 +229,9 @@ def _cut(table: Table, unit: str) -> Given:
     if order not in ([unit], ["cpu"], [unit, "cpu"]):
         raise table.wrong("pieces", f"are {', '.join(order)}: first one piece of the {unit}, then one of the cpu")
     parts = ends[0][1] if order[0] == unit else 0
-    given = Given.around(max(1, parts), of)
-    points = table.wholes("points", 1, of, MOST_POINTS) if table.has("points") else given.points
+    free = unit == "gpu" and of <= MOST_POINTS
+    points = tuple(range(1, of + 1)) if free else Given.around(max(1, parts), of).points
+    points = table.wholes("points", 1, of, MOST_POINTS) if table.has("points") else points
     table.done()
     if parts and parts not in points:
         raise table.wrong("points", f"has no {parts}, which the {unit} is to compute; add it, or leave points out")
@@ -256,14 +257,14 @@ def _ranges(table: Table, pieces: Sequence[Table], unit: str, of: int) -> Iterat
         raise table.wrong("pieces", f"leave a gap: parts {end} to {of} are nobody's; let the last end at {of}")
 
 
-def _shares(table: Table, pieces: Sequence[Table], unit: str) -> Iterator[tuple[str, int]]:
-    """The same in general terms: shares that add up to 1, to the nearest of PARTS parts."""
+def _shares(table: Table, pieces: Sequence[Table], unit: str, of: int) -> Iterator[tuple[str, int]]:
+    """The same in general terms: shares that add up to 1, to the nearest of so many parts."""
     end = 0.0
     for piece in pieces:
         who, share = piece.word("unit", (unit, "cpu")), piece.share("share")
         piece.done()
         end += share
-        yield who, round(min(1.0, end) * PARTS)
+        yield who, round(min(1.0, end) * of)
     if abs(end - 1) > 1e-6:
         raise table.wrong("pieces", f"have shares that add up to {end:g}; they must to 1")
 

@@ -32,7 +32,7 @@ from coterie.scheduler.plan_file import (
     read_decisions,
     read_plan,
 )
-from coterie.scheduler.plan_schema import KINDS, Decisions, parse, tables
+from coterie.scheduler.plan_schema import KINDS, OTHER, Decisions, parse, tables
 from coterie.scheduler.planner import make_plan
 from coterie.scheduler.profile import machine
 
@@ -60,10 +60,10 @@ def decisions(draw: st.DrawFn) -> Decisions:
     if prefill == "npu":
         found = draw(st.sets(st.integers(1, chunk // 8), min_size=1, max_size=4))
         lengths = tuple(sorted(8 * length for length in found))
-    given = dict.fromkeys(KINDS["prefill", "npu"] if prefill == "npu" else (), Given.whole())
+    shared = [kind for kind in KINDS["prefill"] if OTHER[kind] == prefill] + ["rows"] * ("gpu" in units)
+    given = {kind: Given.whole() for kind in shared if OTHER[kind] == "npu"}
     if split == "tensor":
-        for phase, unit in (("prefill", prefill), ("decode", decode)):
-            given |= {kind: draw(cuts()) for kind in KINDS.get((phase, unit), ())}
+        given |= {kind: draw(cuts()) for kind in shared}
     if units == ("cpu", "gpu") and prefill == decode == "gpu" and split == "layer":
         units = ("gpu",)
     placement = Placement(prefill, decode, lengths, split, given, draw(st.integers(0, MAX_LANES)))
