@@ -14,13 +14,14 @@ from damage import GIANTS, damaged_bytes, little_memory_and_no_hang, survives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_graphs import PlainGraphs
+from sparse_models import write_gated
 from tiny_models import write_tiny
 
 from coterie import others
 from coterie.divergence import divergences
 from coterie.engine import Engine
 from coterie.errors import PlanError
-from coterie.opening import open_model, open_to_run, plan_identity
+from coterie.opening import flash_of, open_model, open_to_run, plan_identity
 from coterie.scheduler.balance import Given
 from coterie.scheduler.placement import Placement
 from coterie.scheduler.plan import MAX_LANES, Wishes
@@ -35,6 +36,7 @@ from coterie.scheduler.plan_file import (
 from coterie.scheduler.plan_schema import KINDS, OTHER, Decisions, parse, tables
 from coterie.scheduler.planner import make_plan
 from coterie.scheduler.profile import machine
+from coterie.storage.activations import Activations, model_key
 
 MUTANTS = 1500
 NEAR = 1e-6  # KL of units that differ by float rounding only
@@ -214,6 +216,23 @@ def test_neurons_of_another_model_are_refused(gguf: Path, sound: str, tmp_path: 
     with pytest.raises(PlanError, match=r"10 hot and 90 cold neurons \(batch 1\) is not one for this model"):
         make_plan(model.file, model.spec, read_plan(path, Wishes()))
     model.close()
+
+
+def test_hot_neurons_of_counted_activations_are_in_the_plan_and_come_back(folder: Path) -> None:
+    path, model = folder / "sparse.toml", open_model(write_gated(folder / "sparse.gguf"))
+    layers, neurons = len(model.spec.layers), model.spec.ffn_dim
+    live = {batch: np.tile(np.arange(neurons) % (4 + 2 * batch), (layers, 1)) for batch in (1, 4)}
+    counts = Activations(model_key(model.file), {1: 8, 4: 16}, live)
+    wishes = Wishes(threads=2, context=512, activations=counts)
+    plan, _ = make_plan(model.file, model.spec, wishes, flash_of(model.file, model.spec, wishes))
+    assert list(plan.hot) == [1, 4]
+    assert 0 < plan.hot[1] <= plan.hot[4] < plan.neurons
+    path.write_text(format_plan(Decisions.of(plan, plan_identity(model.file), machine()), plan))
+    told = read_plan(path, Wishes())
+    again, _ = make_plan(model.file, model.spec, told, flash_of(model.file, model.spec, told))
+    model.close()
+    assert again.hot == plan.hot
+    assert f"batch 4: {plan.hot[4]:,} neurons hot" in again.lines()
 
 
 @pytest.mark.parametrize(
