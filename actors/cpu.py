@@ -128,6 +128,15 @@ class CpuUnit:
         words = {"matmul": r.LINE_MATMUL, "ffn": r.LINE_FFN}
         return {kind: self._count(word) / self.lanes / cycles_per_second() for kind, word in words.items()}
 
+    def waited_seconds(self) -> float:
+        """How long lanes have waited for other units so far, on average."""
+        waited = self._count(r.LINE_SLEPT) + self._count(r.LINE_POLLED)
+        return waited / self.lanes / cycles_per_second()
+
+    def skip_to(self, epoch: int) -> None:
+        """Give the next step this number, not lower than its own: units in one step have one."""
+        self._epoch = max(self._epoch, epoch - 1)
+
     @property
     def next_epoch(self) -> int:
         """The number of the next step."""

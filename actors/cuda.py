@@ -70,10 +70,18 @@ class Loaded:
         """Wait for what of it is under way."""
         self._device.finish()
 
-    def run(self, tokens: int, outputs: int) -> None:
-        """Enqueue all records for that many rows, of which `outputs` want logits, and come back at once. The step
-        header must say the same. Raises UnitError naming the kernel where the device failed."""
-        self._device.enqueue(self._records, tokens, outputs)
+    def units(self, record: int) -> int:
+        """Raises UnitError: CUDA units compute whole products."""
+        raise UnitError("CUDA units share no products with others: drop --split tensor")
+
+    def limit(self, record: int, first: int, units: int) -> None:
+        self.units(record)
+
+    def run(self, tokens: int, outputs: int, records: range | None = None) -> None:
+        """Enqueue these records, by default all, for that many rows, of which `outputs` want logits, and come back at
+        once. The step header must say the same. Raises UnitError naming the kernel where the device failed."""
+        some = records or range(len(self._records))
+        self._device.enqueue(self._records[some.start : some.stop], tokens, outputs)
 
 
 class CudaDevice:

@@ -1,10 +1,12 @@
 """The GPU unit: programs that a device's queue runs in order. Between the enqueueing of a step and the flag that its
 last kernel posts, this process does nothing: no wait for a kernel, no finish (HeteroInfer, section 4.3)."""
 
+import os
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,8 +29,15 @@ PATIENCE = 120.0  # seconds for one step: then the device counts as hung
 class Loaded(Protocol):
     """A program on a device."""
 
-    def run(self, tokens: int, outputs: int) -> None:
-        """Enqueue all of it, for so many rows, of which so many want logits, and come back at once."""
+    def run(self, tokens: int, outputs: int, records: range | None = None) -> None:
+        """Enqueue these records of it, by default all, for so many rows, of which so many want logits, and come back at
+        once."""
+
+    def units(self, record: int) -> int:
+        """Over how many work-groups a record can run."""
+
+    def limit(self, record: int, first: int, units: int) -> None:
+        """Run a record over some of its work-groups only, from now on."""
 
 
 class Device(Protocol):
@@ -63,10 +72,18 @@ class Device(Protocol):
 
 
 class GpuUnit:
-    """Runs programs on `device`; `buffers` are the unit's own. Raises UnitError, UnitLost."""
+    """Runs programs on `device`; `buffers` are the unit's own. `cores`: those that its thread keeps to beside another
+    unit's steps (none: any); `fast`: its queue itself waits for other units' flags; else this process waits for the
+    device, posts and looks (HeteroInfer, section 4.3, without fast synchronisation). Raises UnitError, UnitLost."""
 
-    def __init__(self, arena: Arena, buffers: UnitBuffers, device: Device) -> None:
-        self.arena, self.buffers, self.device = arena, buffers, device
+    def __init__(
+        self, arena: Arena, buffers: UnitBuffers, device: Device, cores: Collection[int] = (), fast: bool = True
+    ) -> None:
+        self.arena, self.buffers, self.device, self._cores, self._fast = arena, buffers, device, cores, fast
+        self.seconds = 0.0  # of the last step beside another unit's
+        self._given: dict[str, tuple[int, ...]] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._post = library.function("lane_post", 2)
         self._programs: dict[str, tuple[Program, Loaded]] = {}
         self._lock, self._epoch, self._closed = threading.Lock(), 0, False
         self._under_way: Program | None = None  # what the queue may still be at
@@ -76,7 +93,9 @@ class GpuUnit:
         self._rows = {word: arena.numpy(ref) for word, ref in buffers.rows.items()}
         self._told = [buffers.header, *buffers.rows.values()]
         self._rate = max(1, int(cycles_per_second() / 1e6))
-        self._never = arena.address(buffers.control) + 2 * r.LINE
+        control = arena.address(buffers.control)
+        self._off, self._never = control + r.LINE, control + 2 * r.LINE  # a word that ends waits; one that stays 0
+        self._off_word: npt.NDArray[np.int64] = arena.numpy(buffers.control)[1]
         self._ring = 0
         if buffers.rings is not None:
             arena.numpy(buffers.rings)[:, 8:16].view(np.int64)[:] = TRACE_EVENTS
@@ -95,9 +114,51 @@ class GpuUnit:
         if self.device.builds != builds:
             self._record(started, r.Opcode.BUILD, 0)
 
-    def run(self, name: str, rows: Rows, results: Sequence[BufferRef] = ()) -> None:
+    @property
+    def next_epoch(self) -> int:
+        """The number of the next step."""
+        return self._epoch + 1
+
+    @contextmanager
+    def beside(self, name: str, rows: Rows, epoch: int, words: Mapping[int, int], abort: int) -> Iterator[None]:
+        """Run a step with that number while another unit runs its own of the same number. `words`: of the step's
+        header, how much of products is ours; `abort`: address of the word that calls the other unit's lanes off. Raises
+        UnitLost where this one is."""
+        if self._thread is None:
+            keep = (lambda: os.sched_setaffinity(0, self._cores)) if self._cores else None
+            self._thread = ThreadPoolExecutor(1, "coterie-gpu", keep)
+        self._off_word[0] = 0
+        self._share(name, words)
+        under_way = self._thread.submit(self._serve, name, rows, epoch, abort)
+        try:
+            yield
+        except BaseException:
+            self._off_word[0] = 1  # the queue runs on, and waits for nobody
+            under_way.result()  # if it was lost, that is the reason
+            raise
+        under_way.result()
+
+    def _serve(self, name: str, rows: Rows, epoch: int, abort: int) -> None:
+        started = time.perf_counter()
+        try:
+            self.run(name, rows, epoch=epoch)
+        except BaseException:
+            self._post(abort, 1)  # the other unit would wait for ever
+            raise
+        self.seconds = time.perf_counter() - started
+
+    def _share(self, name: str, words: Mapping[int, int]) -> None:
+        """Have records that compute a part compute this one."""
+        program, loaded = self._programs[name]
+        given = tuple(words.values())
+        if program.shares and self._given.get(name) != given:
+            for record, share in program.shares.items():
+                loaded.limit(record, *share.launched(words, loaded.units(record)))
+            self._given[name] = given
+
+    def run(self, name: str, rows: Rows, results: Sequence[BufferRef] = (), epoch: int | None = None) -> None:
         """Run a loaded program for one step, and come back when its flag is posted; `results`: what this process reads
-        then."""
+        then; `epoch`: the step's number, higher than any before."""
         with self._lock:
             if self._closed:
                 raise UnitError("this model has been closed")
@@ -110,13 +171,16 @@ class GpuUnit:
             for word, values in zip(words, rows, strict=True):
                 array = np.asarray(values)
                 self._rows[word][: array.size] = array
-            self._epoch += 1
+            self._epoch = self._epoch + 1 if epoch is None else epoch
             self._header[[r.EPOCH, r.TOKENS, r.OUTPUTS]] = self._epoch, count, wanted
             started = self._cycles()
             try:
                 self.device.before_step(self._told)
                 self._under_way = program
-                loaded.run(count, wanted)
+                if self._fast:
+                    loaded.run(count, wanted)
+                else:
+                    self._run_parts(program, loaded, count, wanted)
                 self._join(program)
                 self.device.after_step(results)
             except UnitLost:
@@ -127,6 +191,24 @@ class GpuUnit:
                 self._under_way = None
                 raise UnitLost("gpu", str(error)) from None
             self._record(started, r.Opcode.STEP, self._epoch)
+
+    def _run_parts(self, program: Program, loaded: Loaded, count: int, wanted: int) -> None:
+        """Enqueue what lies between meetings with other units; at each wait for the device, and post or look here."""
+        first = 0
+        for i in range(program.length):
+            family = program.kernels[i]
+            if family not in ("post", "wait") or i == program.length - 1:  # which is our own end
+                continue
+            if i > first:
+                loaded.run(count, wanted, range(first, i))
+                self.device.finish()
+            flag = self.arena.base + int(program.words[i, r.OPERANDS + 1])
+            if family == "post":
+                self._post(flag, self._epoch)
+            else:
+                self._await_flag(flag, self._off)
+            first = i + 1
+        loaded.run(count, wanted, range(first, program.length))
 
     def settle(self) -> None:
         """Have nothing left in the queue: for who writes what kernels read, or reads what they write."""
@@ -140,12 +222,18 @@ class GpuUnit:
     def _join(self, program: Program) -> None:
         """Wait for the flag; Python's signal handlers run between looks. A queue cannot be called off: what is in it
         runs on after an interrupt, and whoever comes next waits for it first."""
-        flag, counts = self.arena.base + program.done, self.arena.address(self.buffers.counts)
-        slice_cycles, end = int(LOOK * cycles_per_second()), time.monotonic() + PATIENCE
-        while not self._await(flag, self._epoch, self._never, self._rate, counts, slice_cycles):
+        self._await_flag(self.arena.base + program.done, self._never)
+        self._under_way = None
+
+    def _await_flag(self, flag: int, off: int) -> None:
+        """Until it is posted, or the word at `off` is not 0."""
+        counts, slice_cycles = self.arena.address(self.buffers.counts), int(LOOK * cycles_per_second())
+        end = time.monotonic() + PATIENCE
+        while not self._await(flag, self._epoch, off, self._rate, counts, slice_cycles):
+            if off == self._off and self._off_word[0]:
+                return
             if time.monotonic() > end:
                 raise UnitLost("gpu", f"a step has not ended in {PATIENCE:.0f} seconds", hangs=True)
-        self._under_way = None
 
     def waits(self) -> tuple[float, float]:
         """Seconds of waiting for the device so far: asleep, and looking."""
@@ -161,5 +249,7 @@ class GpuUnit:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                if self._thread is not None:
+                    self._thread.shutdown()
                 self._programs.clear()
                 self.device.close()

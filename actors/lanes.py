@@ -3,7 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -27,6 +28,18 @@ def cycles_per_second() -> float:
     while time.perf_counter() - start < 0.005:
         pass
     return (cycles() - count) / (time.perf_counter() - start)
+
+
+@contextmanager
+def only_on(cores: Collection[int]) -> Iterator[None]:
+    """Have threads that are started meanwhile keep to these cores (none: to what they may)."""
+    before = os.sched_getaffinity(0)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 class Lanes:

@@ -54,8 +54,8 @@ class OpenCLDevice:
         self.arena, self.share = arena, share
         self.device = _find_device(cl)
         self.name = str(self.device.name).strip()
-        if self.device.platform.name == "Portable Computing Language":
-            name_cpu(self.device.int_ptr)
+        pocl = self.device.platform.name == "Portable Computing Language"
+        cpu = name_cpu(self.device.int_ptr) if pocl else ""
         self.is_cpu = bool(self.device.type & cl.device_type.CPU)
         self.wide = self.is_cpu if wide is None else wide
         try:
@@ -65,7 +65,7 @@ class OpenCLDevice:
             self.buffer = self._wrap()
         except cl.Error as error:
             raise UnitError(f"OpenCL device {self.name} cannot be used: {_line(error)}") from None
-        self._builder = Builder(cl, self._context, self.device, self.wide)
+        self._builder = Builder(cl, self._context, self.device, self.wide, cpu)
         self._programs: list[Loaded] = []
         self._closed = False
 
@@ -151,6 +151,7 @@ class Loaded:
         self.table = np.zeros((len(kernels), oq.ENTRY_WORDS), np.int64)
         self._programs = {name: device._builder.program(name) for name in dict.fromkeys(kernels)}
         self._kernels = [self._fill(i, name, words[i]) for i, name in enumerate(kernels)]
+        self._units: list[int] = self.table[:, oq.UNITS].tolist()
         self.control = np.zeros(oq.CONTROL_WORDS, np.int64)
         driver = ctypes.CDLL(device._cl._cl.__file__)  # which has loaded libOpenCL: its names are found through it
         for word, function in FUNCTIONS.items():
@@ -160,13 +161,23 @@ class Loaded:
         self._run, self._settle = library.function("opencl_run", 5), library.function("opencl_settle", 1)
         self._warm()
 
-    def run(self, tokens: int, outputs: int) -> None:
-        """Enqueue a step of `tokens` rows, of which `outputs` want logits; the step header says the same. Comes back
-        when all is enqueued, which with a share below 1 is when all but the last slices are done. Raises UnitError
-        where the driver refuses."""
-        failed = self._run(self.control.ctypes.data, self.table.ctypes.data, len(self.names), tokens, outputs)
+    def limit(self, record: int, first: int, units: int) -> None:
+        """Run a record over some of its work-groups only, from now on."""
+        self.table[record, [oq.FIRST, oq.UNITS]] = first, units
+
+    def units(self, record: int) -> int:
+        """A record's work-groups, all of them."""
+        return self._units[record]
+
+    def run(self, tokens: int, outputs: int, records: range | None = None) -> None:
+        """Enqueue these records, by default all, of a step of `tokens` rows, of which `outputs` want logits; the step
+        header says the same. Comes back when all is enqueued, which with a share below 1 is when all but the last
+        slices are done. Raises UnitError where the driver refuses."""
+        some = records or range(len(self.names))
+        table = self.table.ctypes.data + some.start * self.table.strides[0]
+        failed = self._run(self.control.ctypes.data, table, len(some), tokens, outputs)
         if failed:
-            code, where = -(failed & 0xFFFFFFFF), failed >> 32
+            code, where = -(failed & 0xFFFFFFFF), some.start + (failed >> 32)
             what = f"kernel {self.names[where]}" if where < len(self.names) else "the queue"
             raise UnitError(f"OpenCL device {self.device.name} failed at {what}: {self._code(code)} ({code})")
 

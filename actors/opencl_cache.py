@@ -19,10 +19,10 @@ DIGEST = 32  # bytes of SHA-256
 
 
 class Builder:
-    """Builds programs for one device; `builds` counts those that were compiled."""
+    """Builds programs for one device; `cpu`: what PoCL was told it is. `builds` counts those that were compiled."""
 
-    def __init__(self, cl: Any, context: Any, device: Any, wide: bool) -> None:
-        self._cl, self._context, self._device, self._wide = cl, context, device, wide
+    def __init__(self, cl: Any, context: Any, device: Any, wide: bool, cpu: str = "") -> None:
+        self._cl, self._context, self._device, self._wide, self._cpu = cl, context, device, wide, cpu
         exact = device.single_fp_config & cl.device_fp_config.CORRECTLY_ROUNDED_DIVIDE_SQRT
         # Warnings would reach the user's terminal through the driver's compiler.
         self._options = ["-cl-std=CL1.2", "-w", *(["-cl-fp32-correctly-rounded-divide-sqrt"] if exact else [])]
@@ -39,7 +39,7 @@ class Builder:
 
     def _key(self, text: str) -> str:
         device = self._device
-        where = (device.name, device.vendor, device.version, device.driver_version, device.platform.version)
+        where = (device.name, device.vendor, device.version, device.driver_version, device.platform.version, self._cpu)
         return hashlib.sha256("\0".join([text, *self._options, *where]).encode()).hexdigest()[:32]
 
     def _path(self, key: str) -> Path:

@@ -15,6 +15,7 @@ from coterie.models.spec import ModelSpec, Rope
 from coterie.scheduler.buffers import Shared
 from coterie.scheduler.lower import Lowering
 from coterie.scheduler.lower_gpu import GpuLowering
+from coterie.scheduler.lower_gpu_cut import CpuRows, FirstTokens, GpuRows, Meetings, OtherTokens, flags
 from coterie.scheduler.lower_npu import NpuLowering
 from coterie.scheduler.placement import CPU_ONLY, Placement
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
@@ -28,6 +29,7 @@ from coterie.storage.weights import Residency, Weights, lay_out
 BATCH = 8  # rows of a decode batch
 PROBE_PIECE = 256 << 10  # bytes
 LOOKUPS = 4  # threads that look embeddings up on flash
+WITH_GPU = "+gpu"  # behind the name of a program that CPU and GPU unit compute together
 OUTPUT_ROWS = 8  # rows whose logits are computed together, each in two planes
 
 
@@ -41,7 +43,7 @@ class ModelLayout:
     `neurons`: buffers of the neuron cache, where there is one. `hidden`: by program, where hidden states enter and
     leave a part of a model, float32[rows][dim, padded with zeros]. `gpu`: the GPU unit's programs, by the names of
     those they stand for; `npu`: the NPU unit's, by the name of the CPU unit's that runs beside it (`prefill@64`, whose
-    head is `head@64`)."""
+    head is `head@64`); `prefill+gpu`, `head+gpu` and `decode+gpu` are computed by both, each its part."""
 
     weights: Weights
     whole: Weights
@@ -114,6 +116,9 @@ def lay_out_model(
         programs.append(prefill.head("head"))
     programs.append(_probe(ledger, weights, shared))
     on_gpu = _on_gpu(spec, weights, shared, ledger, placement, gpu, chunk)
+    if gpu is not None:
+        own, its = _with_gpu(spec, weights, shared, ledger, placement, gpu, chunk=chunk, tile=tile)
+        programs, on_gpu = programs + own, on_gpu | {program.name: program for program in its}
     on_npu: dict[str, Program] = {}
     for length in placement.lengths:
         beside = NpuLowering(spec, weights, shared, ledger, rows=length, tile=tile)
@@ -167,6 +172,34 @@ def _on_gpu(
         made += [GpuLowering(spec, weights, shared, ledger, unit, rows=1).whole("decode")]
         made += [GpuLowering(spec, weights, shared, ledger, unit, rows=BATCH).whole("batch")]
     return {program.name: program for program in made}
+
+
+def _with_gpu(
+    spec: ModelSpec,
+    weights: Weights,
+    shared: Shared,
+    ledger: Ledger,
+    placement: Placement,
+    unit: UnitBuffers,
+    *,
+    chunk: int,
+    tile: int,
+) -> tuple[list[Program], list[Program]]:
+    """Programs of steps that CPU and GPU unit compute together: the CPU unit's, and the GPU unit's."""
+    on_cpu, on_gpu = list[Program](), list[Program]()
+    if "tokens" in placement.cuts:
+        written = flags(ledger, len(spec.layers))
+        first = FirstTokens(spec, weights, shared, ledger, unit, rows=chunk, written=written)
+        other = OtherTokens(spec, weights, shared, ledger, rows=chunk, tile=tile, written=written)
+        on_gpu += [first.body(f"prefill{WITH_GPU}"), first.head(f"head{WITH_GPU}")]
+        on_cpu += [other.body(f"prefill{WITH_GPU}"), other.head(f"head{WITH_GPU}")]
+    if "rows" in placement.cuts:
+        meetings = Meetings.of(ledger, len(spec.layers))
+        gpu = GpuRows(spec, weights, shared, ledger, unit, meetings=meetings)
+        cpu = CpuRows(spec, weights, shared, ledger, meetings=meetings, taken=gpu.hidden)
+        on_cpu.append(cpu.whole(f"decode{WITH_GPU}"))
+        on_gpu.append(gpu.beside(f"decode{WITH_GPU}", cpu))
+    return on_cpu, on_gpu
 
 
 def tape_room(runs: tuple[Run, ...]) -> int:

@@ -90,8 +90,10 @@ class Lowering(Workspace):
         assert weights.output_norm is not None
         ready = self._norm(b, NO_LAYER, weights.output_norm, self.final, self.z, post, select=True)
         logits, b.outputs = self.shared.logits, True
-        width = logits.shape[1]
-        self._matmul(b, NO_LAYER, weights.output, self.final, logits, 0, width, outputs=True, prepare=ready)
+        width, given = logits.shape[1], (self.given.get("head", 0), 0, weights.output.run.items)
+        self._matmul(
+            b, NO_LAYER, weights.output, self.final, logits, 0, width, outputs=True, prepare=ready, given=given
+        )
         return b
 
     # --- operators --------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ class Lowering(Workspace):
             }
             number = b.add(
                 kernel_name("matmul", matrix.format.name, tile), Opcode.MATMUL, operands,
-                layer=layer, waits=waits, prepare=prepare, **_streaming(part.position, part.position + part.count),
+                layer=layer, waits=waits, prepare=prepare, **streaming(part.position, part.position + part.count),
             )  # fmt: skip
             waits = None
         return number
@@ -306,8 +308,12 @@ class Lowering(Workspace):
             b.add(kernel_name("attend_one"), Opcode.ATTEND, operands, layer=i, waits=waits)
         else:
             b.add(kernel_name("rope"), Opcode.ROPE, operands, layer=i, waits=waits)
+            self._before_attention(b, i)
             b.add(kernel_name("attend"), Opcode.ATTEND, operands, layer=i)
         self._mix(b, i, layer, self._row_wise(b, kernel_name("merge"), Opcode.MERGE, merge, i))
+
+    def _before_attention(self, b: ProgramBuilder, i: int) -> None:
+        """Keys and values of a chunk are written."""
 
     def _mix(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> None:
         """Attention's output matrix."""
@@ -319,8 +325,8 @@ class Lowering(Workspace):
         names = layout.gate.name, layout.up.name, self.spec.activation, self.tile
         for span in ffn.spans:
             up, down = self._up(ffn, span), self._down(ffn, span)
-            streaming = _streaming(span.position, span.end)
-            ordered, frees = streaming["ordered"], streaming["frees"]
+            how = streaming(span.position, span.end)
+            ordered, frees = how["ordered"], how["frees"]
             b.add(kernel_name("ffn_up", *names), Opcode.FFN_UP, up, layer=i, prepare=ready, ordered=ordered)
             b.add(kernel_name("ffn_down", layout.down.name, self.tile), Opcode.FFN_DOWN, down, layer=i, frees=frees)
 
@@ -392,12 +398,12 @@ class Lowering(Workspace):
         }
 
 
-class _Streaming(TypedDict):
+class Streaming(TypedDict):
     frees: int
     ordered: bool
 
 
-def _streaming(position: int, end: int) -> _Streaming:
+def streaming(position: int, end: int) -> Streaming:
     """How an instruction on weights at tape positions `position` to `end` (excluded) differs from one on pinned ones:
     what it frees, and that lanes take its pieces as they arrive."""
     streamed = position != PINNED

@@ -189,12 +189,19 @@ class GpuLowering:
             b, "rope", Opcode.ROPE, i, **heads, half=at.rope.dims // 2, angles=self.shared.ropes[at.rope],
             query_norm=query, key_norm=key, eps=float(spec.norm_eps), scale=float(spec.attention_scale),
         )  # fmt: skip
+        self._keys_written(b, i)
         rounded, floats = self.attended_rounded, layer.output.format.is_float
         self._add(
             b, "attend", Opcode.ATTEND, i, **heads, window=at.window, out=self.attended, out_row=FLOAT * self.mixed,
             rounded=NONE if floats else rounded, rounded_row=FLOAT * rounded.shape[1], width=self.mixed,
         )  # fmt: skip
         self._matmul(b, i, layer.output, self.attended if floats else rounded, self.y, 0)
+
+    def _keys_written(self, b: ProgramBuilder, i: int) -> None:
+        """A layer's keys and values are in the KV cache."""
+
+    def _hidden_ready(self, b: ProgramBuilder, i: int, ffn: FFN) -> None:
+        """Gate and Up are done."""
 
     def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN) -> None:
         layout = ffn.layout
@@ -210,6 +217,7 @@ class GpuLowering:
             b, kernel_name("ffn_up", *names), Opcode.FFN_UP, i, **clusters, **hidden, up=layout.gate_bytes,
             blocks=blocks, x=x, x_row=FLOAT * x.shape[1], rounded=int(not layout.down.is_float),
         )  # fmt: skip
+        self._hidden_ready(b, i, ffn)
         self._add(
             b, kernel_name("ffn_down", layout.down.name, self.tokens), Opcode.FFN_DOWN, i, **clusters, **hidden,
             down=layout.down_offset, groups=layout.down_groups, y=self.y, y_row=FLOAT * self.width,

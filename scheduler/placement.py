@@ -11,6 +11,7 @@ from coterie.scheduler.balance import Given
 
 UNITS = ("cpu", "gpu", "npu")
 LENGTHS = (128,)  # rows of graphs; each length costs another copy of all weights
+SHORT = 32  # tokens of a chunk below which two units would mostly wait for each other
 FILLED = 0.6  # of a graph's rows at least: with fewer, it is not used
 ROLES = {  # of the units asked for: who computes prompts, and who decodes
     ("cpu",): ("cpu", "cpu"),
@@ -24,6 +25,7 @@ ROLES = {  # of the units asked for: who computes prompts, and who decodes
 SPLITS = ("layer", "tensor")
 PARTS = 8  # equal parts of a product, of which an NPU takes some
 KINDS = "matmul", "ffn"  # of products that are cut alike
+SIXTEENTHS = 16  # of a chunk's tokens, or of a product's rows, of which a GPU takes some
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Placement:
     cuts   between the CPU unit and another one: of prompts' products with the NPU ("matmul", "ffn"), of prompts'
            chunks by tokens ("tokens") and of decode's products by rows ("rows") with the GPU
     kept   cores, the last ones, that the CPU unit leaves to units which compute on cores
+    fast   units in one step meet by flags alone; else by their runtimes' own calls
     """
 
     prefill: str = "cpu"
@@ -43,9 +46,12 @@ class Placement:
     split: str = "layer"
     cuts: Mapping[str, Given] = field(default_factory=dict)
     kept: int = 0
+    fast: bool = True
 
     @classmethod
-    def of(cls, units: Sequence[str], chunk: int, split: str = "layer", kept: int = 0) -> "Placement":
+    def of(
+        cls, units: Sequence[str], chunk: int, split: str = "layer", kept: int = 0, fast: bool = True
+    ) -> "Placement":
         """The placement for a set of units and chunks of so many tokens. Raises UsageError for a set that cannot be."""
         prefill, decode = ROLES[check_units(units)]
         if split not in SPLITS:
@@ -56,7 +62,11 @@ class Placement:
         cuts = dict[str, Given]()
         if prefill == "npu":
             cuts = dict.fromkeys(KINDS, Given.around(PARTS // 2, PARTS) if split == "tensor" else Given.whole())
-        return cls(prefill, decode, lengths, split, cuts, kept)
+        if split == "tensor":
+            half = Given(SIXTEENTHS // 2, SIXTEENTHS, tuple(range(1, SIXTEENTHS + 1)))
+            cuts |= {"tokens": half} if prefill == "gpu" else {}
+            cuts |= {"rows": half} if "gpu" in units else {}
+        return cls(prefill, decode, lengths, split, cuts, kept, fast)
 
     def own_cores(self) -> tuple[int, ...]:
         """The cores of units beside the CPU unit; none: they may use all."""
@@ -69,7 +79,14 @@ class Placement:
 
     @property
     def gpu(self) -> bool:
-        return "gpu" in (self.prefill, self.decode)
+        return "gpu" in (self.prefill, self.decode) or "rows" in self.cuts
+
+    def first_tokens(self, tokens: int, parts: int) -> int:
+        """How many of a chunk's tokens, the first ones, are the GPU unit's, when it computes so many parts of chunks: a
+        multiple of 8; none of a short chunk, all of which are the CPU unit's."""
+        if "tokens" not in self.cuts or tokens < SHORT:
+            return 0
+        return round(tokens * parts / self.cuts["tokens"].of / 8) * 8
 
     def describe(self) -> dict[str, str]:
         """What each unit does, for people."""

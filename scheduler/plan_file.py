@@ -31,6 +31,7 @@ COMMENTS = {
     "cpu.chunk": "prompt tokens computed together",
     "cpu.left": "cores left to other units",
     "units.split": "layer: an operator is one unit's; tensor: cut between two",
+    "units.flags": "units meet at flags; false: by calls of their runtimes",
     "prefill.unit": "computes prompts",
     "prefill.lengths": "rows of its graphs; the CPU unit computes what fills none",
     "decode.unit": "computes tokens of the answer",
@@ -79,7 +80,7 @@ def _value(value: Any) -> str:
         return "{" + ", ".join(f"{key} = {_value(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
-    return str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _quoted(text: str) -> str:

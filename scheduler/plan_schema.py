@@ -11,7 +11,7 @@ from typing import Any
 from coterie.errors import CoterieError, PlanError
 from coterie.scheduler.balance import Given
 from coterie.scheduler.layout import BATCH
-from coterie.scheduler.placement import PARTS, SPLITS, UNITS, Placement, check_units
+from coterie.scheduler.placement import PARTS, SIXTEENTHS, SPLITS, UNITS, Placement, check_units
 from coterie.scheduler.plan import MAX_LANES, VERSION, Plan, Wishes
 from coterie.scheduler.tables import Table, printable, shown
 from coterie.sizes import MOST
@@ -22,7 +22,6 @@ MOST_POINTS = 16  # to which a cut may move: each is another graph a layer
 PHASES = "prefill", "decode"
 KINDS = {"prefill": ("matmul", "ffn", "tokens"), "decode": ("rows",)}  # of cuts with the CPU unit
 OTHER = {"matmul": "npu", "ffn": "npu", "tokens": "gpu", "rows": "gpu"}  # unit of a cut
-GPU_PARTS = 16  # into which shares are made for a GPU, which may move to any: its kernels take any number of rows
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def tables(made: Decisions) -> dict[str, Any]:
         "device": {"machine": made.machine},
         "memory": ({} if made.ceiling is None else {"ceiling": made.ceiling}) | {"context": made.context},
         "cpu": {"lanes": made.lanes, "chunk": made.chunk, "left": placement.kept},
-        "units": {"names": list(made.units), "split": placement.split},
+        "units": {"names": list(made.units), "split": placement.split, "flags": placement.fast},
     }
     for phase, unit in zip(PHASES, (placement.prefill, placement.decode), strict=True):
         found[phase] = {"unit": unit}
@@ -183,6 +182,7 @@ def parse_placement(top: Table, chunk: int) -> tuple[tuple[str, ...], Placement]
     except CoterieError as error:
         raise units.wrong("names", f"is {','.join(names)}: {error}") from None
     split = units.word("split", SPLITS)
+    fast = units.flag("flags") if units.has("flags") else True
     units.done()
     roles = {
         phase: table.word("unit", names if phase == "prefill" else [name for name in names if name != "npu"])
@@ -200,7 +200,7 @@ def parse_placement(top: Table, chunk: int) -> tuple[tuple[str, ...], Placement]
         table.done()
     if idle := [name for name in names if name not in ("cpu", *roles.values(), *(OTHER[kind] for kind in cuts))]:
         raise units.wrong("names", f"has {idle[0]}, which neither computes prompts nor decodes; drop it")
-    return names, Placement(roles["prefill"], roles["decode"], lengths, split, cuts)
+    return names, Placement(roles["prefill"], roles["decode"], lengths, split, cuts, fast=fast)
 
 
 def _cuts(phase: Table, kinds: Sequence[str], split: str) -> dict[str, Given]:
@@ -220,7 +220,7 @@ def _cut(table: Table, unit: str) -> Given:
     """A cut of which `unit` computes the first parts, and the CPU unit the rest."""
     pieces = table.tables("pieces", MOST_POINTS)
     if not table.has("of") and pieces[0].has("share"):
-        of = GPU_PARTS if unit == "gpu" else PARTS
+        of = SIXTEENTHS if unit == "gpu" else PARTS
         ends = list(_shares(table, pieces, unit, of))
     else:
         of = table.whole("of", 1, MOST_PARTS)
@@ -229,7 +229,7 @@ def _cut(table: Table, unit: str) -> Given:
     if order not in ([unit], ["cpu"], [unit, "cpu"]):
         raise table.wrong("pieces", f"are {', '.join(order)}: first one piece of the {unit}, then one of the cpu")
     parts = ends[0][1] if order[0] == unit else 0
-    free = unit == "gpu" and of <= MOST_POINTS
+    free = unit == "gpu" and of <= MOST_POINTS  # its kernels take any number of rows
     points = tuple(range(1, of + 1)) if free else Given.around(max(1, parts), of).points
     points = table.wholes("points", 1, of, MOST_POINTS) if table.has("points") else points
     table.done()

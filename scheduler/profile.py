@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from coterie.errors import UsageError
 from coterie.kernels import target
@@ -24,6 +24,9 @@ MACHINES = 8  # kept in a profile, which several machines may share
 ENGINES = ("io_uring", "preadv")
 SINGLE = 8192  # bytes at most of a read that is like a single neuron's
 BLOCKS, DEPTHS = (4096, 1 << 30), (1, 1 << 10)  # least and largest
+OPERATORS = ("matmul", "ffn_up", "ffn_down", "head", "ffn")
+LONGEST = 200  # characters of a name
+LARGEST = 1 << 31  # rows, columns and tokens
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,69 @@ class UnitProfile:
     flash_beside: float
 
 
+class Product(NamedTuple):
+    """A matrix product of weights, `rows` x `columns` in `format`. `operator`: "matmul" (projections, attention's
+    output), "ffn_up" (Gate and Up, whose rows count both), "ffn_down", "head" (logits), or "ffn" (all of an FFN as one
+    graph, with the rows and columns of "ffn_up")."""
+
+    operator: str
+    rows: int
+    columns: int
+    format: str
+
+
+class Point(NamedTuple):
+    """Seconds of a product's first `rows` rows for so many tokens, behind other work of the unit."""
+
+    rows: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ProductTimes:
+    """A product of a model as a unit computes it, `nbytes` of weights."""
+
+    product: Product
+    nbytes: int
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class UnitTimes:
+    """A unit's products. `key`: what they were measured with (actors/identity.py); `format`: what the unit has all
+    weights in ("": as they are); `lengths`: tokens of its graphs (none: it takes any number); seconds to `launch` an
+    empty kernel and be told of its end, and of one `queued` behind another; bytes/s of weights that it reads alone."""
+
+    key: str
+    format: str
+    lengths: tuple[int, ...]
+    launch: float
+    queued: float
+    bandwidth: float
+    products: tuple[ProductTimes, ...]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Products of models by unit, and how units meet. `together`: bytes/s that two units ("cpu+gpu") read at the same
+    time; `sync`: seconds until a thread sees another one's flag; `copy`: bytes/s of copying rows."""
+
+    units: dict[str, UnitTimes] = field(default_factory=dict)
+    together: dict[str, float] = field(default_factory=dict)
+    sync: float = 0.0
+    copy: float = 0.0
+
+
 @dataclass
 class DeviceProfile:
     """What is known of this machine: memory_bandwidth in bytes/s, read by all cores; flash by file system; the CPU unit
-    by its lanes (in a file that an older Coterie wrote there is none)."""
+    by its lanes; products of models (the last two are missing in files of an older Coterie)."""
 
     memory_bandwidth: float | None = None
     flash: dict[str, FlashProfile] = field(default_factory=dict)
     units: dict[str, UnitProfile] = field(default_factory=dict)
+    shapes: Shapes = field(default_factory=Shapes)
 
 
 @dataclass(frozen=True)
@@ -214,6 +272,7 @@ def _parsed(section: Any) -> DeviceProfile:
             None if bandwidth is None else _rate(bandwidth),
             {str(name): _flash(each) for name, each in section.get("flash", {}).items()},
             {str(name): _unit(each) for name, each in section.get("units", {}).items()},
+            _shapes(section["shapes"]) if "shapes" in section else Shapes(),
         )
     except (AttributeError, KeyError, TypeError):
         raise ValueError("is damaged") from None
@@ -244,10 +303,41 @@ def _unit(values: dict[str, Any]) -> UnitProfile:
 
 
 def _kernel(values: dict[str, Any]) -> KernelCost:
-    name = values["kernel"]
-    if not isinstance(name, str) or len(name) > 200:
-        raise ValueError("is damaged")
+    name = _name(values["kernel"])
     return KernelCost(name, *(_rate(values[key]) for key in ("launch", "rate", "bandwidth", "fill")))
+
+
+def _shapes(values: dict[str, Any]) -> Shapes:
+    return Shapes(
+        {_name(name): _unit_times(each) for name, each in values["units"].items()},
+        {_name(name): _rate(each) for name, each in values["together"].items()},
+        _rate(values["sync"]),
+        _rate(values["copy"]),
+    )
+
+
+def _unit_times(values: dict[str, Any]) -> UnitTimes:
+    return UnitTimes(
+        _name(values["key"]),
+        _name(values["format"]),
+        tuple(_whole(length, 1, LARGEST) for length in values["lengths"]),
+        _rate(values["launch"]),
+        _rate(values["queued"]),
+        _rate(values["bandwidth"]),
+        tuple(_product_times(each) for each in values["products"]),
+    )
+
+
+def _product_times(values: dict[str, Any]) -> ProductTimes:
+    operator, rows, columns, format = _items(values["product"], 4)
+    product = Product(_word(operator, OPERATORS), _whole(rows, 1, LARGEST), _whole(columns, 1, LARGEST), _name(format))
+    points = tuple(
+        Point(_whole(part, 1, product.rows), _whole(tokens, 1, LARGEST), _rate(seconds))
+        for part, tokens, seconds in (_items(point, 3) for point in values["points"])
+    )
+    if not points or any(not point.seconds for point in points) or len({point[:2] for point in points}) < len(points):
+        raise ValueError("is damaged")
+    return ProductTimes(product, _whole(values["nbytes"], 1, 1 << 62), points)
 
 
 def _row(values: dict[str, Any]) -> FlashRow:
@@ -266,6 +356,18 @@ def _word(value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError("is damaged")
     return str(value)
+
+
+def _items(value: Any, count: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) != count:
+        raise ValueError("is damaged")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > LONGEST:
+        raise ValueError("is damaged")
+    return value
 
 
 def _whole(value: Any, least: int, most: int) -> int:

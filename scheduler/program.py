@@ -4,7 +4,9 @@ A program names kernels and arena offsets; a unit that loads it puts in its own 
 serves every process that maps the arena.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,24 @@ from coterie.storage.arena import BufferRef, Ledger
 
 Operand = int | float | BufferRef | None
 NO_LAYER = 0xFFFF
+
+
+class Share(NamedTuple):
+    """A kernel of a GPU unit that computes a part of a product: the header word that says how much of it is the GPU
+    unit's, of `whole` row groups or clusters those `before` the kernel's own, and work-groups for each; `rest`: the
+    kernel is for what is not the GPU unit's."""
+
+    word: int
+    before: int
+    whole: int
+    units: int
+    rest: bool = False
+
+    def launched(self, words: Mapping[int, int], most: int) -> tuple[int, int]:
+        """From which of its `most` work-groups on, and over how many of them, it runs, the header saying that."""
+        given = self.whole * words[self.word] // r.WHOLE - self.before
+        own = min(max(given * self.units, 0), most)
+        return (own, most - own) if self.rest else (0, own)
 
 
 @dataclass
@@ -31,6 +51,7 @@ class Program:
     length: int
     done: int  # arena offset of the flag that the last instruction sets
     outputs: bool  # whether it computes logits, and so wants rows to do it for
+    shares: dict[int, Share] = field(default_factory=dict)  # records of a GPU unit that compute a part
 
     @property
     def nbytes(self) -> int:

@@ -62,6 +62,12 @@ class Table:
             raise self.wrong(key, f"is {shown(value)}, but must be a number above 0 and at most 1")
         return float(value)
 
+    def flag(self, key: str) -> bool:
+        value = self.value(key)
+        if not isinstance(value, bool):
+            raise self.wrong(key, f"is {shown(value)}, but must be true or false")
+        return value
+
     def text(self, key: str) -> str:
         value = self.value(key)
         if not isinstance(value, str) or len(value) > LONGEST_TEXT:

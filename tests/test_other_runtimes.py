@@ -10,6 +10,7 @@ from command_line import coterie
 from test_other_units import prompts
 from tiny_models import write_tiny
 
+from coterie.actors.gpu import Loaded
 from coterie.actors.gpus import open_device
 from coterie.actors.npu_graphs import open_runtime
 from coterie.engine import Engine
@@ -101,13 +102,19 @@ def test_a_gpu_that_vanishes_is_replaced_by_the_cpu_unit(model: Path, monkeypatc
     fails = iter([False, False, True])
 
     class Vanishing:
-        def __init__(self, loaded: object) -> None:
+        def __init__(self, loaded: Loaded) -> None:
             self.loaded = loaded
 
-        def run(self, tokens: int, outputs: int) -> None:
+        def run(self, tokens: int, outputs: int, records: range | None = None) -> None:
             if next(fails):
                 raise UnitError("OpenCL device failed at kernel norm: DEVICE_NOT_AVAILABLE (-2)")
-            self.loaded.run(tokens, outputs)  # type: ignore[attr-defined]
+            self.loaded.run(tokens, outputs, records)
+
+        def units(self, record: int) -> int:
+            return self.loaded.units(record)
+
+        def limit(self, record: int, first: int, units: int) -> None:
+            self.loaded.limit(record, first, units)
 
     programs = engine.others.gpu._programs
     for name, (program, loaded) in list(programs.items()):

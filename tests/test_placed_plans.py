@@ -68,7 +68,7 @@ def decisions(draw: st.DrawFn) -> Decisions:
         given |= {kind: draw(cuts()) for kind in shared}
     if units == ("cpu", "gpu") and prefill == decode == "gpu" and split == "layer":
         units = ("gpu",)
-    placement = Placement(prefill, decode, lengths, split, given, draw(st.integers(0, MAX_LANES)))
+    placement = Placement(prefill, decode, lengths, split, given, draw(st.integers(0, MAX_LANES)), draw(st.booleans()))
     flash = draw(st.none() | st.tuples(st.integers(1, 64).map(lambda n: 4096 * n), st.integers(1, 1024)))
     sizes = sorted(draw(st.sets(st.integers(1, 8), max_size=4)))
     hot = sorted(draw(st.lists(st.integers(0, 1000), min_size=len(sizes), max_size=len(sizes))))
@@ -173,6 +173,7 @@ WRONG = [
     ([("units", "names", '["cpu", "cpu", "npu"]')], r"name each once"),
     ([("units", "names", '["npu"]')], r"units.names is npu: .*needs the CPU unit"),
     ([("units", "split", '"layer"')], r"prefill.cuts has no meaning"),
+    ([("units", "flags", "1")], r"units.flags is 1, but must be true or false"),
     ([("units", "split", '"rows"')], r"units.split is 'rows': there is layer, tensor"),
     ([("decode", "unit", '"npu"')], r"decode.unit is 'npu': there is cpu"),
     ([("prefill", "lengths", "[256]")], r"prefill.lengths is 256, but must be a whole number from 8 to 128"),

@@ -27,7 +27,7 @@ from coterie.models.source import WeightSource
 from coterie.models.spec import Rope
 from coterie.others import OtherUnits
 from coterie.room import SCRATCH_ROOM, check_free, room_for
-from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, lay_out_model, lay_out_units, tape_room
+from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, WITH_GPU, lay_out_model, lay_out_units, tape_room
 from coterie.scheduler.placement import Placement
 from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash
@@ -230,22 +230,28 @@ class Engine(Stepping):
         self._check_open()
         positions = sequence.length + np.arange(len(ids))
         tables = np.full(len(ids), sequence.table_address)
-        length = self._placement.length_for(len(ids))
-        graphs = "" if length is None else f"@{length}"
+        which = ""
+        if self.others is not None:
+            self.others.begin_chunk()
+            which = self.others.program_for(len(ids))
         try:
-            self._run(f"prefill{graphs}", Rows(ids, positions, tables, ()), more=wanted.size > 0)
+            self._run(f"prefill{which}", Rows(ids, positions, tables, ()), more=wanted.size > 0)
         except Again:
             sequence.length += len(ids)
             return False
         sequence.length += len(ids)
-        for first in range(0, wanted.size, OUTPUT_ROWS):
+        whose = self.others.first_tokens(len(ids)) if self.others is not None and which == WITH_GPU else 0
+        first = 0
+        while first < wanted.size:
             outputs = wanted[first : first + OUTPUT_ROWS]
+            outputs = outputs[(outputs < whose) == (outputs[0] < whose)]  # rows that one unit has
             try:
                 rows = Rows(ids, positions, tables, outputs)
-                self._run(f"head{graphs}", rows, more=first + OUTPUT_ROWS < wanted.size)
+                self._run(f"head{which}", rows, more=first + outputs.size < wanted.size)
             except Again:
                 return False
             logits[first : first + outputs.size] = self._logits[: outputs.size]
+            first += outputs.size
         return True
 
     def decode(self, sequences: Sequence[KVSequence], tokens: Sequence[int]) -> Floats:

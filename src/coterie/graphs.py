@@ -1,6 +1,5 @@
 """The graphs of a model's prompts on an NPU: made of its weights, built or read from the disk, bound to the arena."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.cpu import CpuUnit
+from coterie.actors.lanes import only_on
 from coterie.actors.npu import NpuUnit
 from coterie.actors.npu_cache import GraphCache
 from coterie.actors.npu_graphs import WINDOW, Graph, choose_blocks, open_runtime
@@ -69,18 +69,14 @@ class Graphs:
             sizes = [(form, self._nbytes(form)) for each in forms.values() for form in each if form is not None]
             if len(choose_blocks(sizes)) < len(sizes):
                 raise PlanError(f"the graphs are more than the {WINDOW >> 30} GiB that an NPU addresses; drop npu")
-        before, everywhere = _private_bytes(), os.sched_getaffinity(0)
-        try:
-            if self._cores:
-                os.sched_setaffinity(0, self._cores)  # which threads that a runtime starts now inherit
+        before = _private_bytes()
+        with only_on(self._cores):
             for done, (name, program) in enumerate(layout.npu.items()):
                 products = []
                 for i in range(program.length):
                     self._progress("graphs for the NPU", done * program.length + i, len(forms))
                     products.append(self._product(program, i, forms[name, i]))
                 self.unit.load(program, products)
-        finally:
-            os.sched_setaffinity(0, everywhere)
         self._ranges = None
         self.nbytes = max(_private_bytes() - before, self.cache.nbytes)  # others may have given memory back meanwhile
         self.cache.drop_pages()

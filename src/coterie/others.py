@@ -1,5 +1,6 @@
 """The units beside the CPU unit: which programs they run, and what is theirs (design section 7)."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -7,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.gpu import GpuUnit
 from coterie.actors.gpus import open_device
+from coterie.actors.lanes import only_on
 from coterie.actors.unit import Rows
 from coterie.errors import UnitError
 from coterie.graphs import Graphs
-from coterie.kernels.record import WHOLE, Opcode
+from coterie.kernels.record import GIVEN_DOWN, GIVEN_HEAD, GIVEN_QKV, GIVEN_UP, WHOLE, Opcode
 from coterie.scheduler.balance import Balance, Given
-from coterie.scheduler.layout import ModelLayout, Units
+from coterie.scheduler.layout import WITH_GPU, ModelLayout, Units
 from coterie.scheduler.lower_npu import SHARES
 from coterie.scheduler.placement import CPU_ONLY, Placement
 
@@ -20,12 +22,13 @@ if TYPE_CHECKING:
     from coterie.models.load import Model
 
 Progress = Callable[..., None]
+ROWS = (GIVEN_QKV, GIVEN_UP, GIVEN_DOWN, GIVEN_HEAD)  # header words of decode's products
 OPCODES = {"matmul": int(Opcode.MATMUL), "ffn": int(Opcode.FFN)}  # of graphs
 
 
 def shares(parts: Mapping[str, int], cuts: Mapping[str, Given]) -> dict[int, int]:
     """What a step's header says of cuts."""
-    return {word: WHOLE * count // cuts[kind].of for kind, count in parts.items() for word in SHARES[kind]}
+    return {word: WHOLE * parts[kind] // cuts[kind].of for kind in SHARES for word in SHARES[kind]}
 
 
 class OtherUnits:
@@ -38,18 +41,23 @@ class OtherUnits:
         self.placement, self._cpu, self._progress = placement, cpu, progress
         self._layout: ModelLayout | None = None
         self._alone = False
+        self._parts = dict[str, int]()  # of the chunk under way
         self.adapts = True  # whether cuts follow what their parts take
         self.gpu: GpuUnit | None = None
         self.graphs: Graphs | None = None
         self.balance: Balance | None = None
         try:
             if units.gpu is not None:
-                self.gpu = GpuUnit(cpu.arena, units.gpu, open_device(cpu.arena, gpu_share))
+                cores = placement.own_cores()
+                with only_on(cores):
+                    device = open_device(cpu.arena, gpu_share)
+                self.gpu = GpuUnit(cpu.arena, units.gpu, device, cores, placement.fast)
                 if not self.gpu.device.integrated and (placement.prefill, placement.decode) != ("gpu", "gpu"):
                     raise UnitError("this GPU has memory of its own, and so a KV cache of its own: use --units gpu")
+            if placement.split == "tensor":
+                self.balance = Balance(dict(placement.cuts))
             if units.npu is not None:
                 self.graphs = Graphs(cpu, units.npu, model, progress, placement)
-                self.balance = Balance(dict(placement.cuts)) if placement.split == "tensor" else None
         except BaseException:
             self.close()
             raise
@@ -79,7 +87,48 @@ class OtherUnits:
 
     def on_gpu(self, name: str) -> bool:
         """Whether steps of that program are the GPU unit's now."""
-        return (self.placement.decode if name in ("decode", "batch") else self.placement.prefill) == "gpu"
+        placement = self.placement
+        if name in ("decode", "batch"):
+            return placement.decode == "gpu"
+        if "tokens" in placement.cuts:  # all of a chunk, or none of it
+            return self.parts["tokens"] == placement.cuts["tokens"].of
+        return placement.prefill == "gpu"
+
+    def program_for(self, tokens: int) -> str:
+        """What follows the name of a program for a chunk of so many tokens: "@" and the graphs' length, "+gpu" where
+        CPU and GPU unit compute it together, nothing where one of them does."""
+        length, parts = self.placement.length_for(tokens), self.parts
+        if length is not None:
+            return f"@{length}"
+        first = self.placement.first_tokens(tokens, parts["tokens"]) if "tokens" in parts else 0
+        return WITH_GPU if 0 < first < tokens else ""
+
+    def first_tokens(self, tokens: int) -> int:
+        """How many of a chunk's tokens the GPU unit computes in a step that both do: until the chunk is done, as it
+        began."""
+        return self.placement.first_tokens(tokens, self._parts["tokens"])
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether CPU and GPU unit decode a token together."""
+        return self.parts.get("rows", 0) > 0
+
+    @contextmanager
+    def gpu_beside(self, name: str, rows: Rows) -> Iterator[None]:
+        """While the CPU unit runs its part of a step, the GPU unit runs its own, of these rows. Raises UnitLost."""
+        assert self.gpu is not None
+        kind = "rows" if name.startswith("decode") else "tokens"
+        epoch, share = max(self._cpu.next_epoch, self.gpu.next_epoch), self.parts[kind]
+        words = dict.fromkeys(ROWS, WHOLE * share // self.placement.cuts[kind].of)
+        self._cpu.give(words)
+        self._cpu.skip_to(epoch)
+        started, waited = time.perf_counter(), self._cpu.waited_seconds()
+        with self.gpu.beside(name, rows, epoch, words, self._cpu.abort_address):
+            yield
+            taken = time.perf_counter() - started
+        if self.balance is not None and self.adapts:
+            mine = taken - (self._cpu.waited_seconds() - waited)
+            self.balance.observe({kind: (self.gpu.seconds, mine)})
 
     def run_on_gpu(self, name: str, rows: Rows) -> None:
         """See GpuUnit.run."""
@@ -97,7 +146,7 @@ class OtherUnits:
         if program is None or self.graphs is None:
             yield
         else:
-            parts = self.parts
+            parts = {kind: self.parts[kind] for kind in SHARES}
             self._cpu.give(shares(parts, self.placement.cuts))
             before = self._cpu.product_seconds()
             pieces = {OPCODES[kind]: self.placement.cuts[kind].pieces_of(count) for kind, count in parts.items()}
@@ -107,12 +156,15 @@ class OtherUnits:
                 after, busy = self._cpu.product_seconds(), self.graphs.unit.busy_seconds()
                 self.balance.observe({kind: (busy[OPCODES[kind]], after[kind] - before[kind]) for kind in parts})
 
+    def begin_chunk(self) -> None:
+        """A chunk begins: whose its tokens are stays as it is now until its logits are done."""
+        self._parts = self.parts
+
     @property
     def parts(self) -> dict[str, int]:
-        """How many parts of each kind of product the NPU computes in the next step with graphs."""
-        if self.balance is not None:
-            return dict(self.balance.parts)
-        return {kind: cut.parts for kind, cut in self.placement.cuts.items()}
+        """How many parts of each kind of product are another unit's in the next step."""
+        balance = self.balance
+        return {kind: balance.parts[kind] if balance else cut.parts for kind, cut in self.placement.cuts.items()}
 
     @contextmanager
     def none(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from coterie.actors.unit import Rows
 from coterie.ceiling import Ceiling
 from coterie.meter import Meter
 from coterie.others import OtherUnits
-from coterie.scheduler.layout import ModelLayout
+from coterie.scheduler.layout import WITH_GPU, ModelLayout
 from coterie.storage.arena import Arena
 from coterie.stream import Stream
 from coterie.supervision import Supervisor
@@ -24,6 +24,14 @@ class Yield(Exception):
 
 class Again(Exception):
     """The chunk under way must be computed again."""
+
+
+def parts_of(rows: Rows, first: int) -> tuple[Rows, Rows]:
+    """The rows behind the first ones, and those."""
+    wanted = np.asarray(rows.outputs, np.int64)
+    positions, tables = np.asarray(rows.positions), np.asarray(rows.tables)
+    theirs = Rows(rows.ids[:first], positions[:first], tables[:first], wanted[wanted < first])
+    return Rows(rows.ids[first:], positions[first:], tables[first:], wanted[wanted >= first] - first), theirs
 
 
 class Stepping:
@@ -65,11 +73,28 @@ class Stepping:
         """A step, on whichever units it is placed."""
         if self.others is None:
             self._on_cpu(name, rows, more)
+        elif name.endswith(WITH_GPU) or (name == "decode" and self.others.cuts_rows):
+            self._on_both(self.others, name.removesuffix(WITH_GPU), rows, more)
         elif self.others.on_gpu(name):
             self.others.run_on_gpu(name, rows)
         else:
             with self.others.beside(name):
                 self._on_cpu(name, rows, more)
+
+    def _on_both(self, others: OtherUnits, name: str, rows: Rows, more: bool) -> None:
+        """A step that CPU and GPU unit compute together; logits are all of rows that one of them has."""
+        if name == "decode":
+            with others.gpu_beside(f"decode{WITH_GPU}", rows):
+                return self._on_cpu(f"decode{WITH_GPU}", rows, more)
+        first = others.first_tokens(len(rows.ids))
+        ours, theirs = parts_of(rows, first)
+        if name == "prefill":
+            with others.gpu_beside(f"prefill{WITH_GPU}", theirs):
+                self._on_cpu(f"prefill{WITH_GPU}", ours, more)
+        elif np.size(theirs.outputs):
+            others.run_on_gpu(f"head{WITH_GPU}", theirs)
+        else:
+            self._on_cpu(f"head{WITH_GPU}", ours, more)
 
     def _on_cpu(self, name: str, rows: Rows, more: bool) -> None:
         self.ready(name)

@@ -9,7 +9,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from coterie.commands.measure_units import FILL, NARROW, Progress, Shape, made_up
+from coterie.commands.measure_units import NARROW, Shape, made_up
+from coterie.commands.model_bench import FILL, Progress
 from coterie.engine import Engine
 from coterie.opening import open_model
 from coterie.paths import cache_dir

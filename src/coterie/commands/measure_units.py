@@ -1,54 +1,37 @@
 """Measuring what the CPU unit's own kernels take, for the device profile.
 
 Programs of two made-up models, a narrow and a wide one, are compiled as those of real models are, and run on weights
-that caches cannot hold.
+that caches cannot hold (model_bench.py).
 
-A step's trace gives every instruction's time, from the end of the one before to its own end, so that handing over and
-what lanes prepare for themselves are in it. A kernel's times at several sizes become launch, bytes/s and operations/s.
+A kernel's times at several sizes become launch, bytes/s and operations/s.
 """
 
 import statistics
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from coterie.actors.cpu import CpuUnit
 from coterie.actors.sweep import Sweep
+from coterie.commands.model_bench import CONTEXT, ModelBench, Progress
 from coterie.errors import CoterieError, UsageError
-from coterie.kernels import library
-from coterie.kernels import record as r
 from coterie.kernels.formats import FORMATS
-from coterie.models.header import BLOCKS, ModelHeader, TensorInfo
+from coterie.models.header import BLOCKS, TensorInfo
 from coterie.models.spec import LayerSpec, ModelSpec, Rope
 from coterie.scheduler.device_model import Instruction
-from coterie.scheduler.layout import BATCH, lay_out_model
-from coterie.scheduler.operators import Reader, Rows
+from coterie.scheduler.operators import Rows
 from coterie.scheduler.profile import FlashProfile, KernelCost, UnitProfile
-from coterie.scheduler.program import Program
-from coterie.scheduler.residency import choose
 from coterie.scheduler.soc import short_name
-from coterie.storage.arena import Arena, Ledger
-from coterie.storage.kv import KVCache, KVLayout
-from coterie.storage.runs import lay_out_runs
-from coterie.storage.tables import fill_tables
-from coterie.storage.unit import lay_out_unit
-from coterie.trace.chrome import read_rings
 
 USUAL = ("Q4_0", "Q8_0", "Q6_K")
-FILL = 0x3C  # every byte of weights: float16 1.06, float32 0.011, so that nothing overflows or is denormal
-CONTEXT, CHUNK, TILE = 1280, 256, 4
 NEAR, FAR = 64, 1024  # positions at which attention is timed
 FEW, MANY = 64, 256  # tokens of a chunk
 REPEAT = 9
 LEAST = 1e-7  # seconds that an instruction takes: what was disturbed may seem to end before it begins
 BESIDE = 1.0  # seconds of reading while lanes compute
-Progress = Callable[..., None]
 Point = tuple[Instruction, float]  # and the seconds it took
 
 
@@ -95,56 +78,11 @@ def measure_units(
     return UnitProfile(lanes, kernels, *pauses, beside)
 
 
-class Bench:
-    """A made-up model in memory, all its weights of one format, with a unit to run it. A context manager."""
+class Bench(ModelBench):
+    """A made-up model, all its weights of one format."""
 
     def __init__(self, shape: Shape, format: str, lanes: int, progress: Progress) -> None:
-        self.spec, tensors = made_up(shape, format)
-        runs = lay_out_runs(tensors, self.spec)
-        residency, file = choose(runs, 1 << 62), cast(ModelHeader, SimpleNamespace(tensors=tensors))
-
-        def cut(ledger: Ledger) -> Any:
-            return lay_out_model(
-                ledger, file, self.spec, runs, residency, lanes=lanes, context=CONTEXT, chunk=CHUNK, tile=TILE
-            )
-
-        paper = Ledger()
-        programs = cut(paper).programs
-        lay_out_unit(paper, lanes, CHUNK, tracing=True)
-        regions = paper.usage() | {"kv": KVLayout.of(self.spec).region(CONTEXT)}
-        regions["state"] += (BATCH + 1) * (CONTEXT + 64)
-        regions["programs"] = sum(program.nbytes for program in programs.values())
-        kernels = [kernel for program in programs.values() for kernel in program.kernels]
-        library.compile_missing(kernels, progress)
-        self.arena = Arena(regions)
-        buffers = lay_out_unit(self.arena, lanes, CHUNK, tracing=True)
-        assert buffers.rings is not None
-        self._rings = buffers.rings
-        self.cache = KVCache(self.arena, KVLayout.of(self.spec), CONTEXT, BATCH + 1)
-        self.unit = CpuUnit(self.arena, lanes, buffers)
-        self.layout = cut(self.arena)
-        self.arena.numpy(self.arena.whole("weights"))[:] = FILL
-        fill_tables(self.arena, self.layout.weights, 0)
-        for name in ("decode", "prefill", "head"):
-            self.unit.load(self.layout.programs[name])
-        self.sequence = self.cache.sequence()
-        self.sequence.reserve(CONTEXT)
-        self.reader = Reader(self.spec, self.layout)
-
-    def __enter__(self) -> "Bench":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.unit.close()
-        self.arena.close()
-
-    def step(self, name: str, rows: Rows) -> None:
-        ids = np.arange(rows.tokens) % self.spec.vocab
-        positions = rows.position + np.arange(rows.tokens)
-        tables = np.full(rows.tokens, self.sequence.table_address)
-        outputs = [rows.tokens - 1] if self.layout.programs[name].outputs else []
-        places = self.arena.base + self.layout.weights.embedding_places(ids)[2]
-        self.unit.run(name, ids, positions, tables, outputs, places)
+        super().__init__(*made_up(shape, format), lanes, progress)
 
     def all_points(self) -> list[Point]:
         """Times of all instructions of a few kinds of steps."""
@@ -157,17 +95,9 @@ class Bench:
 
     def points(self, name: str, rows: Rows) -> list[Point]:
         """Each instruction of a program once, with the median of its times over repetitions and layers."""
-        operators = self.reader.operators(self.layout.programs[name], rows)
-        times = list[npt.NDArray[np.float64]]()
-        for number in range(REPEAT + 1):
-            self._forget_events()
-            self.step(name, rows)
-            spans = self._spans(self.layout.programs[name])
-            if number and spans is not None:  # the first one warms up
-                times.append(spans)
-        if not times:
-            raise UsageError("this machine is too busy to measure its kernels; try again when it is quiet")
-        medians = np.median(np.array(times), axis=0)
+        program = self.layout.programs[name]
+        operators = self.reader.operators(program, rows)
+        medians = self.seconds(program, rows, REPEAT)
         alike: dict[Instruction, list[float]] = {}
         for operator, seconds in zip(operators, medians.tolist(), strict=True):
             i = operator.instruction
@@ -176,29 +106,6 @@ class Bench:
             )  # of all layers
             alike.setdefault(plain, []).append(seconds)
         return [(i, statistics.median(seconds)) for i, seconds in alike.items()]
-
-    def _forget_events(self) -> None:
-        self.arena.numpy(self._rings)[:, :8].view(np.int64)[:] = 0
-
-    def _spans(self, program: Program) -> npt.NDArray[np.float64] | None:
-        """Seconds of each of a step's instructions; None where the trace does not show them all. A lane's events are in
-        the program's order, without those of which it got no piece."""
-        wanted = program.words[: program.length, r.OPCODE].tolist()
-        ends, begun = np.zeros(len(wanted), np.int64), list[int]()
-        for events in read_rings(self.arena.numpy(self._rings)):
-            at = 0
-            for start, end, _, _, opcode, layer, _ in events.tolist():
-                while at < len(wanted) and wanted[at] != opcode | layer << 16:
-                    at += 1
-                if at == len(wanted):
-                    return None
-                ends[at] = max(ends[at], end)
-                begun.append(start)
-                at += 1
-        if not ends.all():
-            return None
-        at_least = np.maximum.accumulate(np.concatenate([[min(begun)], ends]))
-        return np.diff(at_least) / self.unit.cycles_per_second()
 
     def beside(self, path: Path, way: FlashProfile) -> float:
         """What share of its rate is left to reading a file while lanes decode."""
@@ -217,7 +124,7 @@ class Bench:
             thread = threading.Thread(target=read)
             thread.start()
             while thread.is_alive():
-                self.step("decode", Rows(1, NEAR))
+                self.step(self.layout.programs["decode"], Rows(1, NEAR))
             thread.join()
         return min(1.0, rates[0] / reading_alone) if rates else 1.0
 

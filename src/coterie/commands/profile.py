@@ -15,6 +15,7 @@ import typer
 from coterie.commands import terminal
 from coterie.commands.activations import count, lines
 from coterie.commands.options import Json, Memory, ModelOption, Threads, pick_model
+from coterie.commands.shape_tables import shape_lines, shapes_dict
 from coterie.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ def profile(
     units: Annotated[
         bool, typer.Option("--units", help="Measure the CPU unit's kernels, for coterie simulate --soc this.")
     ] = False,
+    shapes: Annotated[
+        bool, typer.Option("--shapes", help="Measure the products of MODEL on each unit, for products to be cut.")
+    ] = False,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="cpu,gpu,npu", help="Units that --shapes measures; by default all.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Have --shapes measure what it has measured before.")] = False,
     formats: Annotated[
         str, typer.Option("--formats", metavar="FORMAT,...", help="Weight formats to measure units with.")
     ] = "Q4_0,Q8_0,Q6_K",
@@ -52,8 +60,15 @@ def profile(
     memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine for later plans (--flash, --units), or count a sparse model's live neurons (--activations);
-    without an option, show what has been measured."""
+    """Measure this machine for later plans (--flash, --units, --shapes), or count a sparse model's live neurons
+    (--activations); without an option, show what has been measured."""
+    if (on is not None or again) and not shapes:
+        raise UsageError("--on and --again belong to --shapes")
+    if shapes:
+        if flash or units or activations is not None or text is not None:
+            raise UsageError("--shapes measures a model's products and nothing else: one at a time")
+        _profile_shapes(pick_model(None if file is None else str(file), model_option), on, threads, again, as_json)
+        return
     if activations is not None:
         if flash or units:
             raise UsageError("--flash and --units measure this machine and --activations a model: one at a time")
@@ -66,7 +81,7 @@ def profile(
             terminal.write("\n".join(lines(facts)) + "\n")
         return
     if model_option is not None or text is not None:
-        raise UsageError("-m and -f belong to --activations COUNTS")
+        raise UsageError("-m belongs to --shapes and --activations COUNTS, -f to --activations COUNTS")
     if file is not None and not (flash or units):
         raise UsageError(f"to measure by reading {file}, give --flash")
     with terminal.Progress() as progress:
@@ -92,6 +107,32 @@ def profile(
         terminal.write_json({"path": profile_path()} | asdict(known))
     else:
         terminal.write("\n".join(_lines(known)) + "\n")
+
+
+def _profile_shapes(name: str, on: str | None, threads: int | None, again: bool, as_json: bool) -> None:
+    """Measure a model's products, as far as they are not known, and show them."""
+    with terminal.Progress() as progress:
+        progress("looking at this machine")
+        from coterie import fetch
+        from coterie.commands.measure_shapes import measure_shapes, units_there
+        from coterie.models.load import read_spec
+        from coterie.opening import open_file
+        from coterie.scheduler.placement import UNITS
+        from coterie.scheduler.profile import load_profile, profile_path, save_profile
+
+        wanted = [unit.strip() for unit in on.split(",")] if on is not None else list(UNITS)
+        if unknown := set(wanted) - set(UNITS):
+            raise UsageError(f"unit is {min(unknown)!r:.40}: there are {', '.join(UNITS)}")
+        lanes, known = threads or len(os.sched_getaffinity(0)), load_profile()
+        with open_file(fetch.resolve(name, progress)) as file:
+            spec = read_spec(file)
+            there = units_there([unit for unit in UNITS if unit in wanted], lanes)
+            known.shapes, said = measure_shapes(file, spec, there, lanes, known.shapes, progress, again=again)
+        progress.say([*said, f"wrote {save_profile(known)}"])
+    if as_json:
+        terminal.write_json({"path": profile_path()} | shapes_dict(known.shapes))
+    else:
+        terminal.write("\n".join(shape_lines(known.shapes)) + "\n")
 
 
 def _measured_units(
@@ -153,6 +194,7 @@ def _lines(known: "DeviceProfile") -> list[str]:
         lines += [f"flash {name}", *_tables(found.rows), "  " + _choice(found), ""]
     for unit in known.units.values():
         lines += _unit_lines(unit)
+    lines += shape_lines(known.shapes)
     if known.memory_bandwidth is not None:
         lines.append(f"memory: {known.memory_bandwidth / 1e9:.1f} GB/s read by all cores")
     return lines or ["nothing has been measured yet: coterie profile --flash"]

@@ -32,6 +32,7 @@ def compile_kernel(name: str) -> tuple[str, bytes]:
         checksum,
         ffn,
         flash,
+        hidden,
         lane,
         matmul,
         meet,

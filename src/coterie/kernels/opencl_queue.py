@@ -25,10 +25,11 @@ HANDLE = 0  # cl_kernel
 COUNT = 1  # which rows: EACH_...
 TOGETHER = 2  # rows that a work-group computes together
 OFFSET, GLOBAL, LOCAL = 3, 6, 9  # three words each, as clEnqueueNDRangeKernel takes them
-UNITS = 12  # work-groups along dimension 2
+UNITS = 12  # work-groups along dimension 2 that run in this step
 PICOSECONDS = 13  # running average of a work-group's share of a kernel's time (0: not known)
 SLICES, LONGEST = 14, 15  # since the program was loaded: slices, and the longest in nanoseconds
-ENTRY_WORDS = 16
+FIRST = 16  # the first of them that runs in this step
+ENTRY_WORDS = 17
 ONCE, TOKENS, OUTPUTS = range(3)  # of COUNT
 
 # Words of the control block.
@@ -118,8 +119,9 @@ def settle(control):
 @register_jitable
 def enqueue_slices(control, entry, tiles):
     """Enqueue a kernel in slices, with pauses as its share demands. Returns the driver's code."""
-    first, units, limit = np.int64(0), word(entry, UNITS), word(control, LIMIT) * 1000
-    while first < units:
+    first, units, limit = word(entry, FIRST), word(entry, UNITS), word(control, LIMIT) * 1000
+    end = first + units
+    while first < end:
         cost, pending = word(entry, PICOSECONDS) * tiles, word(control, PENDING)
         left = limit - word(control, ESTIMATE)
         if pending == MOST or (pending > 0 and (cost == 0 or cost > left)):
@@ -128,7 +130,7 @@ def enqueue_slices(control, entry, tiles):
                 return code
             continue
         amount = left // cost if cost > 0 else units // FIRST_SLICE
-        amount = min(max(amount, 1), units - first)
+        amount = min(max(amount, 1), end - first)
         code = enqueue(control, entry, tiles, first, amount, control + 8 * (EVENTS + pending))
         if code != 0:
             return code
@@ -157,12 +159,12 @@ def opencl_run() -> Callable[..., Any]:
             which, together = word(entry, COUNT), word(entry, TOGETHER)
             rows = tokens if which == TOKENS else outputs if which == OUTPUTS else together
             tiles = (rows + together - 1) // together
-            if tiles == 0:
+            if tiles == 0 or word(entry, UNITS) == 0:
                 continue
             if shared:
                 code = enqueue_slices(control, entry, tiles)
             else:
-                code = enqueue(control, entry, tiles, 0, word(entry, UNITS), 0)
+                code = enqueue(control, entry, tiles, word(entry, FIRST), word(entry, UNITS), 0)
             if code != 0:
                 return (i << 32) - code
         code = call_driver(word(control, FLUSH), word(control, QUEUE), 0, 0, 0, 0, 0, 0, 0, 0)

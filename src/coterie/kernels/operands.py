@@ -201,6 +201,16 @@ N_BUNDLE = N_LIVE  # `neuron_all`: bytes from one bundle to the next
     ND_SCRATCH_LANE,
 ) = range(OPERANDS, OPERANDS + 19)
 
+# `take_hidden`
+(
+    HIDDEN_FROM,  # a row of blocks as a GPU unit has them
+    HIDDEN_OUT,  # a tile of one token
+    HIDDEN_GIVEN,  # the header word that says which share of the clusters these are
+    HIDDEN_CLUSTERS,
+    HIDDEN_BLOCKS,  # of 32 neurons, in a cluster
+    HIDDEN_FLOAT,  # 1: as floats
+) = range(OPERANDS, OPERANDS + 6)
+
 # `graph`, which the NPU unit's runtime runs: float32 rows, a fixed number of them
 (
     GRAPH_X,

@@ -86,6 +86,12 @@ SIGNATURES: dict[str, tuple[Parameter, ...]] = {
     ),
     # The flag at `flag` (int64) takes the step's EPOCH, once everything before is done
     "post": _parameters("step:a flag:a"),
+    # Nothing before the flag at `flag` has come to the step's EPOCH, or the word at `abort_word` (int64) is not 0. Only
+    # on devices that share memory with who posts
+    "wait": _parameters("step:a flag:a abort_word:a"),
+    # Blocks of 32 neurons of one hidden row, from the CPU unit's tile of one token at `source` to ours at `out`: all
+    # from that on at which this kernel is enqueued. Of devices that share its memory
+    "take": _parameters("step:a blocks:i source:a out:a rounded:i"),
 }
 
 

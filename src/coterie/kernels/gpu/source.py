@@ -13,6 +13,7 @@ from coterie.errors import UnitError
 from coterie.kernels import record as r
 from coterie.kernels.formats import COLUMNS, FORMATS, ROWS
 from coterie.kernels.gpu.signatures import BLOCK, MOST_DIM, NONE, SIGNATURES, TOKENS
+from coterie.kernels.shapes import INT8_TOKEN
 
 LANES, SLICES = 16, 8  # of a work-group in the narrow shape, as in common.cl
 ACTIVATIONS = ("silu", "gelu", "relu", "relu2", "drelu")
@@ -35,6 +36,8 @@ TEMPLATES = {  # a family's macros, in the order of its name's parts
     "ffn_up": ("G", "U", "ACTIVATION", "T"),
     "ffn_down": ("D", "T"),
     "post": (),
+    "wait": (),
+    "take": (),
 }
 assert set(TEMPLATES) == set(SIGNATURES)
 
@@ -87,8 +90,10 @@ def launch(name: str, values: Mapping[str, int | float], wide: bool) -> Launch:
             return Launch(which, rows, -(-v["heads"] // unit))
         case "ffn_up":
             return Launch(which, rows, v["clusters"] * (v["neurons"] // COLUMNS))
-        case "post":
+        case "post" | "wait":
             return Launch("none", 1, 1)
+        case "take":
+            return Launch("none", 1, v["blocks"])
         case _:  # matmul, ffn_down
             return Launch(which, rows, -(-v["groups"] // (2 if wide and rows > 1 else 1)))  # PAIR in common.cl
 
@@ -114,7 +119,7 @@ def source(names: Iterable[str], wide: bool) -> str:
 
 def _constants() -> str:
     values = {"NONE": f"({NONE})", "STEP_EPOCH": r.EPOCH, "STEP_TOKENS": r.TOKENS, "STEP_OUTPUTS": r.OUTPUTS}
-    values |= {"MOST_DIM": MOST_DIM, "BLOCK_FLOATS": BLOCK, "BIAS": f"{BIAS}.0f"}
+    values |= {"MOST_DIM": MOST_DIM, "BLOCK_FLOATS": BLOCK, "BIAS": f"{BIAS}.0f", "TILE_BLOCK": INT8_TOKEN}
     for f in FORMATS.values():
         values |= {f"BLOCK_{f.name}": f.block, f"SUBS_{f.name}": f.subs}
         values |= {f"HEADER_{f.name}": f.header, f"SUB_{f.name}": f.sub, f"FLOAT_{f.name}": int(f.is_float)}
