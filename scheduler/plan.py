@@ -11,7 +11,7 @@ from coterie.scheduler.residency import region_bytes
 from coterie.sizes import Memory
 from coterie.storage.activations import Activations
 
-VERSION = 4
+VERSION = 5
 NUMERICS_VERSION = 1  # of docs/numerics.md: within it, equal inputs give equal bits
 MAX_LANES = 64
 OVERHEAD = 200_000_000  # bytes: Python, its libraries, and before weights are loaded the compiler, beside the ceiling
@@ -64,6 +64,8 @@ class Plan:
     units: dict[str, str] = field(default_factory=lambda: {"cpu": "everything"})
     host: str = "threads"  # what the units are: threads of this process, or actors of "ray"
     activity: tuple[Activity, ...] = ()  # what a sparse model's steps are expected to use, by batch size
+    hot: dict[int, int] = field(default_factory=dict)  # of a sparse model, by batch size: neurons that are hot
+    reasons: tuple[str, ...] = ()  # why units do what they do, for people
 
     @property
     def total(self) -> int:
@@ -136,7 +138,9 @@ class Plan:
                 f"host Ray: actors {' and '.join(self.units)}; a lost one is replaced, where Ray is gone by threads of "
                 "this process"
             )
-        return lines + [activity.line() for activity in self.activity]
+        counted = {activity.batch for activity in self.activity}
+        hot = [f"batch {size}: {hot:,} neurons hot" for size, hot in self.hot.items() if size not in counted]
+        return [*lines, *self.reasons, *(activity.line() for activity in self.activity), *hot]
 
     def _unit_line(self, unit: str, work: str) -> str:
         lengths = " and ".join(map(str, self.placement.lengths))
@@ -167,8 +171,9 @@ class Wishes:
     or "auto"; `host` as of Plan. `tracing` records events, `counting` in how many steps a sparse model's neurons were
     live; `activations` are such counts, by which the plan says what it expects; `units` are those that may compute,
     `gpu_share` of the time for a GPU; `split` and `fast` as of Placement.
-    What follows `sources` comes from a plan file: extents pinned, bytes of the ring, neurons in the cache, how flash is
-    read, and of which packed model."""
+    `placement` (of a plan file or a preset; None: as the units' roles are) says who does what, `reasons` why.
+    What follows comes from a plan file: extents pinned, bytes of the ring, neurons in the cache, how flash is read, by
+    batch size how many neurons are hot and cold, and of which model."""
 
     threads: int | None = None
     context: int | None = None
@@ -183,9 +188,12 @@ class Wishes:
     split: str = "layer"
     fast: bool = True
     sources: Mapping[str, str] = field(default_factory=dict)
+    placement: Placement | None = None
+    reasons: tuple[str, ...] = ()
     pinned: int | None = None
     ring: int | None = None
     slots: int | None = None
     block: int | None = None
     depth: int | None = None
+    hot: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     identity: str | None = None

@@ -1,79 +1,90 @@
-"""Plan files: what a plan decided, in TOML for people to read and edit, with what follows from it as comments.
-
-A later version of the schema adds tables; what this one does not know it refuses, so that no wish is silently ignored.
-"""
+"""Plan files: what a plan decided, in TOML for people to read and edit, with what follows from it as comments; the same
+tables in msgpack for programs (docs/plan.md)."""
 
 import errno
 import os
 import stat
 import tomllib
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgpack
+
 from coterie.errors import PlanError, UsageError
 from coterie.paths import replace_file
-from coterie.scheduler.layout import BATCH
-from coterie.scheduler.plan import MAX_LANES, VERSION, Plan, Wishes
-from coterie.sizes import MOST
+from coterie.scheduler.plan import Plan, Wishes
+from coterie.scheduler.plan_schema import Decisions, parse, tables
+from coterie.scheduler.profile import machine
+from coterie.scheduler.tables import printable
 
 MAX_BYTES = 1 << 20  # of a plan file
-
-# Table, key: the least and the largest value, or None for text.
-SCHEMA: dict[str, dict[str, tuple[int, int] | None]] = {
-    "": {"version": (1, 1 << 30)},
-    "model": {"name": None, "identity": None},
-    "memory": {"ceiling": (1, MOST), "context": (1, 1 << 30)},
-    "cpu": {"lanes": (1, MAX_LANES), "chunk": (BATCH, 1 << 16)},
-    "residency": {"pinned": (1, 1 << 30), "ring": (0, MOST), "slots": (0, 1 << 30)},
-    "flash": {"block": (4096, 1 << 30), "depth": (1, 1 << 10)},
-}
-OPTIONAL = {("memory", "ceiling")}
-MULTIPLE = {"cpu.chunk": BATCH, "residency.ring": 4096, "flash.block": 4096}
+MOST_ITEMS = 1 << 10  # of a table or a list on the wire
 FIRST_LINE = "# A plan of Coterie."
+MESSAGE = "the plan that came"
+COMMENTS = {
+    "model.identity": "of its header and weights",
+    "device.machine": "the machine it was made on, or for",
+    "memory.ceiling": "bytes of all regions together",
+    "memory.context": "positions",
+    "cpu.lanes": "threads that compute",
+    "cpu.chunk": "prompt tokens computed together",
+    "cpu.left": "cores left to other units",
+    "units.split": "layer: an operator is one unit's; tensor: cut between two",
+    "units.flags": "units meet at flags; false: by calls of their runtimes",
+    "prefill.unit": "computes prompts",
+    "prefill.lengths": "rows of its graphs; the CPU unit computes what fills none",
+    "decode.unit": "computes tokens of the answer",
+    "residency.pinned": "extents, in the order in which they are given up last to first",
+    "residency.ring": "bytes through which the others are streamed",
+    "residency.slots": "neurons in the cache of a sparse model",
+    "flash.block": "bytes read at a time at most",
+    "flash.depth": "reads in flight",
+    "batch.splits": "by sequences decoded together",
+}
+CUT_COMMENTS = {
+    "of": "equal parts",
+    "pieces": "who computes parts first to last (excluded)",
+    "points": "to how many parts the cut may move while it runs",
+}
 
 
-def format_plan(plan: Plan) -> str:
-    """The text of a plan file. Raises PlanError for a plan without a packed model: nothing could be bound to it."""
-    if plan.flash is None or not plan.flash.identity:
-        raise PlanError("a plan is saved for a packed model; make one with coterie pack")
-    said = "\n".join(f"# {_printable(line)}" for line in plan.lines())
-    ceiling = "" if plan.memory is None else f"ceiling = {plan.memory}  # bytes of all regions together\n"
+def format_plan(made: Decisions, plan: Plan, notes: Sequence[str] = ()) -> str:
+    """The text of a plan file; `notes`: more for people, such as predicted times."""
     regions = ", ".join(f"{name} {size}" for name, size in plan.regions.items())
-    return f"""{FIRST_LINE}
-{said}
-version = {plan.version}
-
-[model]
-name = {_quoted(plan.model)}
-identity = "{plan.flash.identity}"
-
-[memory]  # regions, bytes: {regions}
-{ceiling}context = {plan.context}  # positions
-
-[cpu]
-lanes = {plan.lanes}
-chunk = {plan.chunk}  # prompt tokens computed together
-
-[residency]  # {plan.streamed_per_token} of a token's {plan.bytes_per_token} bytes are streamed
-pinned = {plan.pinned}  # extents, in the order in which they are given up last to first
-ring = {plan.ring}  # bytes through which the others are streamed
-slots = {plan.slots}  # neurons in the cache of a sparse model
-
-[flash]
-block = {plan.flash.block}  # bytes read at a time at most
-depth = {plan.flash.depth}  # reads in flight
-"""
+    streamed = f"{plan.streamed_per_token} of a token's {plan.bytes_per_token} bytes are streamed"
+    beside = {"memory": f"regions, bytes: {regions}", "residency": streamed}
+    lines = [FIRST_LINE, *(f"# {printable(line)}".rstrip() for line in (*plan.lines(), *notes))]
+    return "\n".join([*lines, *_toml(tables(made), beside)]) + "\n"
 
 
-def _printable(text: str) -> str:
-    """The text in one line; a file's name may hold anything."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+def _toml(table: Mapping[str, Any], beside: Mapping[str, str], path: str = "") -> Iterator[str]:
+    """A table's lines: its values, then the tables in it."""
+    for key, value in table.items():
+        if not isinstance(value, dict):
+            name = f"{path}.{key}".strip(".")
+            comment = COMMENTS.get(name) or (CUT_COMMENTS.get(key) if ".cuts." in path else None)
+            yield f"{key} = {_value(value)}" + (f"  # {comment}" if comment else "")
+    for key, value in table.items():
+        if isinstance(value, dict):
+            name = f"{path}.{key}".strip(".")
+            if any(not isinstance(each, dict) for each in value.values()):
+                yield f"\n[{name}]" + (f"  # {beside[name]}" if name in beside else "")
+            yield from _toml(value, beside, name)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_value(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _quoted(text: str) -> str:
-    escaped = _printable(text).replace("\\", "\\\\").replace('"', '\\"')
+    escaped = printable(text).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
 
@@ -97,36 +108,23 @@ def _open_regular(path: Path) -> int:
     return fd
 
 
+def read_decisions(path: Path) -> Decisions:
+    """What a plan file decides. Raises PlanError, in one line, for anything that is not a sound plan file."""
+    return parse(read_toml(path), str(path))
+
+
 def read_plan(path: Path, wishes: Wishes) -> Wishes:
-    """Wishes as a plan file has them; the user's own `threads`, `context` or `memory` may not contradict it. Raises
-    PlanError, in one line, for anything that is not a sound plan file."""
-    values = _values(path, _tables(path))
-    decided = {
-        "threads": values["cpu", "lanes"],
-        "context": values["memory", "context"],
-        "memory": values.get(("memory", "ceiling")),
-    }
-    for name, value in decided.items():
-        if getattr(wishes, name) not in (None, value):
-            source = wishes.sources.get(name, "argument")
-            raise PlanError(
-                f"{path}: the plan decides {name}, and the {source} says {getattr(wishes, name)}; drop one of them"
-            )
-    return replace(
-        wishes,
-        **decided,
-        chunk=values["cpu", "chunk"],
-        pinned=values["residency", "pinned"],
-        ring=values["residency", "ring"],
-        slots=values["residency", "slots"],
-        block=values["flash", "block"],
-        depth=values["flash", "depth"],
-        identity=values["model", "identity"],
-        sources=dict.fromkeys(("threads", "context", "memory", "chunk"), "plan"),
-    )
+    """Wishes as a plan file has them. Raises PlanError also for a plan of another device, or where wishes say
+    otherwise."""
+    made = read_decisions(path)
+    if made.machine != machine():
+        device = printable(made.machine)[:40]
+        raise PlanError(f"{path}: made for another device ({device}); make one for this machine: coterie plan --save")
+    return made.wishes(wishes, str(path))
 
 
-def _tables(path: Path) -> Mapping[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a small TOML file that anybody may have written. Raises PlanError."""
     try:
         with open(_open_regular(path), "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -135,47 +133,20 @@ def _tables(path: Path) -> Mapping[str, Any]:
         return tomllib.loads(data.decode())
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error.strerror if isinstance(error, OSError) else error)
-        raise PlanError(f"cannot read the plan {path}: {_printable(reason)[:200]}") from None
+        raise PlanError(f"cannot read the plan {path}: {printable(reason)[:200]}") from None
 
 
-def _values(path: Path, tables: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
-    """Every value, checked. The version comes first: another one may know other keys."""
-    version = tables.get("version")
-    if type(version) is not int or version != VERSION:
-        raise PlanError(f"{path}: plan version {_shown(version)}, but this Coterie writes {VERSION}; make it anew")
-    found: dict[tuple[str, str], Any] = {}
-    flat = {
-        (name, key): value for name, table in tables.items() if isinstance(table, dict) for key, value in table.items()
-    }
-    flat |= {("", name): value for name, value in tables.items() if not isinstance(value, dict)}
-    for (table, key), value in flat.items():
-        if key not in SCHEMA.get(table, {}):
-            raise PlanError(f"{path}: {f'{table}.{key}'.strip('.')[:60]!r} is not known here; check the spelling")
-        found[table, key] = _checked(path, f"{table}.{key}".strip("."), value, SCHEMA[table][key])
-    for table, keys in SCHEMA.items():
-        for key in keys:
-            if (table, key) not in found and (table, key) not in OPTIONAL:
-                raise PlanError(f"{path}: {f'{table}.{key}'.strip('.')!r} is missing")
-    return found
+def plan_to_bytes(made: Decisions) -> bytes:
+    """A plan as a message: its tables in msgpack."""
+    return bytes(msgpack.packb(tables(made)))
 
 
-def _checked(path: Path, name: str, value: Any, limits: tuple[int, int] | None) -> Any:
-    if limits is None:
-        if not isinstance(value, str) or len(value) > 1000:
-            raise PlanError(f"{path}: {name} must be text")
-    elif type(value) is not int or not limits[0] <= value <= limits[1]:
-        raise PlanError(
-            f"{path}: {name} is {_shown(value)}, but must be a whole number from {limits[0]} to {limits[1]}"
-        )
-    elif value % MULTIPLE.get(name, 1):
-        raise PlanError(f"{path}: {name} is {value}, but must be a multiple of {MULTIPLE[name]}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    """A value for a message: of what may be nested, or have more digits than Python prints, only the kind."""
-    if value is None:
-        return "missing"
-    if isinstance(value, (dict, list)) or (isinstance(value, int) and abs(value) >= 1 << 64):
-        return "too large" if isinstance(value, int) else f"a {type(value).__name__}"
-    return repr(value)[:40]
+def plan_from_bytes(data: bytes) -> Decisions:
+    """What came, read with the same care as a file. Raises PlanError."""
+    if len(data) > MAX_BYTES:
+        raise PlanError(f"{MESSAGE} has more than {MAX_BYTES >> 20} MiB")
+    try:
+        values = msgpack.unpackb(data, max_array_len=MOST_ITEMS, max_map_len=MOST_ITEMS, max_ext_len=0)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
+        raise PlanError(f"{MESSAGE} is damaged; send it again") from None
+    return parse(values, MESSAGE)

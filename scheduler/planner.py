@@ -76,7 +76,9 @@ def wants_flash(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> bool:
     """Whether weights may have to be streamed."""
     if wishes.units != ("cpu",):  # which are told to have everything in memory
         return False
-    if wishes.memory == "auto" or wishes.pinned is not None:
+    if wishes.pinned is not None:  # a plan file says so
+        return wishes.block is not None
+    if wishes.memory == "auto":
         return True
     if isinstance(wishes.memory, Share):
         return wishes.memory.part < 1
@@ -93,7 +95,9 @@ def make_plan(file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Flash |
     _check_shapes(file, spec)
     draft = _Draft(file, spec, wishes, flash)
     plan, residency = _decided(draft, wishes)
-    return replace(plan, activity=draft.activity(residency)), residency
+    activity = draft.activity(residency)
+    hot = draft.told_hot() if wishes.hot else {each.batch: each.hot for each in activity}
+    return replace(plan, activity=activity, hot=hot), residency
 
 
 def _decided(draft: "_Draft", wishes: Wishes) -> tuple[Plan, Residency]:
@@ -125,6 +129,13 @@ def least_ceiling(file: ModelHeader, spec: ModelSpec, wishes: Wishes, flash: Fla
     return draft.fixed(context, draft.chunks(context)[-1]) + least_budget(draft.runs, draft.sector)
 
 
+def lanes_and_kept(wishes: Wishes) -> tuple[int, int]:
+    """Lanes of the CPU unit, and cores that it leaves to units beside it, where no plan file says."""
+    others = int(wishes.split == "tensor" and available_cores() > 1)  # who computes on cores has one of its own
+    lanes = available_cores() - others if wishes.threads is None else wishes.threads
+    return lanes, max(0, available_cores() - lanes) if len(wishes.units) > 1 else 0
+
+
 class _Draft:
     """Tries contexts, chunks and residencies until one fits."""
 
@@ -132,8 +143,7 @@ class _Draft:
         self.file, self.spec, self.wishes, self.flash = file, spec, wishes, flash
         self.runs = lay_out_runs(file.tensors, spec)
         self.sector = flash.sector if flash else PAGE
-        others = int(wishes.split == "tensor" and available_cores() > 1)  # who computes on cores has one of its own
-        self.lanes = available_cores() - others if wishes.threads is None else wishes.threads
+        self.lanes, self.kept = lanes_and_kept(wishes)
         if not 1 <= self.lanes <= MAX_LANES:
             raise UsageError(f"{self.lanes} threads: choose 1 to {MAX_LANES}")
         self.context = wishes.context
@@ -149,8 +159,10 @@ class _Draft:
         wishes, names = self.wishes, ",".join(self.wishes.units)
         if self.spec.sparse or self.spec.part is not None:
             raise PlanError(f"{self.file.path.name}: sparse models and parts are for the CPU unit; drop --units")
-        if isinstance(wishes.memory, Share | str) or wishes.pinned is not None:
-            raise UsageError(f"--units {names} has all weights in memory: --memory must be a size, without a plan file")
+        if isinstance(wishes.memory, Share | str):
+            raise UsageError(f"--units {names} has all weights in memory: --memory must be a size")
+        if wishes.pinned not in (None, self.count) or wishes.slots:
+            raise PlanError(f"units {names} have all weights in memory: the plan must have {self.count} extents pinned")
         context = self.context or self.usual
         residency = Residency(np.arange(self.count))
         plan = self._plan(context, self.chunks(context)[0], residency, wishes.memory)
@@ -226,8 +238,9 @@ class _Draft:
             raise PlanError(f"{self.file.path.name}: {error}; raise --memory by {need + 1} MiB, or lower -c") from None
 
     def placement(self, chunk: int) -> Placement:
-        kept = max(0, available_cores() - self.lanes) if len(self.wishes.units) > 1 else 0
-        return Placement.of(self.wishes.units, chunk, self.wishes.split, kept, self.wishes.fast)
+        if self.wishes.placement is not None:
+            return replace(self.wishes.placement, fast=self.wishes.placement.fast and self.wishes.fast)
+        return Placement.of(self.wishes.units, chunk, self.wishes.split, self.kept, self.wishes.fast)
 
     def chunks(self, context: int) -> list[int]:
         """Sizes of a prompt's chunk that may be tried, the largest first."""
@@ -274,6 +287,17 @@ class _Draft:
                 first = extent * run.per * CLUSTER
                 stays[run.layer, first : first + run.items_of(extent) * CLUSTER] = True
         return stays
+
+    def told_hot(self) -> dict[int, int]:
+        """A plan file's hot neurons, by batch size. Raises PlanError where they are not of this model."""
+        every = sum(map(layer_neurons, bundle_runs(self.runs)))
+        for size, (hot, cold) in self.wishes.hot.items():
+            if hot + cold != every:
+                raise PlanError(
+                    f"a plan with {hot} hot and {cold} cold neurons (batch {size}) is not one for this model: it has "
+                    f"{every}"
+                )
+        return {size: hot for size, (hot, _) in self.wishes.hot.items()}
 
     def activity(self, residency: Residency) -> tuple[Activity, ...]:
         """What steps are expected to use, where activations were counted."""
@@ -331,6 +355,7 @@ class _Draft:
             numerics="lossy: predictors decide which neurons are computed" if self.spec.predictor else numerics,
             placement=placement,
             copies=unit_copies(placement, self.spec),
+            reasons=wishes.reasons,
             units=placement.describe()
             | ({"flash": "reads"} if (weights.streamed or residency.slots) and flash else {}),
         )

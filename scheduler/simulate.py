@@ -36,14 +36,16 @@ MOST_TOKENS = 1 << 20
 class Question:
     """What is to be simulated: `memory`, a ceiling in bytes or a share of the weights (None: what the device's memory
     allows); `units` that work, the first GPU or CPU decodes; `split`: shares of decode's matrices; `cut`: units
-    across which the partition solver cuts all products instead, `lengths`: of an NPU's graphs then; `formats`: by unit,
-    what it takes weights for; `fence`: units meet by calls of their runtimes; `prompt` and `tokens`: lengths; `chunk`:
+    across which the partition solver cuts all products instead, `lengths`: of an NPU's graphs then; `decode`: units of
+    decode, where they are others than those of prompts (with `cut`, it is cut across them); `formats`: by unit, what it
+    takes weights for; `fence`: units meet by calls of their runtimes; `prompt` and `tokens`: lengths; `chunk`:
     tokens of a prompt that are computed at a time (None: as planned for this machine)."""
 
     memory: Memory | None = None
     units: tuple[str, ...] = ("cpu",)
     split: Shares = ()
     cut: tuple[str, ...] = ()
+    decode: tuple[str, ...] = ()
     lengths: tuple[int, ...] = LENGTHS
     formats: Mapping[str, str] = field(default_factory=dict)
     fence: bool = False
@@ -104,14 +106,12 @@ class Simulation:
         if question.prompt + question.tokens == 0:
             raise UsageError("nothing to simulate: both lengths are 0")
         self.spec, self.device, self.question = spec, device, question
-        self.decoding, self.prefilling = placements(
-            device, question.units, question.split, fence=question.fence, formats=question.formats
-        )
-        self.units = list(dict.fromkeys([*question.units, *(name for name, _ in question.split)]))
-        self.cutter: Cutter | None = None
-        if question.cut:
-            home = self.decoding.others
-            self.cutter = Cutter(device, question.cut, home, question.fence, question.formats, question.lengths)
+        self.decoding, _ = self._placements(question.decode or question.units)
+        _, self.prefilling = self._placements(question.units)
+        shared = (name for name, _ in question.split)
+        self.units = list(dict.fromkeys([*question.units, *question.decode, *shared]))
+        self.cutter = self._cutter(question.cut, self.prefilling.others)
+        self.decode_cutter = self._cutter(question.decode, self.decoding.others) if question.cut else None
         wishes = Wishes(question.threads, self._context(), memory=self._memory(), chunk=question.chunk)
         self.plan, residency = make_plan(file, spec, wishes, self._flash())
         runs, plan = lay_out_runs(file.tensors, spec), self.plan
@@ -127,6 +127,14 @@ class Simulation:
         self._merged = {name: self.requests.between(*span) for name, span in self._spans.items()}
         if layout.weights.tape.size and device.streamed is not None:
             self.device = replace(device, between=device.streamed)
+
+    def _placements(self, units: tuple[str, ...]) -> tuple[Placement, Placement]:
+        asked = self.question
+        return placements(self.device, units, asked.split, fence=asked.fence, formats=asked.formats)
+
+    def _cutter(self, units: tuple[str, ...], home: str) -> Cutter | None:
+        asked = self.question
+        return Cutter(self.device, units, home, asked.fence, asked.formats, asked.lengths) if units else None
 
     def _memory(self) -> Memory:
         memory = self.question.memory
@@ -174,15 +182,19 @@ class Simulation:
             return fixed
         prompts, tokens = self._outside
         outside = prompts if name == "prefill" else tokens
-        return replace(fixed, cuts=self.cutter.cut(self.operators(name, rows), outside))
+        cutter = self.cutter if name == "prefill" else self.decode_cutter or self.cutter
+        return replace(fixed, cuts=cutter.cut(self.operators(name, rows), outside))
 
     @cached_property
     def _outside(self) -> list[set[Place]]:
-        """Products that do not fit a unit's window, of prompts' chunks and of tokens."""
+        """Products that do not fit a unit's window, of prompts' chunks and of tokens. Where other units decode, each
+        phase has the window for itself: presets have no unit with a window in both."""
         assert self.cutter is not None
         chunk = max(1, min(self.question.prompt, self.plan.chunk))
         prompts = Steps(self.operators("prefill", Rows(chunk, 0)), self.question.prompt / chunk)
         tokens = Steps(self.operators("decode", Rows(1, self.question.prompt)), self.question.tokens)
+        if self.decode_cutter is not None:
+            return [*self.cutter.outside([prompts]), *self.decode_cutter.outside([tokens])]
         return self.cutter.outside([prompts, tokens])
 
     def _lookup(self, tokens: int) -> float:

@@ -79,6 +79,17 @@ def test_the_commands(tmp_path: Path, measured: DeviceProfile) -> None:
     assert json.loads(run("plan", model, "--explain", "--json", "-t", "2").stdout)["explain"]["prefill"]
 
 
+def test_a_saved_plan_has_predicted_times_where_they_are_known(tmp_path: Path, measured: DeviceProfile) -> None:
+    model, path = str(write_tiny(tmp_path / "tiny.gguf")), tmp_path / "plan.toml"
+    asked = ["plan", model, "-t", "2", "--save", str(path)]
+    assert run(*asked).exit_code == 0
+    text = path.read_text()
+    assert "# decode, a token at position" in text
+    assert "# expect up to" in text
+    assert run("plan", model, "-t", "1", "--save", str(path)).exit_code == 0  # not measured with one lane
+    assert "# decode, a token" not in path.read_text()
+
+
 def test_what_cannot_be_explained_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COTERIE_HOME", str(tmp_path))
     model = str(write_tiny(tmp_path / "tiny.gguf"))

@@ -39,6 +39,7 @@ FRONT_DOOR = {
     "supervision",
     "meter",
     "others",
+    "presence",
     "graphs",
     "divergence",
     "pressure",

@@ -2,7 +2,7 @@
 
 import random
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from tiny_models import write_tiny
 from coterie.engine import Engine
 from coterie.errors import CoterieError, PlanError, UsageError
 from coterie.models.load import Model
-from coterie.opening import flash_of, open_model
-from coterie.scheduler import plan_file as plan_file_module
+from coterie.opening import flash_of, open_model, plan_identity
 from coterie.scheduler.layout import BATCH
 from coterie.scheduler.plan import Plan, Wishes
 from coterie.scheduler.plan_file import MAX_BYTES, format_plan, read_plan, write_plan
+from coterie.scheduler.plan_schema import Decisions, parse, tables
 from coterie.scheduler.planner import CHUNK, LEAST_CHUNK, make_plan
+from coterie.scheduler.profile import machine
 from coterie.scheduler.residency import region_bytes
 from coterie.sizes import Share
 
@@ -59,6 +60,12 @@ def model(request: pytest.FixtureRequest, folder: Path) -> Iterator[Model]:
 
 def plan_of(model: Model, wishes: Wishes) -> Plan:
     return make_plan(model.file, model.spec, wishes, flash_of(model.file, model.spec, wishes))[0]
+
+
+def text_of(plan: Plan, identity: str = "") -> str:
+    """A plan file for this machine."""
+    assert plan.flash is not None or identity
+    return format_plan(Decisions.of(plan, identity or plan.flash.identity, machine()), plan)  # type: ignore[union-attr]
 
 
 def planned(model: Model, memory: int, context: int | None = None, chunk: int | None = None) -> Plan | None:
@@ -182,7 +189,7 @@ def test_a_plan_that_is_written_and_read_is_the_same(
     except PlanError:
         return
     path = tmp_path_factory.getbasetemp() / "written.toml"
-    write_plan(path, format_plan(plan))
+    write_plan(path, text_of(plan))
     wishes = read_plan(path, Wishes())
     again = plan_of(model, wishes)
     assert set(again.sources.values()) <= {"plan", "automatic"}
@@ -201,7 +208,7 @@ def test_a_model_s_name_may_hold_anything(packed: Path, tmp_path: Path, name: st
     plan = plan_of(model, Wishes(threads=2, memory=Share(0.5)))
     model.close()
     path = tmp_path / "plan.toml"
-    write_plan(path, format_plan(replace(plan, model=name)))
+    write_plan(path, text_of(replace(plan, model=name)))
     assert read_plan(path, Wishes()).pinned == plan.pinned
     assert "\x1b" not in path.read_text()
 
@@ -213,7 +220,7 @@ def sound(packed: Path) -> str:
     plan = plan_of(model, Wishes(threads=2, context=300, memory=6 << 20))
     model.close()
     assert plan.streamed_per_token > 0
-    return format_plan(plan)
+    return text_of(plan)
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +346,7 @@ def test_a_value_that_makes_no_sense_is_named(
     ("text", "named"),
     [
         ("[memory]\n", "declare|twice|overwrite"),
-        ("[gpu]\nlanes = 1\n", "gpu.lanes"),
+        ("[gpu]\nlanes = 1\n", "gpu is not known"),
         ("spare = 1\n", "flash.spare"),
         (f"[{'k' * 5000}]\nx = 1\n", "is not known"),
         ("x" * MAX_BYTES, "MiB"),
@@ -384,26 +391,37 @@ def test_a_plan_that_does_not_fit_is_refused(
 def test_every_value_of_a_plan_file_is_needed(sound: str, tmp_path: Path) -> None:
     path, lines = tmp_path / "plan.toml", sound.splitlines()
     for at, line in enumerate(lines):
-        if " = " in line and not line.startswith(("#", "ceiling")):
+        if " = " in line and not line.startswith(("#", "ceiling", "flags")):
             path.write_text("\n".join(lines[:at] + lines[at + 1 :]))
             with pytest.raises(PlanError, match=r"missing|version"):
                 read_plan(path, Wishes())
 
 
 def test_the_schema_is_what_is_written(sound: str) -> None:
-    tables = tomllib.loads(sound)
-    top = {"": {key: value for key, value in tables.items() if not isinstance(value, dict)}}
-    written: dict[str, Sequence[str]] = {
-        name: list(table) for name, table in (tables | top).items() if isinstance(table, dict)
-    }
-    assert written == {name: list(keys) for name, keys in plan_file_module.SCHEMA.items()}
+    assert tables(parse(tomllib.loads(sound), "it")) == tomllib.loads(sound)
 
 
-def test_a_plan_without_a_packed_model_is_not_written(packed: Path) -> None:
-    model = open_model(packed)
-    plan = plan_of(model, Wishes())
+def test_a_plan_for_a_gguf_has_all_in_memory(packed: Path, tmp_path: Path) -> None:
+    gguf, path = packed.with_suffix(".gguf"), tmp_path / "plan.toml"
+    model = open_model(gguf)
+    plan = plan_of(model, Wishes(threads=2, context=300, memory=64 << 20))
+    text = text_of(plan, plan_identity(model.file))
+    assert "flash" not in tomllib.loads(text)
+    path.write_text(text)
+    again = plan_of(model, read_plan(path, Wishes()))
+    assert replace(again, sources=plan.sources) == plan
+    for values, named in (({"pinned": plan.pinned - 1, "ring": 1 << 20}, "no table flash"), ({"pinned": 1}, "not one")):
+        path.write_text(edited(text, **values))
+        with pytest.raises(PlanError, match=named):
+            plan_of(model, read_plan(path, Wishes()))
+    path.write_text(edited(text, ceiling=1 << 20))
+    with pytest.raises(PlanError, match="more than its own ceiling"):
+        plan_of(model, read_plan(path, Wishes()))
     model.close()
-    assert plan.flash is not None
-    for flash in (None, replace(plan.flash, identity="")):
-        with pytest.raises(PlanError, match="coterie pack"):
-            format_plan(replace(plan, flash=flash))
+
+
+def test_a_plan_of_another_machine_is_refused(sound: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(edited(sound, machine='"snapdragon-8gen3"'))
+    with pytest.raises(PlanError, match=r"another device \(snapdragon-8gen3\); make one for this machine"):
+        read_plan(path, Wishes())

@@ -27,7 +27,7 @@ from coterie.fetch import resolve
 from coterie.hosts import check_host, open_host
 from coterie.models.header import ModelHeader
 from coterie.models.template import ChatTemplate
-from coterie.opening import open_to_run
+from coterie.opening import open_to_run, preset_wishes
 from coterie.part_engine import Front, PartEngine
 from coterie.sampling import SamplingOptions
 from coterie.scheduler.placement import parse_units
@@ -63,6 +63,9 @@ class LLM:
     `split` "tensor" has several of them compute parts of a product at the same time, and moves the cut by what the
     parts take; "layer" (None) leaves every operator to one unit.
 
+    `preset` names who does what in general terms: "llmnpu", "heteroinfer", "powerinfer2", or a TOML file like these; it
+    decides units and split.
+
     Raises FetchError, ModelError, PlanError, UnitError, UsageError.
     """
 
@@ -83,6 +86,7 @@ class LLM:
         units: str | None = None,
         gpu_share: float | None = None,
         split: str | None = None,
+        preset: str | None = None,
     ) -> None:
         check_host(host, ray_address)
         for name, value in (("threads", threads), ("context", context), ("cut", cut)):
@@ -95,11 +99,16 @@ class LLM:
         )  # fmt: skip
         if cut is not None and wanted.units != ("cpu",):
             raise UsageError("a cut model's layers are the CPU unit's: drop units, or cut")
+        for name, given in (("plan", plan), ("preset", preset)):
+            if given is not None and cut is not None:
+                raise UsageError(f"a {name} is for a whole model; give {name} or cut, not both")
+        if plan is not None and preset is not None:
+            raise UsageError("a plan decides what a preset would; give plan or preset, not both")
         if plan is not None:
-            if cut is not None:
-                raise UsageError("a plan is for a whole model; give plan or cut, not both")
             wanted = read_plan(Path(plan), wanted)
         path, told = resolve(model, progress), progress or (lambda label, done=0, total=0: None)
+        if preset is not None:
+            wanted = preset_wishes(path, preset, wanted)
         opened = open_to_run(path, wanted, told, layers=None if cut is None else (cut, None))
         self._named, self._path, self._identity = str(model), str(path.absolute()), model_key(opened.file)
         _forget_vocabulary(opened.file.metadata)

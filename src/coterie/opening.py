@@ -10,13 +10,15 @@ from coterie.actors.sweep import quick_flash
 from coterie.errors import CoterieError, PlanError, UsageError
 from coterie.models.header import ModelHeader, OpenModel
 from coterie.models.load import Model, open_source, read_spec, understand
-from coterie.models.part import part_of
+from coterie.models.part import model_identity, part_of
 from coterie.models.source import WeightSource
 from coterie.models.spec import ModelSpec
 from coterie.models.transposed import by_neurons
 from coterie.paths import packed_dir
+from coterie.presence import lacking
 from coterie.scheduler.plan import Flash, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash, wants_flash
+from coterie.scheduler.presets import load_preset, resolve
 from coterie.scheduler.profile import file_system, flash_choice, load_profile, save_profile
 from coterie.storage.activations import activations_of
 from coterie.storage.flash_file import FlashFile, is_flash_file
@@ -96,6 +98,13 @@ def _cut(model: Model, first: int, last: int | None) -> Model:
     return replace(model, file=made, spec=read_spec(made))
 
 
+def preset_wishes(path: Path, preset: str, wishes: Wishes) -> Wishes:
+    """Wishes for the model at `path` as a preset has them; raises as presets.load_preset and resolve."""
+    found = load_preset(preset)
+    with open_file(path) as file:
+        return resolve(found, file, read_spec(file), wishes, lacking)
+
+
 def flash_of(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> Flash | None:
     """How the weights of an open model would be streamed; for a GGUF that needs it, from a copy still to be made."""
     if isinstance(file, FlashFile):
@@ -115,10 +124,18 @@ def _measure(path: Path, progress: Progress) -> None:
             save_profile(profile)
 
 
+def plan_identity(file: OpenModel) -> str:
+    """What a plan knows an open model by: the whole packing, or of what is not packed the header and every tensor's
+    first row. Nothing else of the weights is read."""
+    if isinstance(file, FlashFile):
+        return file.identity
+    assert isinstance(file, WeightSource)
+    return model_identity(file)
+
+
 def _check_identity(model: Model, wishes: Wishes) -> None:
-    if wishes.identity is not None and not (
-        isinstance(model.file, FlashFile) and model.file.identity == wishes.identity
-    ):
+    if wishes.identity not in (None, plan_identity(model.file)):
         raise PlanError(
-            f"the plan was made for another packing than {model.file.path.name}; make it anew with coterie plan --save"
+            f"the plan was made for another model or packing than {model.file.path.name}; make it anew with coterie "
+            "plan --save"
         )

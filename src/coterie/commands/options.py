@@ -72,6 +72,14 @@ Split = Annotated[
         help="layer: an operator is one unit's; tensor: several compute parts of a product at the same time.",
     ),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME|FILE",
+        help="Who does what as in llmnpu, heteroinfer or powerinfer2, or as a TOML file like these says.",
+    ),
+]
 RayAddress = Annotated[
     str | None,
     typer.Option(

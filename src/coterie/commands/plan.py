@@ -14,13 +14,14 @@ from coterie.commands.options import (
     Memory,
     ModelArgument,
     ModelOption,
+    Preset,
     Split,
     Threads,
     Units,
     pick_model,
     value_sources,
 )
-from coterie.errors import UsageError
+from coterie.errors import CoterieError, UsageError
 
 if TYPE_CHECKING:
     from coterie.models.header import ModelHeader
@@ -41,12 +42,14 @@ def plan(
     memory: Memory = None,
     units: Units = None,
     split: Split = None,
+    preset: Preset = None,
     activations: Annotated[
         Path | None,
         typer.Option("--activations", metavar="COUNTS", help="Say what is expected of neurons (see profile)."),
     ] = None,
     save: Annotated[
-        Path | None, typer.Option("--save", metavar="FILE", help="Write the plan, for run --plan; packs the model.")
+        Path | None,
+        typer.Option("--save", metavar="FILE", help="Write the plan, for run --plan; packs if it must."),
     ] = None,
     explain: Annotated[
         bool,
@@ -59,12 +62,13 @@ def plan(
     with terminal.Progress() as progress:
         from coterie import fetch
         from coterie.models.load import read_spec
-        from coterie.opening import flash_of, open_file, open_to_run
+        from coterie.opening import flash_of, open_file, open_to_run, plan_identity, preset_wishes
         from coterie.scheduler.placement import parse_units
         from coterie.scheduler.plan import Wishes
         from coterie.scheduler.plan_file import format_plan, write_plan
+        from coterie.scheduler.plan_schema import Decisions
         from coterie.scheduler.planner import make_plan
-        from coterie.scheduler.profile import load_profile
+        from coterie.scheduler.profile import load_profile, machine
         from coterie.storage.activations import activations_of
 
         wishes = Wishes(
@@ -76,17 +80,20 @@ def plan(
             sources=value_sources(command),
         )
         path = fetch.resolve(name, progress)
+        if preset is not None:
+            wishes = preset_wishes(path, preset, wishes)
         with open_file(path) if save is None else open_to_run(path, wishes, progress).file as file:
             spec = read_spec(file)
             if activations is not None:
                 wishes = replace(wishes, activations=activations_of(activations, spec, file))
             made, _ = make_plan(file, spec, wishes, flash_of(file, spec, wishes))
-            reasons = _reasons(file, spec, wishes, made) if explain else None
-        if save is not None:
-            write_plan(save, format_plan(made))
-            progress.say([f"wrote {save}"])
-        bandwidth = load_profile().memory_bandwidth
-    forecast = made.forecast(bandwidth)
+            reasons = _reasons(file, spec, wishes, made, needed=explain) if explain or save else None
+            forecast = made.forecast(load_profile().memory_bandwidth)
+            if save is not None:
+                notes = [made.forecast_line(forecast), *(explanation_lines(*reasons) if reasons else [])]
+                write_plan(save, format_plan(Decisions.of(made, plan_identity(file), machine()), made, notes))
+                progress.say([f"wrote {save}"])
+    reasons = reasons if explain else None  # what is saved has them wherever they are known
     if as_json:
         more = {"explain": reasons[0].as_dict()} if reasons else {}
         terminal.write_json(made.as_dict() | {"forecast": forecast} | more)
@@ -95,8 +102,19 @@ def plan(
         terminal.write("\n".join(lines) + "\n")
 
 
-def _reasons(file: "ModelHeader", spec: "ModelSpec", wishes: "Wishes", plan: "Plan") -> "tuple[Explanation, Answer]":
-    """The plan in virtual time, on this machine as it was measured."""
+def _reasons(
+    file: "ModelHeader", spec: "ModelSpec", wishes: "Wishes", plan: "Plan", *, needed: bool
+) -> "tuple[Explanation, Answer] | None":
+    """The plan in virtual time, on this machine as it was measured; None where that cannot be and is not `needed`."""
+    try:
+        return _simulated(file, spec, wishes, plan)
+    except CoterieError:
+        if needed:
+            raise
+        return None
+
+
+def _simulated(file: "ModelHeader", spec: "ModelSpec", wishes: "Wishes", plan: "Plan") -> "tuple[Explanation, Answer]":
     from coterie.scheduler.explain import explain
     from coterie.scheduler.simulate import Question, Simulation
     from coterie.scheduler.this_machine import this_machine

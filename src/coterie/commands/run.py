@@ -20,6 +20,7 @@ from coterie.commands.options import (
     Memory,
     ModelArgument,
     ModelOption,
+    Preset,
     RayAddress,
     Split,
     Threads,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 # What --resume leaves to choose; all else the session says.
 BESIDE_RESUME = {
     *("model", "model_option", "threads", "memory", "plan", "trace", "as_json", "resume"),
-    *("host", "ray_address", "units", "gpu_share", "split"),
+    *("host", "ray_address", "units", "gpu_share", "split", "preset"),
 }
 
 
@@ -80,6 +81,7 @@ def run(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Follow a plan that coterie plan --save wrote.")
     ] = None,
+    preset: Preset = None,
     cut: Annotated[
         int | None,
         typer.Option("--cut", metavar="K", min=1, help="Run the first K layers in a Ray actor, in memory of its own."),
@@ -146,6 +148,7 @@ def run(
             gpu_share=gpu_share,
             split=split,
             plan=plan,
+            preset=preset,
             cut=cut,
             trace=trace,
             progress=progress,

@@ -1,5 +1,7 @@
 """coterie simulate: what a model would do on a device that is not here."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +9,7 @@ import typer
 
 from coterie.commands import terminal
 from coterie.commands.explained import explanation_lines
-from coterie.commands.options import Context, Json, Memory, ModelArgument, ModelOption, Threads, pick_model
+from coterie.commands.options import Context, Json, Memory, ModelArgument, ModelOption, Preset, Threads, pick_model
 from coterie.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +45,10 @@ def simulate(
     ] = "",
     prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="Tokens of the prompt; 0: none.")] = 256,
     tokens: Annotated[int, typer.Option("-n", "--n-gen", min=0, help="Tokens of the answer; 0: none.")] = 64,
+    preset: Preset = None,
+    allow_near: Annotated[
+        bool, typer.Option("--allow-near", help="Let --units auto take GPU and NPU, of class near.")
+    ] = False,
     context: Context = None,
     threads: Threads = None,
     what_if: Annotated[
@@ -70,6 +76,8 @@ def simulate(
         device = _device(soc, threads)
         if units == AUTO and split:
             raise UsageError("--units auto decides who does what; drop --split")
+        if preset is not None and (split or units != "cpu"):
+            raise UsageError(f"preset {preset} decides who does what; drop --units and --split")
         names, solve = tuple(units.split(",")), split == AUTO
         question = Question(
             memory, names, () if solve else _shares(split), names if solve else (), prompt=prompt, tokens=tokens,
@@ -79,7 +87,8 @@ def simulate(
         with open_file(fetch.resolve(name, progress)) as file:
             spec = read_spec(file)
             progress("simulating")
-            found = [_choices(file, spec, *asked) for asked in [(device, question), after] if asked]
+            choose = partial(_choices, file, spec, preset=preset, near=allow_near)
+            found = [choose(*asked) for asked in [(device, question), after] if asked]
             made, answers = found[0][0], [each[0].answer for each in found]
             reasons = reasons_of(made.simulation, file, made.answer) if explain else None
         if timeline is not None:
@@ -88,27 +97,44 @@ def simulate(
     if as_json:
         data = answers[0].as_dict() | ({"what_if": {"changes": what_if} | answers[1].as_dict()} if after else {})
         data |= {"units": list(made.question.units), "cut": bool(made.question.cut)}
+        data |= {"preset": made.preset or None, "decode_units": list(made.question.decode or made.question.units)}
+        data |= {"choices": [_summary(choice) for choice in found[0]]}
         terminal.write_json(data | ({"explain": reasons.as_dict()} if reasons else {}))
     else:
-        lines = _lines(answers[0], made.question, device) + _others(found[0])
+        lines = _lines(answers[0], made.simulation.units) + _others(found[0])
         if after:
             lines += ["", f"if {what_if}:", *_compared(answers[0], answers[1])]
         lines += explanation_lines(reasons, answers[0]) if reasons else []
         terminal.write("\n".join(lines) + "\n")
 
 
-def _choices(file: "ModelHeader", spec: "ModelSpec", device: "Device", question: "Question") -> "list[Choice]":
-    """What was asked for, or with units that are to be chosen all that can be, the fastest first."""
-    from coterie.scheduler.choice import choices, one_choice
+def _choices(
+    file: "ModelHeader", spec: "ModelSpec", device: "Device", question: "Question", *, preset: str | None, near: bool
+) -> "list[Choice]":
+    """What was asked for; with units that are to be chosen all that can be, first the fastest that is allowed."""
+    from coterie.scheduler.choice import allowed, choices, one_choice, preset_choice
+    from coterie.scheduler.presets import load_preset
 
-    choose = choices if question.units == (AUTO,) else one_choice
-    return choose(file, spec, device, question)
+    if preset is not None:
+        return preset_choice(file, spec, device, replace(question, units=()), load_preset(preset))
+    if question.units != (AUTO,):
+        return one_choice(file, spec, device, question)
+    found = choices(file, spec, device, question)
+    chosen = allowed(found, near=near)[0]
+    return [chosen, *(choice for choice in found if choice is not chosen)]
+
+
+def _summary(choice: "Choice") -> dict[str, object]:
+    return {"name": choice.name, "seconds": choice.seconds, "numerics": "exact" if choice.exact else "near"}
 
 
 def _others(found: "list[Choice]") -> list[str]:
-    """What was not chosen, next best first."""
-    rest = [f"{choice.name} {choice.seconds / found[0].seconds:.2f}" for choice in found[1:]]
-    return [f"chosen: {found[0].name}; the others take, in times of this: {'; '.join(rest)}"] if rest else []
+    """What was not chosen, next best first; what is faster is of a class that was not allowed."""
+    first, times = found[0], [f"{choice.name} {choice.seconds / found[0].seconds:.2f}" for choice in found[1:]]
+    kind = "exact" if first.exact else "near"
+    lines = [f"chosen: {first.name} ({kind}); the others take, in times of this: {'; '.join(times)}"] if times else []
+    faster = [choice.name for choice in found[1:] if choice.seconds < first.seconds]
+    return lines + ([f"faster, but of class near: {'; '.join(faster)}; --allow-near allows them"] if faster else [])
 
 
 def _device(soc: str, threads: int | None) -> "Device":
@@ -139,11 +165,11 @@ def _write(path: Path, answer: "Answer") -> None:
     write_timeline(path, answer.events, f"emulated: {answer.device}" if answer.emulated else answer.device)
 
 
-def _lines(answer: "Answer", question: "Question", device: "Device") -> list[str]:
+def _lines(answer: "Answer", units: list[str]) -> list[str]:
     """An answer for people."""
     plan = answer.plan
     what = "emulated, not this machine" if answer.emulated else "this machine, simulated"
-    lines = [f"{answer.device} ({what}): {plan.model}, units {', '.join(question.units)}"]
+    lines = [f"{answer.device} ({what}): {plan.model}, units {', '.join(units)}"]
     share = "all weights in memory" if not plan.streamed_per_token else (
         f"{100 * plan.resident:.0f} % of a token's weights in memory, {plan.streamed_per_token / 1e6:.0f} MB streamed"
     )  # fmt: skip

@@ -1,0 +1,198 @@
+"""Presets: plans in general terms, made into wishes for a model and the units that are there; or one line that says why
+not."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plain_graphs import PlainGraphs
+from sparse_models import write_gated
+from tiny_models import write_tiny
+from typer.testing import CliRunner
+
+from coterie import opening, others
+from coterie.cli import app
+from coterie.engine import Engine
+from coterie.errors import CoterieError, PlanError, UnitError, UsageError
+from coterie.opening import open_model, plan_identity, preset_wishes
+from coterie.scheduler.balance import Given
+from coterie.scheduler.plan import Wishes
+from coterie.scheduler.plan_file import format_plan, read_plan
+from coterie.scheduler.plan_schema import Decisions
+from coterie.scheduler.planner import make_plan
+from coterie.scheduler.presets import load_preset, parse_preset, preset_names
+from coterie.scheduler.profile import machine
+
+HALF = Given.around(4, 8)
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The units that are there, for a test to change."""
+    units = {"cpu", "gpu", "npu"}
+    monkeypatch.setattr(opening, "lacking", lambda unit: "" if unit in units else f"no {unit} here: buy one")
+    return units
+
+
+@pytest.fixture(scope="module")
+def dense(folder: Path) -> Path:
+    return write_tiny(folder / "dense.gguf", formats="F32", context=2048)
+
+
+@pytest.fixture(scope="module")
+def sparse(many_extents: None, folder: Path) -> Path:
+    return write_gated(folder / "sparse.gguf")
+
+
+def test_presets_are_what_the_papers_do(dense: Path, sparse: Path, there: set[str]) -> None:
+    assert preset_names() == ["heteroinfer", "llmnpu", "powerinfer2"]
+    assert all(load_preset(name).about for name in preset_names())
+    asked = Wishes(threads=2)
+    llmnpu = preset_wishes(dense, "llmnpu", asked).placement
+    assert llmnpu is not None
+    assert (llmnpu.prefill, llmnpu.decode, llmnpu.lengths, llmnpu.split) == ("npu", "cpu", (128, 256), "layer")
+    assert llmnpu.cuts == {"matmul": Given.whole(), "ffn": Given.whole()}
+    hetero = preset_wishes(dense, "heteroinfer", asked)
+    assert hetero.units == ("cpu", "gpu", "npu")
+    assert hetero.placement is not None
+    assert hetero.placement.decode == "gpu"
+    assert hetero.placement.cuts == {"matmul": HALF, "ffn": HALF, "rows": Given(12, 16, tuple(range(1, 17)))}
+    assert preset_wishes(sparse, "powerinfer2", asked).units == ("cpu",)
+
+
+def test_where_there_is_no_gpu_that_is_a_way_of_its_own_and_said(dense: Path, there: set[str]) -> None:
+    there.remove("gpu")
+    found = preset_wishes(dense, "heteroinfer", Wishes())
+    assert found.units == ("cpu", "npu")
+    assert found.placement is not None
+    assert found.placement.cuts == {"matmul": HALF, "ffn": HALF}
+    model = open_model(dense)
+    plan, _ = make_plan(model.file, model.spec, found)
+    model.close()
+    assert any("there is no GPU to share decode with" in line for line in plan.lines())
+
+
+def test_a_unit_that_is_not_there_is_one_line(dense: Path, there: set[str]) -> None:
+    there.remove("npu")
+    for name in ("llmnpu", "heteroinfer"):
+        with pytest.raises(UnitError, match=f"preset {name} needs the unit npu: no npu here: buy one"):
+            preset_wishes(dense, name, Wishes())
+
+
+def test_a_model_that_it_is_not_for_is_one_line(dense: Path, sparse: Path, there: set[str]) -> None:
+    with pytest.raises(
+        PlanError, match=r"powerinfer2 is for sparse models, and dense.gguf is dense; coterie pack --sp"
+    ):
+        preset_wishes(dense, "powerinfer2", Wishes())
+    with pytest.raises(PlanError, match=r"llmnpu is for dense models, and sparse\.\w+ is sparse"):
+        preset_wishes(sparse, "llmnpu", Wishes())
+
+
+@pytest.mark.parametrize(
+    "wishes", [Wishes(units=("gpu",)), Wishes(split="tensor"), Wishes(units=("cpu",), sources={"units": "flag"})]
+)
+def test_what_a_preset_decides_is_not_asked_for_too(dense: Path, there: set[str], wishes: Wishes) -> None:
+    with pytest.raises(UsageError, match="preset llmnpu decides"):
+        preset_wishes(dense, "llmnpu", wishes)
+
+
+WAY = """
+[[ways]]
+because = "it is so"
+models = "dense"
+cpu = {chunk = 64}
+units = {names = ["cpu", "npu"], split = "tensor"}
+decode = {unit = "cpu"}
+[ways.prefill]
+unit = "npu"
+lengths = [64]
+cuts.ffn.pieces = [{unit = "npu", share = 0.3}, {unit = "cpu", share = 0.7}]
+"""
+OWN = f'version = 5\nabout = "mine"\n{WAY}'
+
+
+def test_a_preset_may_be_one_s_own(dense: Path, there: set[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(OWN)
+    found = preset_wishes(dense, str(path), Wishes(context=40))
+    assert found.chunk == 40
+    assert found.placement is not None
+    assert found.placement.lengths == (40,)  # a prompt has no more
+    assert found.placement.cuts == {"matmul": Given.whole(), "ffn": Given.around(2, 8)}
+    assert found.reasons == ("preset mine: it is so",)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("version = 5", "version = 4", "preset version 4"),
+        ("share = 0.7", "share = 0.6", r"ways\[0\].prefill.cuts.ffn.pieces have shares that add up to 0.9"),
+        ("share = 0.7", "share = nan", "share is nan"),
+        ("share = 0.7", "first = 4, last = 8", r"share is missing"),
+        ('models = "dense"', 'models = "wide"', "models is 'wide': there is dense, sparse"),
+        ("lengths = [64]", "lengths = [128]", "from 8 to 64"),
+        ("lengths = [64]", "lengths = [64]\nspare = 1", "spare is not known here"),
+        (WAY, "", "ways is missing"),
+        ("[[ways]]", "[[ways", "cannot read the plan"),
+    ],
+)
+def test_a_preset_that_makes_no_sense_is_one_line(tmp_path: Path, old: str, new: str, named: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(OWN.replace(old, new))
+    with pytest.raises(PlanError, match=named) as refused:
+        load_preset(str(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_no_preset_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is heteroinfer, llmnpu, powerinfer2, or name a TOML file"):
+        load_preset("fast")
+    for path in (str(tmp_path), "/dev/zero", str(tmp_path / "absent.toml")):
+        with pytest.raises(CoterieError, match="cannot read"):
+            load_preset(path)
+    with pytest.raises(PlanError, match="must be a table"):
+        parse_preset([], "it")
+
+
+def test_a_preset_saved_as_a_plan_is_the_same_and_runs(
+    dense: Path, there: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(others, "Graphs", PlainGraphs)
+    there.remove("gpu")
+    path, model = tmp_path / "plan.toml", open_model(dense)
+    plan, _ = make_plan(model.file, model.spec, preset_wishes(dense, "heteroinfer", Wishes(threads=2, context=512)))
+    path.write_text(format_plan(Decisions.of(plan, plan_identity(model.file), machine()), plan))
+    engine = Engine(model, read_plan(path, Wishes()))
+    try:
+        assert replace(engine.plan, sources=plan.sources, reasons=plan.reasons) == plan
+        assert engine.divergence is not None
+        assert engine.divergence.worst < 1e-6
+    finally:
+        engine.close()
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
+
+
+def test_the_commands(dense: Path, there: set[str], tmp_path: Path, own_home: Path) -> None:
+    out = tmp_path / "plan.toml"
+    result = run("plan", str(dense), "--preset", "llmnpu", "-c", "300", "--save", str(out), "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["sources"]["units"] == data["sources"]["chunk"] == "preset"
+    assert data["placement"]["prefill"] == "npu"
+    assert "# preset llmnpu: every product of a prompt" in out.read_text()
+    for words, code in (
+        (["plan", str(dense), "--preset", "llmnpu", "--units", "cpu"], 2),
+        (["plan", str(dense), "--preset", "powerinfer2"], 4),
+        (["run", str(dense), "-p", "x", "--preset", "powerinfer2"], 4),
+        (["run", str(dense), "-p", "x", "--preset", "fast"], 2),
+        (["run", str(dense), "-p", "x", "--preset", "llmnpu", "--plan", str(out)], 2),
+        (["run", str(dense), "-p", "x", "--preset", "llmnpu", "--cut", "1"], 2),
+    ):
+        refused = run(*words)
+        assert refused.exit_code == code, refused.output
+        assert refused.stderr.count("\n") == 1
