@@ -16,6 +16,7 @@ import numpy as np
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.lanes import cycles_per_second
 from coterie.actors.npu import NpuUnit
+from coterie.actors.npu_product import Product
 from coterie.kernels import library
 from coterie.kernels import record as r
 from coterie.kernels.record import Opcode
@@ -61,12 +62,13 @@ def main() -> None:
         ours.add("meet", Opcode.POST, {})
     program, graph = ours.build(), Emulated(given.us * 1e-6)
     cpu.load(program)
-    npu.load(theirs.build(), [graph] * given.kernels)
+    nothing = np.zeros((1, 1), np.float32)
+    npu.load(theirs.build(), [Product([graph], [nothing], nothing, None)] * given.kernels)
     counts = arena.numpy(units[0].counts)
 
     def step() -> float:
         begun = time.perf_counter()
-        with npu.beside("npu", cpu.next_epoch):
+        with npu.beside("npu", cpu.next_epoch, {int(Opcode.FFN): 1}):
             cpu.run("cpu", [0], [0], [0], ())
         return time.perf_counter() - begun
 

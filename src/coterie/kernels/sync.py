@@ -61,6 +61,7 @@ MARGIN = 8  # microseconds before the predicted moment at which a wait for anoth
 SHORTEST = 20  # microseconds: the shortest nap worth a system call
 LONGEST = 20_000
 LOOK = 2  # microseconds of looking between naps that nothing predicts
+BRIEF = 150  # microseconds: for waits that usually take less nobody sleeps, since waking up may take as long
 
 
 @register_jitable
@@ -141,6 +142,8 @@ def await_unit(flag, wanted, abort, rate, counts, most):
     usual, late = i64_at(flag + USUAL), i64_at(flag + LATE)
     nap = (usual - late) // rate - MARGIN
     look = late + 2 * MARGIN * rate if usual else LOOK * rate
+    if 0 < usual < BRIEF * rate:
+        nap, look = 0, BRIEF * rate
     while True:
         if nap >= SHORTEST:
             before = cycles()
