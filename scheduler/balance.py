@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 NEW = 0.5  # weight of the newest step in a unit's rate
 IDLE = 0.05  # share of a unit's time that waiting may take and still be none
-EAGER = 0.95
+EAGER = 0.95  # what a unit is thought to take, of what it can have taken at most, when nobody waits for it
+FORGIVE = 0.99  # what a unit without parts is thought to take, of what it was thought to take a step before
 WORTH = 0.03  # share of a product's time that a move must save
 
 
@@ -83,6 +84,9 @@ class Balance:
             parts, of = self.parts[kind], self.given[kind].of
             self._learn(kind, "other", other, parts)
             self._learn(kind, "cpu", cpu, of - parts)
+            for unit, idle in (("other", parts == 0), ("cpu", parts == of)):
+                if idle and (kind, unit) in self._rates:  # in time it gets another chance
+                    self._rates[kind, unit] *= FORGIVE
             best = self._best(kind)
             if best != parts:
                 rates = self._rates[kind, "other"], self._rates[kind, "cpu"]
