@@ -75,6 +75,7 @@ class Balance:
         self.given, self.moves = given, list[Move]()
         self.parts = {kind: cut.parts for kind, cut in given.items()}
         self._rates: dict[tuple[str, str], float] = {}  # seconds a part, by kind and unit
+        self._forgiven = set[tuple[str, str]]()  # whose rates were not measured in the last step
         self._steps = 0
 
     def observe(self, seconds: dict[str, tuple[float, float]]) -> None:
@@ -87,6 +88,7 @@ class Balance:
             for unit, idle in (("other", parts == 0), ("cpu", parts == of)):
                 if idle and (kind, unit) in self._rates:  # in time it gets another chance
                     self._rates[kind, unit] *= FORGIVE
+                    self._forgiven.add((kind, unit))
             best = self._best(kind)
             if best != parts:
                 rates = self._rates[kind, "other"], self._rates[kind, "cpu"]
@@ -106,7 +108,10 @@ class Balance:
     def _learn(self, kind: str, unit: str, seconds: float, parts: int) -> None:
         if parts and seconds > 0:
             now, known = seconds / parts, self._rates.get((kind, unit))
-            self._rates[kind, unit] = now if known is None else NEW * now + (1 - NEW) * known
+            if known is not None and (kind, unit) not in self._forgiven:
+                now = NEW * now + (1 - NEW) * known
+            self._forgiven.discard((kind, unit))
+            self._rates[kind, unit] = now
 
     def _best(self, kind: str) -> int:
         """The cut at which both end soonest; the present one where no other saves enough, or a rate is not known."""

@@ -33,8 +33,9 @@ def test_a_cut_comes_to_where_both_end_soonest(cut: Given, other: float, cpu: fl
     run(balance, 3, other, cpu)
     assert taken(balance, other, cpu) <= best(cut, other, cpu) / 0.97
     moves = len(balance.moves)
-    run(balance, 20, other, cpu)
-    assert len(balance.moves) == moves  # and stays there
+    if 0 < balance.parts["ffn"] < cut.of:  # a unit without parts is tried again in time
+        run(balance, 20, other, cpu)
+        assert len(balance.moves) == moves  # and stays there
 
 
 @given(rates, rates, st.floats(1.5, 6))
@@ -44,9 +45,12 @@ def test_a_unit_that_slows_down_is_followed_within_ten_steps(other: float, cpu: 
     run(balance, 5, other, cpu)
     for which in (0, 1):
         load = (other * slower, cpu) if which else (other, cpu * slower)
-        run(balance, 10, *load)
+        costs = list[float]()
+        for _ in range(10):
+            run(balance, 1, *load)
+            costs.append(taken(balance, *load))
         if 0 < balance.parts["ffn"] < ANY.of:  # else one unit is not measured any more
-            assert taken(balance, *load) <= best(ANY, *load) / 0.9
+            assert min(costs[-3:]) <= best(ANY, *load) / 0.9  # one of them may be a try
         run(balance, 10, other, cpu)
 
 

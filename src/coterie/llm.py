@@ -87,6 +87,7 @@ class LLM:
         gpu_share: float | None = None,
         split: str | None = None,
         preset: str | None = None,
+        allow_near: bool = False,
     ) -> None:
         check_host(host, ray_address)
         for name, value in (("threads", threads), ("context", context), ("cut", cut)):
@@ -108,7 +109,7 @@ class LLM:
             wanted = read_plan(Path(plan), wanted)
         path, told = resolve(model, progress), progress or (lambda label, done=0, total=0: None)
         if preset is not None:
-            wanted = preset_wishes(path, preset, wanted)
+            wanted = preset_wishes(path, preset, wanted, near=allow_near)
         opened = open_to_run(path, wanted, told, layers=None if cut is None else (cut, None))
         self._named, self._path, self._identity = str(model), str(path.absolute()), model_key(opened.file)
         _forget_vocabulary(opened.file.metadata)

@@ -27,6 +27,8 @@ from coterie.storage.flash_writer import packed_copy, packed_path
 LARGE_ENOUGH = 64 << 20  # bytes of a file that can be measured by
 Progress = Callable[[str, int, int], None]
 
+AUTO = "auto"  # the preset that is worked out
+
 
 def open_file(path: str | Path, format: str | None = None) -> OpenModel:
     """Open a GGUF, a packed file, or a folder of safetensors, coded in `format`; ModelError says what is wrong."""
@@ -98,8 +100,18 @@ def _cut(model: Model, first: int, last: int | None) -> Model:
     return replace(model, file=made, spec=read_spec(made))
 
 
-def preset_wishes(path: Path, preset: str, wishes: Wishes) -> Wishes:
-    """Wishes for the model at `path` as a preset has them; raises as presets.load_preset and resolve."""
+def preset_wishes(path: Path, preset: str, wishes: Wishes, *, near: bool = False) -> Wishes:
+    """Wishes for the model at `path` as a preset has them; "auto" takes what is expected to be fastest, of class near
+    only where that is allowed. Raises as presets.load_preset and resolve, and auto.auto_wishes."""
+    if preset == AUTO:
+        from coterie.auto import auto_wishes
+
+        if wishes.units != ("cpu",) or wishes.split != "layer":
+            raise UsageError("--preset auto decides who does what; drop --units and --split")
+        with open_file(path) as file:
+            return auto_wishes(file, read_spec(file), wishes, near=near)
+    if near:
+        raise UsageError(f"--allow-near is for --preset auto; {preset} says itself who computes")
     found = load_preset(preset)
     with open_file(path) as file:
         return resolve(found, file, read_spec(file), wishes, lacking)

@@ -9,12 +9,14 @@ import typer
 
 from coterie.commands import terminal
 from coterie.commands.options import (
+    AllowNear,
     GpuShare,
     Host,
     Json,
     Memory,
     ModelArgument,
     ModelOption,
+    Preset,
     RayAddress,
     Split,
     Threads,
@@ -47,6 +49,8 @@ def bench(
     units: Units = None,
     gpu_share: GpuShare = None,
     split: Split = None,
+    preset: Preset = None,
+    allow_near: AllowNear = False,
     host: Host = None,
     ray_address: RayAddress = None,
     output: Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")] = Output.md,
@@ -71,6 +75,8 @@ def bench(
             units=units,
             gpu_share=gpu_share,
             split=split,
+            preset=preset,
+            allow_near=allow_near,
             progress=progress,
             sources=value_sources(command),
             host=host or ("ray" if ray_address else "threads"),

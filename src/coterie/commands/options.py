@@ -77,9 +77,10 @@ Preset = Annotated[
     typer.Option(
         "--preset",
         metavar="NAME|FILE",
-        help="Who does what as in llmnpu, heteroinfer or powerinfer2, or as a TOML file like these says.",
+        help="Who does what: llmnpu, heteroinfer, powerinfer2 or a TOML file like these; auto: what is fastest here.",
     ),
 ]
+AllowNear = Annotated[bool, typer.Option("--allow-near", help="Let --preset auto take GPU and NPU, of class near.")]
 RayAddress = Annotated[
     str | None,
     typer.Option(

@@ -9,6 +9,7 @@ import typer
 from coterie.commands import terminal
 from coterie.commands.explained import explanation_lines
 from coterie.commands.options import (
+    AllowNear,
     Context,
     Json,
     Memory,
@@ -43,6 +44,7 @@ def plan(
     units: Units = None,
     split: Split = None,
     preset: Preset = None,
+    allow_near: AllowNear = False,
     activations: Annotated[
         Path | None,
         typer.Option("--activations", metavar="COUNTS", help="Say what is expected of neurons (see profile)."),
@@ -81,7 +83,7 @@ def plan(
         )
         path = fetch.resolve(name, progress)
         if preset is not None:
-            wishes = preset_wishes(path, preset, wishes)
+            wishes = preset_wishes(path, preset, wishes, near=allow_near)
         with open_file(path) if save is None else open_to_run(path, wishes, progress).file as file:
             spec = read_spec(file)
             if activations is not None:

@@ -13,6 +13,7 @@ import typer
 
 from coterie.commands import terminal
 from coterie.commands.options import (
+    AllowNear,
     Context,
     GpuShare,
     Host,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 # What --resume leaves to choose; all else the session says.
 BESIDE_RESUME = {
     *("model", "model_option", "threads", "memory", "plan", "trace", "as_json", "resume"),
-    *("host", "ray_address", "units", "gpu_share", "split", "preset"),
+    *("host", "ray_address", "units", "gpu_share", "split", "preset", "allow_near"),
 }
 
 
@@ -82,6 +83,7 @@ def run(
         Path | None, typer.Option("--plan", metavar="FILE", help="Follow a plan that coterie plan --save wrote.")
     ] = None,
     preset: Preset = None,
+    allow_near: AllowNear = False,
     cut: Annotated[
         int | None,
         typer.Option("--cut", metavar="K", min=1, help="Run the first K layers in a Ray actor, in memory of its own."),
@@ -149,6 +151,7 @@ def run(
             split=split,
             plan=plan,
             preset=preset,
+            allow_near=allow_near,
             cut=cut,
             trace=trace,
             progress=progress,
