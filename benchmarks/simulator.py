@@ -5,9 +5,9 @@
 
 The machine is measured (kernels of the model's formats, flash at the depths that matter), prefill of 256 tokens (or of
 --prompts) and decode of 32 are timed for a model and a share, the machine is measured again, and so on: memory and disk
-of a virtual machine wander by half within minutes, so a cell is predicted by the mean of what the measurements before and
-after it say. Quoted: the median over rounds of predicted / measured - 1, and the median of their sizes over all cells.
-The bar: every cell within 15 %, the median within 8 %. Nothing else should run on the machine.
+of a virtual machine wander by half within minutes, so a cell is predicted by the mean of what the measurements before
+and after it say. Quoted: the median over rounds of predicted / measured - 1, and the median of their sizes over all
+cells. The bar: every cell within 15 %, the median within 8 %. Nothing else should run on the machine.
 """
 
 import argparse
