@@ -12,12 +12,14 @@ from plain_graphs import PlainGraphs
 from tiny_models import write_tiny
 
 from coterie import others
+from coterie.actors.unit import Rows
 from coterie.divergence import divergences
 from coterie.engine import Engine
 from coterie.opening import open_model
 from coterie.prompts import to_cpu
 from coterie.scheduler.dispatch import Chunk, Dispatcher, Policy, Subgraph, Task, feed_npu, in_order
 from coterie.scheduler.plan import Wishes
+from coterie.stepping import Again
 
 NEAR = 1e-6
 
@@ -356,3 +358,26 @@ def test_a_graph_that_fails_in_a_prompt_is_in_the_story(model: Path, monkeypatch
     finally:
         engine.close()
         alone.close()
+
+
+def test_a_chunk_whose_head_fails_is_computed_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(open_model(model), wishes())
+    try:
+        wanted, _ = computed(engine, [5, 140, 299])
+        run, heads = engine._run, list[int]()
+
+        def lost_once(name: str, rows: Rows, *, more: bool = False) -> None:
+            if name == "head":
+                heads.append(int(np.asarray(rows.positions)[0]))
+                if len(heads) == 2:
+                    raise Again
+            run(name, rows, more=more)
+
+        monkeypatch.setattr(engine, "_run", lost_once)
+        found, told = computed(engine, [5, 140, 299])
+        assert (found.view(np.int32) == wanted.view(np.int32)).all()
+        assert told == [(128, 0), (256, 1), (300, 2)]
+        assert heads == [0, 128, 128, 256]
+        assert [name for name, _ in orders_of(engine)[2:6]] == ["chunk 1 layers", "chunk 1 head 0"] * 2
+    finally:
+        engine.close()
