@@ -43,6 +43,7 @@ FRONT_DOOR = {
     "graphs",
     "divergence",
     "pressure",
+    "prompts",
     "recording",
     "room",
     "session",

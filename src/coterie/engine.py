@@ -26,14 +26,14 @@ from coterie.models.rope import fill_rope_table
 from coterie.models.source import WeightSource
 from coterie.models.spec import Rope
 from coterie.others import OtherUnits
+from coterie.prompts import Prompting
 from coterie.room import SCRATCH_ROOM, check_free, room_for
-from coterie.scheduler.layout import BATCH, OUTPUT_ROWS, WITH_GPU, lay_out_model, lay_out_units, tape_room
-from coterie.scheduler.placement import Placement
+from coterie.scheduler.dispatch import Dispatcher
+from coterie.scheduler.layout import BATCH, lay_out_model, lay_out_units, tape_room
 from coterie.scheduler.plan import Flash, Plan, Wishes
 from coterie.scheduler.planner import make_plan, plan_flash
 from coterie.scheduler.residency import ring_room
 from coterie.sizes import Memory
-from coterie.stepping import Again, Stepping
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.flash_file import FlashFile
@@ -51,7 +51,7 @@ Floats = npt.NDArray[np.float32]
 Progress = Callable[..., None]  # progress(label, done=0, total=0)
 
 
-class Engine(Stepping):
+class Engine(Prompting):
     """A model in memory, ready to run.
 
     Kernels are compiled before weights are loaded; their machine code is cached on disk. Raises ModelError,
@@ -100,6 +100,7 @@ class Engine(Stepping):
         self._loaded: set[str] = set()
         self._closed = False
         self.others: OtherUnits | None = None
+        self.dispatcher: Dispatcher | None = None
         self.divergence: Divergence | None = None
         try:
             if not plan.placement.exact:
@@ -192,68 +193,6 @@ class Engine(Stepping):
         self._check_open()
         return self.cache.sequence()
 
-    def check(self, tokens: Sequence[int]) -> None:
-        """Raise UsageError for ids that are no tokens of this model."""
-        wrong = [t for t in tokens if not isinstance(t, int | np.integer) or not 0 <= t < self.spec.vocab]
-        if wrong:
-            raise UsageError(f"token {wrong[0]} does not exist: this model's ids are 0 to {self.spec.vocab - 1}")
-
-    def prefill(
-        self,
-        sequence: KVSequence,
-        tokens: Sequence[int],
-        rows: Sequence[int] | None = None,
-        after: Callable[[], None] = lambda: None,
-    ) -> Floats:
-        """Append tokens to a sequence, in chunks, `after` each of which that is called; logits float32[n, vocab] of
-        `rows` (indices into `tokens`, ascending; default: the last)."""
-        self.check(tokens)
-        if not len(tokens):
-            raise UsageError("there are no tokens to compute")
-        wanted = np.array([len(tokens) - 1] if rows is None else rows, np.int64)
-        sequence.reserve(sequence.length + len(tokens))
-        logits = np.empty((wanted.size, self.spec.vocab), np.float32)
-        done = first = 0
-        while first < len(tokens):
-            ids = tokens[first : first + self._placement.piece(len(tokens) - first, self.plan.chunk)]
-            here = wanted[(wanted >= first) & (wanted < first + len(ids))] - first
-            with self._lock:
-                while not self._chunk(sequence, ids, here, logits[done : done + here.size]):
-                    sequence.length -= len(ids)
-            done, first = done + here.size, first + len(ids)
-            after()
-            self._progress("prompt", first, len(tokens))
-        return logits
-
-    def _chunk(self, sequence: KVSequence, ids: Sequence[int], wanted: npt.NDArray[np.int64], logits: Floats) -> bool:
-        """Append a chunk's tokens; logits of the rows `wanted`. False if it must be computed again."""
-        self._check_open()
-        positions = sequence.length + np.arange(len(ids))
-        tables = np.full(len(ids), sequence.table_address)
-        which = ""
-        if self.others is not None:
-            self.others.begin_chunk()
-            which = self.others.program_for(len(ids))
-        try:
-            self._run(f"prefill{which}", Rows(ids, positions, tables, ()), more=wanted.size > 0)
-        except Again:
-            sequence.length += len(ids)
-            return False
-        sequence.length += len(ids)
-        whose = self.others.first_tokens(len(ids)) if self.others is not None and which == WITH_GPU else 0
-        first = 0
-        while first < wanted.size:
-            outputs = wanted[first : first + OUTPUT_ROWS]
-            outputs = outputs[(outputs < whose) == (outputs[0] < whose)]  # rows that one unit has
-            try:
-                rows = Rows(ids, positions, tables, outputs)
-                self._run(f"head{which}", rows, more=first + outputs.size < wanted.size)
-            except Again:
-                return False
-            logits[first : first + outputs.size] = self._logits[: outputs.size]
-            first += outputs.size
-        return True
-
     def decode(self, sequences: Sequence[KVSequence], tokens: Sequence[int]) -> Floats:
         """Append one token to each of up to BATCH different sequences; logits float32[n, vocab], maybe a view that the
         next step overwrites."""
@@ -271,11 +210,6 @@ class Engine(Stepping):
                 s.length += 1
             # A new ceiling, from another thread, may move the buffer.
             return self._logits[:n] if self.stream is None else self._logits[:n].copy()
-
-    @property
-    def _placement(self) -> Placement:
-        """Where steps are computed now."""
-        return self.plan.placement if self.others is None else self.others.placement
 
     def read_bandwidth(self) -> float:
         """Bytes/s at which the lanes read the layers' weights, once through; the better of two times."""
