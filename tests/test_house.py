@@ -22,6 +22,7 @@ ROOMS = ("actors", "configs", "scheduler", "storage")
 
 # Who may import whom. The front door may import all.
 FRONT_DOOR = {
+    "auto",
     "__init__",
     "__main__",
     "answer",
