@@ -166,13 +166,11 @@ class Dispatcher:
         it is said to have ended or failed."""
         if unit in self.lost_units:
             raise ValueError(f"{unit} is lost, but was lost before")
-        theirs = [(task, s) for task, s in self._all() if unit in s.units and task not in self.done]
-        heirs = {task: self._heir(subgraph, unit) for task, subgraph in theirs}
-        self._check(heirs.items(), self.lost_units | {unit})
-        self._note(seconds, "lost", unit, line=f"{unit} is lost; tasks that others have now: {len(theirs)}")
-        self.lost_units.add(unit)
-        every = {task: heirs.get(task, subgraph) for task, subgraph in self._all()}
-        self.chunks = tuple(tuple(every[Task(i, j)] for j in range(len(c))) for i, c in enumerate(self.chunks))
+        lost = self.lost_units | {unit}
+        self._check(((task, self._without(subgraph, lost)) for task, subgraph in self._all()), lost)
+        theirs = sum(unit in subgraph.units and task not in self.done for task, subgraph in self._all())
+        self._note(seconds, "lost", unit, line=f"{unit} is lost; tasks that others have now: {theirs}")
+        self.lost_units = lost
         self._settle()
 
     def refit(self, first: int, chunks: tuple[Chunk, ...], seconds: float) -> None:
@@ -223,8 +221,16 @@ class Dispatcher:
             self._settle()
         return not void
 
+    def _without(self, subgraph: Subgraph, lost: Collection[str]) -> Subgraph:
+        for unit in sorted(lost):
+            subgraph = self._heir(subgraph, unit) if unit in subgraph.units else subgraph
+        return subgraph
+
     def _settle(self) -> None:
-        """Find anew which units there are, what is behind each task, and what is ready."""
+        """Find anew who does what is not done, what is behind each task, and what is ready."""
+        if self.lost_units:  # what was done by a unit that is lost now may have been undone
+            new = {t: s if t in self.done else self._without(s, self.lost_units) for t, s in self._all()}
+            self.chunks = tuple(tuple(new[Task(i, j)] for j in range(len(c))) for i, c in enumerate(self.chunks))
         self.ready, self._behind, self._units = [], dict[Task, list[Task]](), set[str]()
         for task, subgraph in self._all():
             self._units.update(subgraph.units)
