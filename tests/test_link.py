@@ -207,7 +207,7 @@ def makes_sense(end: End, content: dict[str, Any], key: str, other: Any) -> bool
 def test_a_good_step_after_a_failed_one(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where computing fails the sequence ends before the step, whose keys and values may be half written."""
 
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **more: Any) -> None:
         raise UnitError("the disk is on fire\nand so is the rest" + "!" * 1000)
 
     with monkeypatch.context() as patch:

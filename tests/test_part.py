@@ -120,8 +120,8 @@ def test_a_step_that_is_cut_short_begins_with_its_inputs_again(
         yielded = set[str]()
         real = engine.unit.run
 
-        def run(program: str, *arguments: Any) -> None:
-            real(program, *arguments)
+        def run(program: str, *arguments: Any, **more: Any) -> None:
+            real(program, *arguments, **more)
             if program != "head" and program not in yielded:
                 yielded.add(program)
                 raise Yield
