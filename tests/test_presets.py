@@ -2,21 +2,26 @@
 not."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from plain_graphs import PlainGraphs
+from reference import Floats, same_bits
 from sparse_models import write_gated
 from tiny_models import write_tiny
 from typer.testing import CliRunner
 
 from coterie import opening, others
 from coterie.cli import app
+from coterie.divergence import divergences
 from coterie.engine import Engine
 from coterie.errors import CoterieError, PlanError, UnitError, UsageError
-from coterie.opening import open_model, plan_identity, preset_wishes
+from coterie.opening import open_model, open_to_run, plan_identity, preset_wishes
+from coterie.presence import lacking
 from coterie.scheduler.balance import Given
 from coterie.scheduler.plan import Wishes
 from coterie.scheduler.plan_file import format_plan, read_plan
@@ -196,3 +201,38 @@ def test_the_commands(dense: Path, there: set[str], tmp_path: Path, own_home: Pa
         refused = run(*words)
         assert refused.exit_code == code, refused.output
         assert refused.stderr.count("\n") == 1
+
+
+def logits(engine: Engine) -> Floats:
+    """Of every position of a prompt of 300 tokens, and of four that are decoded behind it."""
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, engine.spec.vocab, 304).tolist()
+    sequence = engine.sequence()
+    found = [engine.prefill(sequence, ids[:300], range(300))]
+    found += [engine.decode([sequence], [token])[:1].copy() for token in ids[300:]]
+    sequence.close()
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_presets_compute_the_same(dense: Path, there: set[str], gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float graphs stand in for an NPU's, so that what is left is the order of sums."""
+    if gpu and (why := lacking("gpu")):
+        pytest.skip(why)
+    there -= set() if gpu else {"gpu"}
+    monkeypatch.setattr(others, "Graphs", PlainGraphs)
+    asked = Wishes(context=512)
+    with closing(Engine(open_model(dense), asked)) as alone:
+        wanted = logits(alone)
+    for preset in ("llmnpu", "heteroinfer"):
+        with closing(Engine(open_model(dense), preset_wishes(dense, preset, asked))) as engine:
+            assert divergences(wanted, logits(engine)).max() < 1e-6, preset
+            assert not engine.supervisor.losses
+
+
+def test_a_preset_for_sparse_models_has_their_bits(sparse: Path, there: set[str]) -> None:
+    found = []
+    for wishes in (Wishes(context=512), preset_wishes(sparse, "powerinfer2", Wishes(context=512))):
+        with closing(Engine(open_to_run(sparse, wishes, lambda *progress: None), wishes)) as engine:
+            found.append(logits(engine))
+    assert same_bits(*found)
