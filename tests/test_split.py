@@ -177,6 +177,23 @@ def put_in(both: Engine, phase: str, *, silent: bool) -> None:
     cuts(both, tokens=8, rows=8)
 
 
+@needs_gpu
+def test_prompts_cut_with_one_unit_and_decode_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others, "Graphs", PlainGraphs)
+    path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="F32")
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu", "npu")) as all_three:
+        wanted = logits(alone)
+        for rows in (0, 9, SIXTEENTHS):
+            cuts(all_three, matmul=4, ffn=5, rows=rows)
+            assert divergences(wanted, logits(all_three)).max() < NEAR, rows
+        assert all_three.others is not None
+        gpu, npu = all_three.others.describe()
+        assert gpu["parts"] == {"rows": [SIXTEENTHS, SIXTEENTHS]}
+        assert npu["parts"] == {"matmul": [4, PARTS], "ffn": [5, PARTS]}
+        cuts(all_three, rows=0)
+        assert not all_three.others.on_gpu("decode")  # but the CPU unit's alone
+
+
 # --- who takes part ---------------------------------------------------------------------------------------------------
 
 

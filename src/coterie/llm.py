@@ -27,7 +27,7 @@ from coterie.fetch import resolve
 from coterie.hosts import check_host, open_host
 from coterie.models.header import ModelHeader
 from coterie.models.template import ChatTemplate
-from coterie.opening import open_to_run, preset_wishes
+from coterie.opening import check_together, open_to_run, preset_wishes
 from coterie.part_engine import Front, PartEngine
 from coterie.sampling import SamplingOptions
 from coterie.scheduler.placement import parse_units
@@ -98,13 +98,7 @@ class LLM:
             threads, context, None, as_ceiling(memory), trace is not None, sources=dict(sources or {}), host=host,
             units=parse_units(units), gpu_share=as_part(gpu_share), split=split or "layer",
         )  # fmt: skip
-        if cut is not None and wanted.units != ("cpu",):
-            raise UsageError("a cut model's layers are the CPU unit's: drop units, or cut")
-        for name, given in (("plan", plan), ("preset", preset)):
-            if given is not None and cut is not None:
-                raise UsageError(f"a {name} is for a whole model; give {name} or cut, not both")
-        if plan is not None and preset is not None:
-            raise UsageError("a plan decides what a preset would; give plan or preset, not both")
+        check_together(wanted, cut=cut, plan=plan, preset=preset)
         if plan is not None:
             wanted = read_plan(Path(plan), wanted)
         path, told = resolve(model, progress), progress or (lambda label, done=0, total=0: None)

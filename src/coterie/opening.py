@@ -100,6 +100,17 @@ def _cut(model: Model, first: int, last: int | None) -> Model:
     return replace(model, file=made, spec=read_spec(made))
 
 
+def check_together(wishes: Wishes, *, cut: int | None, plan: object, preset: object) -> None:
+    """Raise UsageError for ways to say who computes what that exclude each other."""
+    if cut is not None and wishes.units != ("cpu",):
+        raise UsageError("a cut model's layers are the CPU unit's: drop units, or cut")
+    for name, given in (("plan", plan), ("preset", preset)):
+        if given is not None and cut is not None:
+            raise UsageError(f"a {name} is for a whole model; give {name} or cut, not both")
+    if plan is not None and preset is not None:
+        raise UsageError("a plan decides what a preset would; give plan or preset, not both")
+
+
 def preset_wishes(path: Path, preset: str, wishes: Wishes, *, near: bool = False) -> Wishes:
     """Wishes for the model at `path` as a preset has them; "auto" takes what is expected to be fastest, of class near
     only where that is allowed. Raises as presets.load_preset and resolve, and auto.auto_wishes."""

@@ -86,6 +86,8 @@ class OtherUnits:
     def on_gpu(self, name: str) -> bool:
         """Whether steps of that program are the GPU unit's now."""
         placement = self.placement
+        if name == "decode" and "rows" in placement.cuts:  # else both decode, or the CPU unit alone
+            return False
         if name in ("decode", "batch"):
             return placement.decode == "gpu"
         if "tokens" in placement.cuts:  # all of a chunk, or none of it
@@ -190,8 +192,14 @@ class OtherUnits:
         self.placement = CPU_ONLY
 
     def describe(self) -> list[dict[str, Any]]:
-        """What they are, with what they have built so far."""
-        return [unit.describe() for unit in (self.gpu, self.graphs) if unit is not None]
+        """What they are, with what they have built so far, and their parts of products as cuts are now."""
+        cuts, parts = self.placement.cuts, self.parts
+        found = []
+        for unit, kinds in ((self.gpu, ("tokens", "rows")), (self.graphs, tuple(SHARES))):
+            if unit is not None:
+                given = {kind: [parts[kind], cuts[kind].of] for kind in kinds if kind in parts}
+                found.append(unit.describe() | ({"parts": given} if given else {}))
+        return found
 
     def close(self) -> None:
         for unit in (self.graphs, self.gpu):
