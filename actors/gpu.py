@@ -127,6 +127,7 @@ class GpuUnit:
         if self._thread is None:
             keep = (lambda: os.sched_setaffinity(0, self._cores)) if self._cores else None
             self._thread = ThreadPoolExecutor(1, "coterie-gpu", keep)
+        self.settle()  # of a step that was called off, while its waits still end at once
         self._off_word[0] = 0
         self._share(name, words)
         enqueued = self._thread.submit(self._serve, name, rows, epoch, abort)

@@ -21,6 +21,7 @@ from coterie.errors import UnitError, UsageError
 from coterie.opening import open_model
 from coterie.scheduler.placement import PARTS, SIXTEENTHS, Placement
 from coterie.scheduler.plan import Wishes
+from coterie.storage.kv import Sequence
 
 try:
     GpuBench(wide=None, size=1 << 20).close()
@@ -165,6 +166,39 @@ def test_a_gpu_that_never_answers_is_not_waited_for(
         put_in(both, phase, silent=True)
         with pytest.raises(UnitError, match=r"a step has not ended in .* seconds; end this process"):
             logits(both)
+
+
+@needs_gpu
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_step_of_both_that_is_interrupted(
+    phase: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue waits for nobody any more, and the next step begins behind it."""
+    path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="Q4_0")
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu", fast=fast)) as both:
+        cuts(both, tokens=8, rows=8)
+        for turn in range(3):
+            sequence = both.sequence()
+            both.prefill(sequence, list(range(40)))
+            with monkeypatch.context() as patch:
+                patch.setattr(both.unit, "_look_on", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    compute(both, sequence, phase)
+            sequence.close()
+            assert same_bits(logits(alone, (40,)), logits(both, (40,))), turn
+        assert not both.supervisor.losses
+
+
+def compute(both: Engine, sequence: Sequence, phase: str) -> None:
+    if phase == "prefill":
+        both.prefill(sequence, list(range(50)))
+    else:
+        both.decode([sequence], [7])
+
+
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 def put_in(both: Engine, phase: str, *, silent: bool) -> None:
