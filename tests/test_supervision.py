@@ -166,7 +166,7 @@ def test_a_thread_that_hangs_is_an_error(whole: Path, monkeypatch: pytest.Monkey
         lost = UnitLost("cpu", "lane 1 has been at one piece of work for 20 seconds", hangs=True)
         real = engine.unit.run
 
-        def run(*arguments: Any) -> None:
+        def run(*arguments: Any, **more: Any) -> None:
             raise lost
 
         monkeypatch.setattr(engine.unit, "run", run)
