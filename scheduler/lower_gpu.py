@@ -54,7 +54,7 @@ class GpuLowering:
         self.attended, self.attended_rounded = self._floats(self.mixed), self._rounded(self.mixed)
         ffns = [layer.ffn.layout for layer in self.weights.layers if isinstance(layer.ffn, FFN)]
         self.hidden = self._rounded(max((layout.clusters * layout.neurons for layout in ffns), default=COLUMNS))
-        selected = round_up(OUTPUTS, TOKENS)
+        selected = round_up(min(self.rows, OUTPUTS), self.tokens)
         output = self.weights.output
         assert output is not None
         self.planes = 1 if output.format.is_float else 2
@@ -165,9 +165,8 @@ class GpuLowering:
         select: bool = False,
     ) -> None:  # fmt: skip
         run = matrix.run
-        tokens = TOKENS if select else self.tokens
         self._add(
-            b, kernel_name("matmul", matrix.format.name, tokens), Opcode.MATMUL, layer,
+            b, kernel_name("matmul", matrix.format.name, self.tokens), Opcode.MATMUL, layer,
             select=int(select), weights=_whole(matrix), groups=run.items, blocks=matrix.blocks, group=run.item_bytes,
             per=run.per, stride=run.stride, x=x, x_row=FLOAT * x.shape[1], planes=self.planes if select else 1,
             y=y.tail(FLOAT * column), y_row=FLOAT * y.shape[1],

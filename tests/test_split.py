@@ -123,6 +123,23 @@ def test_so_it_has_in_other_ways_to_run(name: str, how: str, tmp_path: Path, mon
         assert not both.supervisor.losses
 
 
+@needs_gpu
+@pytest.mark.parametrize("name", CASES)
+def test_work_groups_and_parts_of_products_are_the_same_numbers(name: str, tmp_path: Path) -> None:
+    """Else the GPU unit would write into the CPU unit's part, which is the same bits but where two planes are added."""
+    path = write_tiny(tmp_path / "tiny.gguf", window=24, **CASES[name])
+    with closing(engine(path, "cpu", "gpu")) as both:
+        assert both.others is not None
+        assert both.others.gpu is not None
+        program, loaded = both.others.gpu._programs["decode+gpu"]
+        assert {share.word for share in program.shares.values()} == set(others.ROWS)
+        for record, share in program.shares.items():
+            following = program.shares.get(record + 1)
+            more = following is not None and following.word == share.word and following.before > share.before
+            end = following.before if more and following else share.whole
+            assert loaded.units(record) == (end - share.before) * share.units, (record, share)
+
+
 class Faulty:
     """A program that refuses, or is swallowed, from its `last`-th step on."""
 
