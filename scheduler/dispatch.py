@@ -56,19 +56,6 @@ def in_order(can_start: Sequence[Task], dispatcher: "Dispatcher") -> Task | None
     return next((task for task in can_start if not dispatcher.under_way and task == dispatcher.ready[0]), None)
 
 
-def feed_npu(can_start: Sequence[Task], dispatcher: "Dispatcher") -> Task | None:
-    """The task whose end gives the NPU most to do; of the NPU's own, the one whose end gives others least (llm.npu,
-    section 3.4)."""
-
-    def gain(task: Task) -> float:
-        then = [dispatcher.subgraph(released) for released in dispatcher.released(task)]
-        if "npu" in dispatcher.subgraph(task).units:
-            return -sum(subgraph.seconds for subgraph in then)
-        return sum(subgraph.seconds for subgraph in then if "npu" in subgraph.units)
-
-    return max(can_start, key=gain, default=None)
-
-
 class Dispatcher:
     """A prompt's tasks. Whoever runs them asks for orders, and tells what becomes of each.
 

@@ -1,7 +1,7 @@
 """The dispatcher of a prompt's tasks: orders, losses and failures whatever comes; and a prompt of an engine with it."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from coterie.divergence import divergences
 from coterie.engine import Engine
 from coterie.opening import open_model
 from coterie.prompts import to_cpu
-from coterie.scheduler.dispatch import Chunk, Dispatcher, Policy, Subgraph, Task, feed_npu, in_order
+from coterie.scheduler.dispatch import Chunk, Dispatcher, Policy, Subgraph, Task, in_order
 from coterie.scheduler.plan import Wishes
 from coterie.stepping import Again
 
@@ -34,6 +34,19 @@ def a_chunk(number: int, heads: int = 1, units: tuple[str, ...] = ("cpu", "npu")
 
 def prompt(*heads: int, policy: Policy = in_order) -> Dispatcher:
     return Dispatcher((a_chunk(i, count) for i, count in enumerate(heads)), to_cpu, policy)
+
+
+def feed_npu(can_start: Sequence[Task], dispatcher: Dispatcher) -> Task | None:
+    """The task whose end gives the NPU most to do; of the NPU's own, the one whose end gives others least (llm.npu,
+    section 3.4). It shows that tasks may run out of order."""
+
+    def gain(task: Task) -> float:
+        then = [dispatcher.subgraph(released) for released in dispatcher.released(task)]
+        if "npu" in dispatcher.subgraph(task).units:
+            return -sum(subgraph.seconds for subgraph in then)
+        return sum(subgraph.seconds for subgraph in then if "npu" in subgraph.units)
+
+    return max(can_start, key=gain, default=None)
 
 
 def run(dispatcher: Dispatcher, at: float) -> float:
