@@ -3,8 +3,8 @@
 PoCL asks its LLVM what the CPU is called. One that LLVM does not know is "generic", which its own clang then refuses
 ("unknown target CPU 'generic'"): nothing can be built. Or LLVM takes it for an older one of its kind, without the
 AVX-512 that it has and that PoCL chooses its library of functions by ("Cannot select"): the process is aborted. Such a
-device is given the name of an older CPU with the same vector instructions: that which PoCL's library for them was
-compiled for, so that its functions can be inlined.
+device is given the name of an older CPU with the same vector instructions, at least those that PoCL's library for them
+was compiled for, so that its functions can be inlined.
 """
 
 import ctypes
@@ -41,7 +41,9 @@ def name_cpu(device: int) -> str:
 
 def _older_cpu(cpuinfo: str) -> str:
     flags = set(next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "").split())
-    return "skylake-avx512" if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags else OLD
+    if not {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
+        return OLD
+    return "cascadelake" if "avx512_vnni" in flags else "skylake-avx512"
 
 
 def _read(handle: int, address: int, count: int) -> bytes:

@@ -1,4 +1,4 @@
-"""GPU kernels in OpenCL, in both shapes, bit by bit against plain numpy. Where there is no GPU, PoCL runs them on the
+"""GPU kernels in OpenCL, in all shapes, bit by bit against plain numpy. Where there is no GPU, PoCL runs them on the
 CPU; a GPU that divides and takes roots otherwise than IEEE says fails here."""
 
 from collections.abc import Iterator
@@ -10,9 +10,11 @@ from gpu_bench import EPOCH, GpuBench, in_extents, untouched
 from gpu_reference import SPAN, activated, attended, blocks_of, embedded, left_over, normed, rotated
 from reference import FORMATS, INTEGER_FORMATS, Bytes, Floats, product, random_raw, same_bits
 
+from coterie.actors import opencl_cache
 from coterie.errors import UnitError
 from coterie.kernels.formats import FORMATS as PACKED
 from coterie.kernels.gpu.signatures import BLOCK, TOKENS
+from coterie.kernels.gpu.source import source
 from coterie.storage.arena import BufferRef, round_up
 from coterie.storage.pack import pack
 from coterie.storage.runs import ClusterLayout
@@ -21,14 +23,18 @@ ROWS = (1, 2, 7, 8, 9, 17)
 ACTIVATIONS: tuple[Any, ...] = ("silu", "gelu", "relu", "relu2", "drelu")
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["wide", "narrow"])
+@pytest.fixture(scope="module", params=["wide", "floats", "narrow"])
 def device(request: pytest.FixtureRequest) -> Iterator[GpuBench]:
-    try:
-        made = GpuBench(wide=request.param)
-    except UnitError as error:
-        pytest.skip(str(error))
-    yield made
-    made.close()
+    """`floats`: the wide shape where there are no dot products of bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "floats":
+            patch.setattr(opencl_cache, "source", lambda *about: f"#undef __AVX512VNNI__\n{source(*about)}")
+        try:
+            made = GpuBench(wide=request.param != "narrow")
+        except UnitError as error:
+            pytest.skip(str(error))
+        yield made
+        made.close()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@
 #define SPAN 256  // positions of a KV block
 #define TILE 64   // positions whose softmax is taken together
 #define ROWS 16   // of a group
+#define MANY (1 << 30)  // blocks in an extent: all of them
 
 #ifdef WIDE
 typedef float16 real;
@@ -28,7 +29,17 @@ typedef uint16 word;
 #define AS_REAL as_float16
 #define TO_REAL convert_float16
 #define TO_WORD convert_uint16
+#ifdef __clang__  // vload16 may be several loads
+#define LOOSE(type) typedef type##16 type##_loose __attribute__((aligned(sizeof(type))));
+LOOSE(float)
+LOOSE(uint)
+LOOSE(ushort)
+LOOSE(uchar)
+LOOSE(char)
+#define GET(type, p, lane) (*(global const type##_loose *)(p))
+#else
 #define GET(type, p, lane) vload16(0, (global const type *)(p))
+#endif
 #define IOTA ((int16)(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))
 #else
 typedef float real;
@@ -49,12 +60,15 @@ typedef uint word;
 #define ITEM (SLICE * LANES + LANE)
 #define OWN(t) ((t) % SLICES == SLICE)  // whether this slice has row t's sums
 #ifdef WIDE
-#define PAIR (T == 1 ? 1 : 2)  // groups that share the loads of several rows of activations
+#define PAIR (T > 2 ? 2 : 1)  // groups that share the loads of several rows of activations
 #define AHEAD 4096  // bytes that weights are asked for ahead: more than the hardware does by itself
 #ifdef __clang__
 #define ASK_FOR(p) __builtin_prefetch(p)
 #else
 #define ASK_FOR(p) prefetch(p, 64)
+#endif
+#ifdef __AVX512VNNI__
+#define INTEGERS  // there are dot products of bytes
 #endif
 #define TEAM private
 #define PARTS float4 *parts = 0

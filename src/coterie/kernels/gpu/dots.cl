@@ -1,7 +1,7 @@
 // For every number T of rows: 32 columns of 16 or 32 rows of quanta times T rows of whole numbers. All partial sums are
 // whole numbers below 2 ^ 24, so that floats hold them exactly in any order; with few rows several chains do not wait.
 
-#define CHAINS (T == 1 ? 4 : 1)
+#define CHAINS (T <= 2 ? 4 : 1)
 
 static void JOIN(dots, T)(const real *q, global const float *const *row, int at, real *dot) {
     real chain[PAIR * T * CHAINS];

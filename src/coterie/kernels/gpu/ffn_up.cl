@@ -15,9 +15,9 @@ kernel void NAME(PARAMETERS) {
         const int g = block % (neurons / 32) * 2 + i;
         real gates[PAIR * T], ups[PAIR * T];
         JOIN(JOIN(times, G), T)
-        (start + g * gate, gate, blocks, blocks, JOIN(BLOCK, G), 0, from, x_row, rows, gates, parts);
+        (start + g * gate, gate, blocks, MANY, JOIN(BLOCK, G), 0, from, x_row, rows, gates, parts);
         JOIN(JOIN(times, U), T)
-        (start + up + g * other, other, blocks, blocks, JOIN(BLOCK, U), 0, from, x_row, rows, ups, parts);
+        (start + up + g * other, other, blocks, MANY, JOIN(BLOCK, U), 0, from, x_row, rows, ups, parts);
 #pragma unroll
         for (int n = 0; n < PAIR * T; n++) out[i + n / T][n % T] = JOIN(activated, ACTIVATION)(gates[n], ups[n]);
     }

@@ -12,11 +12,19 @@ kernel void NAME(PARAMETERS) {
     global const uchar *start = JOIN(NAME, group)(w + weights, g, per, stride, group);
     const long apart = JOIN(NAME, group)(w + weights, last, per, stride, group) - start;
     global const uchar *from = a + x + (long)first * planes * x_row;
+#if defined(WIDE) && T == 1 && !JOIN(FLOAT, F)
+    if (planes == 2) {  // both at once: a matrix is read once
+        real both[2];
+        JOIN(JOIN(times, F), 2)(start, 0, blocks, MANY, JOIN(BLOCK, F), 0, from, x_row, 2, both, parts);
+        put_floats(both[0] + both[1], (global float *)(a + y + (long)first * y_row) + g * ROWS);
+        return;
+    }
+#endif
     real total[PAIR * T];
     for (int plane = 0; plane < planes; plane++) {
         real sums[PAIR * T];
         JOIN(JOIN(times, F), T)
-        (start, apart, blocks, blocks, JOIN(BLOCK, F), 0, from + plane * x_row, planes * x_row, rows, sums, parts);
+        (start, apart, blocks, MANY, JOIN(BLOCK, F), 0, from + plane * x_row, planes * x_row, rows, sums, parts);
 #pragma unroll
         for (int i = 0; i < PAIR * T; i++) total[i] = plane ? total[i] + sums[i] : sums[i];
     }

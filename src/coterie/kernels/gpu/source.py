@@ -107,6 +107,8 @@ def source(names: Iterable[str], wide: bool) -> str:
     """OpenCL C of these kernels, each once."""
     wanted = {name: parts(name) for name in sorted(set(names))}
     products = {(found[m], found["T"]) for found in wanted.values() if "T" in found for m in found if m in "FGUD"}
+    if wide:  # of one row two planes
+        products |= {(found["F"], "2") for found in wanted.values() if found.get("T") == "1" and "F" in found}
     texts = ["#define WIDE\n" if wide else "", _constants(), _template("common"), _template("formats")]
     texts += [_instance("dots", {"T": t}) for t in sorted({t for _, t in products})]
     product = "product_wide" if wide else "product_narrow"
@@ -123,9 +125,10 @@ def _constants() -> str:
     for f in FORMATS.values():
         values |= {f"BLOCK_{f.name}": f.block, f"SUBS_{f.name}": f.subs}
         values |= {f"HEADER_{f.name}": f.header, f"SUB_{f.name}": f.sub, f"FLOAT_{f.name}": int(f.is_float)}
-        offset = BIAS + (1 << f.offset_bits if f.offset_bits else 0)
-        offset = 0 if f.split_scales else offset  # quanta of split scales have it off
-        values |= {f"OFFSET_{f.name}": f"{offset}.0f", f"MINIMUM_{f.name}": int(f.has_minimum)}
+        zero = 1 << f.offset_bits if f.offset_bits else 0
+        offset = 0 if f.split_scales else BIAS + zero  # quanta of split scales have it off
+        values |= {f"ZERO_{f.name}": f"{zero}.0f", f"OFFSET_{f.name}": f"{offset}.0f"}
+        values |= {f"MINIMUM_{f.name}": int(f.has_minimum), f"SPLIT_{f.name}": int(f.split_scales)}
     return "".join(f"#define {name} {value}\n" for name, value in values.items())
 
 
