@@ -61,6 +61,7 @@ MARGIN = 8  # microseconds before the predicted moment at which a wait for anoth
 SHORTEST = 20  # microseconds: the shortest nap worth a system call
 LONGEST = 20_000
 LOOK = 2  # microseconds of looking between naps that nothing predicts
+PROBE = 8  # every so many steps a sleep is a quarter shorter: who oversleeps does not see by how much
 BRIEF = 150  # microseconds: for waits that usually take less nobody sleeps, since waking up may take as long
 
 
@@ -138,18 +139,22 @@ def await_unit(flag, wanted, abort, rate, counts, most):
     """
     if reached(acquire(flag), wanted):
         return True
-    start, looked = cycles(), 0
+    start, looked, overslept, probing = cycles(), 0, False, wanted % PROBE == 0
     usual, late = i64_at(flag + USUAL), i64_at(flag + LATE)
     nap = (usual - late) // rate - MARGIN
     look = late + 2 * MARGIN * rate if usual else LOOK * rate
     if 0 < usual < BRIEF * rate:
         nap, look = 0, BRIEF * rate
+    elif probing:
+        nap, look = nap - nap // 4, look + usual // 4
     while True:
         if nap >= SHORTEST:
             before = cycles()
             nap_on(flag, wanted, min(nap, LONGEST))
-            if not reached(acquire(flag), wanted):  # nobody woke this lane
-                late += (cycles() - before - nap * rate - late) // 8
+            slept = cycles() - before
+            if slept >= nap * rate:  # nobody woke this lane
+                overslept = reached(acquire(flag), wanted)
+                late += (slept - nap * rate - late) // 8
                 set_i64(flag + LATE, max(0, late))
         begun = cycles()
         while not reached(acquire(flag), wanted) and i64_at(abort) == 0 and cycles() - begun < look:
@@ -163,7 +168,9 @@ def await_unit(flag, wanted, abort, rate, counts, most):
     taken = cycles() - start
     set_i64(counts + 8 * LINE_POLLED, i64_at(counts + 8 * LINE_POLLED) + looked)
     set_i64(counts + 8 * LINE_SLEPT, i64_at(counts + 8 * LINE_SLEPT) + taken - looked)
-    if here:
+    if here and probing and overslept:
+        set_i64(flag + USUAL, min(taken, usual))
+    elif here:
         set_i64(flag + USUAL, taken if usual == 0 else usual + (taken - usual) // 4)
     return here
 
