@@ -35,6 +35,7 @@ Index = NDArray[np.int64]
 Scheme = Literal["w8a8", "w4a8-outliers", "w4a16"]
 
 SCHEMES: tuple[Scheme, ...] = ("w8a8", "w4a8-outliers", "w4a16")
+SCHEME: Scheme = "w8a8"  # what graphs of NPU units are made in
 GROUP = 32  # columns that share a scale in w4a16
 OUTLIERS = 1 / 16  # of the columns are kept in eight bits
 STEP = 32  # columns: what NPUs pad sizes to (HeteroLLM, section 3.2)

@@ -6,7 +6,7 @@ import pytest
 from tiny_models import write_tiny
 
 from coterie import auto
-from coterie.commands.measure_shapes import There
+from coterie.actors.identity import There
 from coterie.errors import PlanError, UsageError
 from coterie.models.load import read_spec
 from coterie.opening import open_file, preset_wishes
@@ -26,7 +26,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, model: Path, rates: dict[str, tupl
     """A machine on which every product of a prompt takes so long on a unit, and every one of a token."""
     with open_file(model) as file:
         spec = read_spec(file)
-        found = {each for n in (auto.PROMPT, 1) for each in auto._products(file, spec, 2, n)}
+        found = {each for products in auto._products(file, spec, 2) for each in products}
     heads = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
     graphs = {
         Product("matmul", heads, spec.dim, "w8a8"),

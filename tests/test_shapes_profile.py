@@ -18,6 +18,7 @@ from tiny_models import write_tiny
 
 from coterie.actors import identity
 from coterie.actors.gpu import Device
+from coterie.actors.identity import units_there
 from coterie.actors.npu_graphs import Runtime
 from coterie.commands import measure_meeting, measure_shapes, npu_meter, shape_meters
 from coterie.commands.measure_shapes import representative
@@ -409,7 +410,7 @@ def test_all_units_are_measured_alone_and_together(short: None, model: Path) -> 
         assert each["launch"] > 0
         assert each["bandwidth"] > 0
         assert each["lengths"] == ([1, 32] if name == "npu" else [])
-    there = measure_shapes.units_there(["cpu", "gpu", "npu"], 2)
+    there = units_there(["cpu", "gpu", "npu"], 2)
     made = Estimator(load_profile().shapes, there.keys)
     product = Product("matmul", 96, 64, "Q4_0")
     workers = [Worker("cpu", 16), Worker("gpu", 16, (), made.join("gpu")), Worker("npu", 32, (1, 32), made.join("npu"))]

@@ -6,13 +6,10 @@ CPU unit's own cores, where there is nothing to gain from two at a time, and no 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from coterie.commands.measure_shapes import units_there
-from coterie.commands.model_bench import layouts
-from coterie.commands.npu_meter import SCHEME
-from coterie.errors import PlanError
+from coterie.actors.identity import units_there
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.estimate import Estimator, product_of
@@ -21,7 +18,8 @@ from coterie.scheduler.placement import LENGTHS, ROLES
 from coterie.scheduler.plan import Wishes
 from coterie.scheduler.planner import lanes_and_kept
 from coterie.scheduler.profile import Product, load_profile
-from coterie.storage.arena import Ledger
+from coterie.scheduler.resident import Resident
+from coterie.storage.npu_quantise import SCHEME
 
 PROMPT, TOKENS = 256, 64  # that a plan is chosen for
 CANDIDATES: tuple[tuple[str, ...], ...] = (("cpu",), ("gpu",), ("cpu", "gpu"), ("cpu", "npu"))
@@ -68,7 +66,7 @@ def candidates(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> list[Candi
     lanes, _ = lanes_and_kept(replace(wishes, units=("cpu",), split="layer"))
     there = units_there(("cpu", "gpu", "npu"), lanes)
     estimator = Estimator(load_profile().shapes, there.keys)
-    prompts, tokens = (_products(file, spec, lanes, rows) for rows in (PROMPT, 1))
+    prompts, tokens = _products(file, spec, lanes)
     found = []
     for units in CANDIDATES:
         if not set(units) <= set(there.keys):
@@ -81,8 +79,6 @@ def candidates(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> list[Candi
             first = sum(count * on(prefill, each, each.rows, _rows(each, PROMPT)) for each, count in prompts.items())
         then = sum(count * on(decode, each, each.rows, 1) for each, count in tokens.items())
         found.append(Candidate(units, first, TOKENS * then))
-    if not found:
-        raise PlanError(f"{file.path.name}: no unit has been measured: coterie profile --shapes MODEL")
     return found
 
 
@@ -91,18 +87,16 @@ def _rows(product: Product, tokens: int) -> int:
     return 1 if product.operator == "head" else tokens
 
 
-def _products(file: ModelHeader, spec: ModelSpec, lanes: int, tokens: int) -> Counter[Product]:
-    """How often a step has each product."""
-    cut_units, cut_model = layouts(spec, file.tensors, lanes)
-    paper = Ledger()
-    layout = cut_model(paper, cut_units(paper))
-    reader, found = Reader(spec, layout), Counter[Product]()
-    names: Sequence[str] = ("decode",) if tokens == 1 else ("prefill", "head")
-    for name in names:
-        for operator in reader.operators(layout.programs[name], Rows(tokens, 0)):
-            if operator.instruction.kind in ("matmul", "ffn"):
-                found[product_of(operator.instruction)] += 1
-    return found
+def _products(file: ModelHeader, spec: ModelSpec, lanes: int) -> tuple[Counter[Product], Counter[Product]]:
+    """How often a prompt has each product, and a token."""
+    layout = Resident(spec, file.tensors, lanes).on_paper()
+    reader = Reader(spec, layout)
+
+    def of(tokens: int, *names: str) -> Counter[Product]:
+        operators = (each for name in names for each in reader.operators(layout.programs[name], Rows(tokens, 0)))
+        return Counter(product_of(each.instruction) for each in operators if each.instruction.kind in ("matmul", "ffn"))
+
+    return of(PROMPT, "prefill", "head"), of(1, "decode")
 
 
 def _on_npu(estimator: Estimator, products: Mapping[Product, int], spec: ModelSpec) -> float:

@@ -25,7 +25,7 @@ from coterie.scheduler.placement import Placement
 from coterie.scheduler.program import Program
 from coterie.storage.arena import Arena, BufferRef
 from coterie.storage.npu_block import Block, Form, Kind, Seen, make_block
-from coterie.storage.npu_quantise import Scheme
+from coterie.storage.npu_quantise import SCHEME
 from coterie.storage.npu_ranges import model_ranges
 from coterie.storage.packer import half_split_rows
 from coterie.storage.unit import UnitBuffers
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from coterie.models.load import Model
 
 Floats = npt.NDArray[np.float32]
-SCHEME: Scheme = "w8a8"
 
 
 class Graphs:

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 
 from coterie.actors.gpus import open_device
-from coterie.actors.identity import cpu_key, gpu_key, npu_key
-from coterie.actors.npu_graphs import Runtime, open_runtime
+from coterie.actors.identity import There
 from coterie.commands.measure_meeting import copying, hand_over, reading
-from coterie.commands.model_bench import CHUNK, ModelBench, Progress, Tensors, layouts
+from coterie.commands.model_bench import ModelBench, Progress
 from coterie.commands.npu_meter import NpuMeter, graph_products
 from coterie.commands.shape_meters import SHARES, CpuMeter, GpuMeter, Meter, model_products
 from coterie.errors import UnitError, UsageError
@@ -18,45 +17,12 @@ from coterie.models.spec import ModelSpec
 from coterie.scheduler.estimate import known_error
 from coterie.scheduler.placement import CPU_ONLY, Placement
 from coterie.scheduler.profile import Product, ProductTimes, Shapes, UnitTimes
-from coterie.storage.arena import Arena, Ledger
+from coterie.scheduler.resident import CHUNK, Resident, Tensors
 
 COLD = 256 << 20  # bytes of layers that no cache holds: of a larger model, the first ones of each kind
 ALIKE = 2  # layers of a kind at least
 BUSY = 0.1  # median error of estimates that needs a word
 MOST = 128  # products of a unit that are kept, those of the latest models
-
-
-@dataclass(frozen=True)
-class There:
-    """The units that are there: `keys` by name, the NPU's runtime, and of the others why not."""
-
-    keys: dict[str, str]
-    runtime: Runtime | None
-    missing: dict[str, str]
-
-
-def units_there(wanted: Sequence[str], lanes: int) -> There:
-    """Which of these units there are."""
-    there = There({}, None, {})
-    for name in wanted:
-        try:
-            if name == "cpu":
-                there.keys[name] = cpu_key(lanes)
-            elif name == "gpu":
-                there.keys[name] = _gpu_key()
-            else:
-                there = replace(there, runtime=(runtime := open_runtime(threads=lanes)))
-                there.keys[name] = npu_key(runtime, lanes)
-        except UnitError as error:
-            there.missing[name] = str(error)
-    return there
-
-
-def _gpu_key() -> str:
-    device = open_device(Arena({"nothing": 1 << 21}))
-    key = gpu_key(device)
-    device.close()
-    return key
 
 
 def measure_shapes(
@@ -78,9 +44,7 @@ def measure_shapes(
     if not there.keys:
         raise UnitError("; ".join(said))
     spec, tensors = representative(spec, file.tensors)
-    cut_units, cut_model = layouts(spec, tensors, lanes)
-    paper = Ledger()
-    products = model_products(cut_model(paper, cut_units(paper)), spec)
+    products = model_products(Resident(spec, tensors, lanes).on_paper(), spec)
     todo = {}
     for name, key in there.keys.items():
         own = graph_products(products, spec) if name == "npu" else products

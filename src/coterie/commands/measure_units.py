@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.actors.sweep import Sweep
-from coterie.commands.model_bench import CONTEXT, ModelBench, Progress
+from coterie.commands.model_bench import ModelBench, Progress
 from coterie.errors import CoterieError, UsageError
 from coterie.kernels.formats import FORMATS
 from coterie.models.header import BLOCKS, TensorInfo
@@ -24,6 +24,7 @@ from coterie.models.spec import LayerSpec, ModelSpec, Rope
 from coterie.scheduler.device_model import Instruction
 from coterie.scheduler.operators import Rows
 from coterie.scheduler.profile import FlashProfile, KernelCost, UnitProfile
+from coterie.scheduler.resident import CONTEXT
 from coterie.scheduler.soc import short_name
 
 USUAL = ("Q4_0", "Q8_0", "Q6_K")

@@ -4,9 +4,8 @@ Programs are compiled as for a real run. A step's trace gives every instruction'
 to its own end, so that handing over and what lanes prepare for themselves are in it.
 """
 
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
-from typing import Self, cast
+from collections.abc import Callable
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,26 +15,21 @@ from coterie.errors import UsageError
 from coterie.kernels import library
 from coterie.kernels import record as r
 from coterie.kernels.library import kernel_name
-from coterie.kernels.shapes import TILE_TOKENS
-from coterie.models.header import ModelHeader, TensorInfo
 from coterie.models.spec import ModelSpec
-from coterie.scheduler.layout import BATCH, ModelLayout, Units, lay_out_model, lay_out_units
+from coterie.scheduler.layout import BATCH, ModelLayout
 from coterie.scheduler.operators import Reader, Rows
 from coterie.scheduler.placement import CPU_ONLY, Placement
 from coterie.scheduler.program import Program, ProgramBuilder
+from coterie.scheduler.resident import CONTEXT, Resident, Tensors
 from coterie.storage.arena import Arena, Ledger
 from coterie.storage.kv import KVCache, KVLayout
-from coterie.storage.runs import Extents, lay_out_runs
 from coterie.storage.tables import fill_tables
-from coterie.storage.weights import Residency
 from coterie.trace.chrome import read_rings
 
 FILL = 0x3C  # every byte of weights: float16 1.06, float32 0.011, so that nothing overflows or is denormal
-CONTEXT, CHUNK = 1280, 256
 MEETS = 16  # instructions that do nothing
 BUSY = "this machine is too busy to measure its kernels; try again when it is quiet"
 Progress = Callable[..., None]
-Tensors = Mapping[str, TensorInfo]
 
 
 class ModelBench:
@@ -54,9 +48,8 @@ class ModelBench:
         variants: int = 0,
     ) -> None:
         self.spec = spec
-        cut_units, cut_model = layouts(spec, tensors, lanes, placement)
-        paper = Ledger()
-        layout = cut_model(paper, cut_units(paper))
+        resident, paper = Resident(spec, tensors, lanes, placement), Ledger()
+        layout = resident.model(paper, resident.units(paper))
         programs = layout.programs | {"empty": _empty(paper, layout)}
         regions = paper.usage() | {"kv": KVLayout.of(spec).region(CONTEXT)}
         regions["state"] += (BATCH + 1) * (CONTEXT + 64)
@@ -65,12 +58,12 @@ class ModelBench:
         kernels = [kernel for program in programs.values() for kernel in program.kernels]
         library.compile_missing(kernels, progress)
         self.arena = Arena(regions)
-        self.units = cut_units(self.arena)
+        self.units = resident.units(self.arena)
         assert self.units.cpu.rings is not None
         self._rings = self.units.cpu.rings
         self.cache = KVCache(self.arena, KVLayout.of(spec), CONTEXT, BATCH + 1)
         self.unit = CpuUnit(self.arena, lanes, self.units.cpu)
-        self.layout = cut_model(self.arena, self.units)
+        self.layout = resident.model(self.arena, self.units)
         self.arena.numpy(self.arena.whole("weights"))[:] = FILL
         fill_tables(self.arena, self.layout.weights, 0)
         self.empty = _empty(self.arena, self.layout)
@@ -142,23 +135,3 @@ def _empty(ledger: Ledger, layout: ModelLayout) -> Program:
     for _ in range(MEETS):
         builder.add(kernel_name("meet"), r.Opcode.POST, {})
     return builder.build()
-
-
-def layouts(
-    spec: ModelSpec, tensors: Tensors, lanes: int, placement: Placement = CPU_ONLY
-) -> tuple[Callable[[Ledger], Units], Callable[[Ledger, Units], ModelLayout]]:
-    """How to lay out the units' own buffers, and then the model, all in memory: first on paper, then in an arena."""
-    runs = lay_out_runs(tensors, spec)
-    residency = Residency(np.arange(Extents.of(runs).nbytes.size))  # in the order of the file, as GPUs want them
-    file = cast(ModelHeader, SimpleNamespace(tensors=tensors))
-
-    def cut_units(ledger: Ledger) -> Units:
-        return lay_out_units(ledger, placement, lanes, CHUNK, tracing=True)
-
-    def cut_model(ledger: Ledger, units: Units) -> ModelLayout:
-        return lay_out_model(
-            ledger, file, spec, runs, residency, lanes=lanes, context=CONTEXT, chunk=CHUNK, tile=TILE_TOKENS,
-            placement=placement, gpu=units.gpu,
-        )  # fmt: skip
-
-    return cut_units, cut_model

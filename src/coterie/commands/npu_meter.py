@@ -12,9 +12,8 @@ from coterie.commands.shape_meters import ROUNDS, SHARES, Points, gathered, port
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.profile import Product, ProductTimes
 from coterie.storage.npu_block import Block, Form
-from coterie.storage.npu_quantise import HOT, STEP, Columns, Quantised, Scheme, fit_rounding
+from coterie.storage.npu_quantise import HOT, SCHEME, STEP, Columns, Quantised, fit_rounding
 
-SCHEME: Scheme = "w8a8"
 READS = 8192, 8192  # rows and columns of a matrix that no cache holds
 
 

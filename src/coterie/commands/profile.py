@@ -114,7 +114,8 @@ def _profile_shapes(name: str, on: str | None, threads: int | None, again: bool,
     with terminal.Progress() as progress:
         progress("looking at this machine")
         from coterie import fetch
-        from coterie.commands.measure_shapes import measure_shapes, units_there
+        from coterie.actors.identity import units_there
+        from coterie.commands.measure_shapes import measure_shapes
         from coterie.models.load import read_spec
         from coterie.opening import open_file
         from coterie.scheduler.placement import UNITS

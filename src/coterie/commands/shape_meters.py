@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from coterie.actors.gpu import Device, Loaded
 from coterie.actors.lanes import IDLE_SPIN
-from coterie.commands.model_bench import BUSY, CHUNK, ModelBench, Progress
+from coterie.commands.model_bench import BUSY, ModelBench, Progress
 from coterie.errors import UsageError
 from coterie.kernels import operands as o
 from coterie.kernels import record as r
@@ -31,6 +31,7 @@ from coterie.scheduler.lower import PIECES
 from coterie.scheduler.operators import Reader, Rows
 from coterie.scheduler.profile import Point, Product, ProductTimes
 from coterie.scheduler.program import Program
+from coterie.scheduler.resident import CHUNK
 from coterie.storage.arena import BufferRef
 from coterie.storage.weights import FFN
 
