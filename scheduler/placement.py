@@ -49,9 +49,7 @@ class Placement:
     fast: bool = True
 
     @classmethod
-    def of(
-        cls, units: Sequence[str], chunk: int, split: str = "layer", kept: int = 0, fast: bool = True
-    ) -> "Placement":
+    def of(cls, units: Sequence[str], chunk: int, split: str = "layer", kept: int = 0) -> "Placement":
         """The placement for a set of units and chunks of so many tokens. Raises UsageError for a set that cannot be."""
         prefill, decode = ROLES[check_units(units)]
         if split not in SPLITS:
@@ -66,7 +64,7 @@ class Placement:
             half = Given(SIXTEENTHS // 2, SIXTEENTHS, tuple(range(1, SIXTEENTHS + 1)))
             cuts |= {"tokens": half} if prefill == "gpu" else {}
             cuts |= {"rows": half} if "gpu" in units else {}
-        return cls(prefill, decode, lengths, split, cuts, kept, fast)
+        return cls(prefill, decode, lengths, split, cuts, kept)
 
     def own_cores(self) -> tuple[int, ...]:
         """The cores of units beside the CPU unit; none: they may use all."""

@@ -170,7 +170,7 @@ class Wishes:
     """What the user wants of a plan; None is for us to choose. `memory` is a ceiling in bytes, a share of the weights,
     or "auto"; `host` as of Plan. `tracing` records events, `counting` in how many steps a sparse model's neurons were
     live; `activations` are such counts, by which the plan says what it expects; `units` are those that may compute,
-    `gpu_share` of the time for a GPU; `split` and `fast` as of Placement.
+    `gpu_share` of the time for a GPU; `split` as of Placement.
     `placement` (of a plan file or a preset; None: as the units' roles are) says who does what, `reasons` why.
     What follows comes from a plan file: extents pinned, bytes of the ring, neurons in the cache, how flash is read, by
     batch size how many neurons are hot and cold, and of which model."""
@@ -186,7 +186,6 @@ class Wishes:
     units: tuple[str, ...] = ("cpu",)
     gpu_share: float = 1.0
     split: str = "layer"
-    fast: bool = True
     sources: Mapping[str, str] = field(default_factory=dict)
     placement: Placement | None = None
     reasons: tuple[str, ...] = ()

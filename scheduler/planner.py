@@ -239,8 +239,8 @@ class _Draft:
 
     def placement(self, chunk: int) -> Placement:
         if self.wishes.placement is not None:
-            return replace(self.wishes.placement, fast=self.wishes.placement.fast and self.wishes.fast)
-        return Placement.of(self.wishes.units, chunk, self.wishes.split, self.kept, self.wishes.fast)
+            return self.wishes.placement
+        return Placement.of(self.wishes.units, chunk, self.wishes.split, self.kept)
 
     def chunks(self, context: int) -> list[int]:
         """Sizes of a prompt's chunk that may be tried, the largest first."""
