@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from coterie.storage.unit import CONTROL_LINES, ENDED, TRACE_EVENTS, UnitBuffers
 
 SLICE = 0.1  # seconds of a step after which lane 0 looks for signals, between two instructions
 SPIN = 0.002  # seconds a lane spins inside a step; instructions take microseconds to milliseconds
+NOTHING: Mapping[int, int] = MappingProxyType({})
 HUNG = 20.0  # seconds at one piece of an instruction, waits for weights not counted: then a lane counts as hung
 
 
@@ -118,11 +120,6 @@ class CpuUnit:
         self._header[r.ARRIVED], self._header[r.FREED] = arrived, freed
         self._header[r.YIELD] = int(self.lanes >= len(os.sched_getaffinity(0)))
 
-    def give(self, words: Mapping[int, int]) -> None:
-        """Tell the lanes in the next steps' headers how much of products is another unit's (record.GIVEN_...)."""
-        for word, count in words.items():
-            self._header[word] = count
-
     def product_seconds(self) -> dict[str, float]:
         """How long lanes have computed matrices ("matmul") and feed-forward networks ("ffn") so far, on average."""
         words = {"matmul": r.LINE_MATMUL, "ffn": r.LINE_FFN}
@@ -175,15 +172,17 @@ class CpuUnit:
         embeddings: npt.ArrayLike = (),
         tape: int = 0,
         watch: Callable[[], None] = lambda: None,
+        given: Mapping[int, int] = NOTHING,
     ) -> None:
         """Run a loaded program for one step.
 
         ids, positions: int32[rows]; tables: int64[rows], addresses of KV block tables; outputs: int32[n], rows
         that want logits; embeddings: int64[rows], addresses of the groups that hold the ids' embeddings; tape: the
-        number of the read that stands for tape position 0. A detached unit calls `watch` some times a second; what it
-        raises ends the step. A KeyboardInterrupt takes effect between two instructions; the step is then abandoned
-        (docs/flags.md says what may be run again). Raises UnitError if a kernel complains, or without rows; UnitLost
-        where lanes have gone, until `revive`.
+        number of the read that stands for tape position 0; given: by header word (record.GIVEN_...) how much of
+        products is another unit's. A detached unit calls `watch` some times a second; what it raises ends the step.
+        A KeyboardInterrupt takes effect between two instructions; the step is then abandoned (docs/flags.md says what
+        may be run again). Raises UnitError if a kernel complains, or without rows; UnitLost where lanes have gone,
+        until `revive`.
         """
         with self._lock:
             if self._closed:
@@ -206,6 +205,9 @@ class CpuUnit:
                 self._rows[word][: array.size] = array
                 if word == r.IDS:
                     header[r.TOKENS] = array.size
+            header[r.GIVEN_QKV : r.GIVEN_HEAD + 1] = 0
+            for word, share in given.items():
+                header[word] = share
             header[r.OUTPUTS], header[r.LAST] = np.size(outputs), np.max(positions, initial=0)
             header[r.PROGRAM], header[r.RECORDS], header[r.TAPE] = self.arena.address(table), program.length, tape
             try:

@@ -2,11 +2,15 @@
 stand-in or PoCL on the last one.
 
     python benchmarks/together.py MODEL.gguf --other npu [--tokens 256] [--rounds 5] [--json FILE]
+    python benchmarks/together.py MODEL.gguf --decode [--tokens 16] [--rounds 5] [--json FILE]
 
 `alone`: the CPU unit with one lane. `other`: the other unit computes what it can (all products of prompts, or the whole
 step), the CPU unit's lane the rest. `both`: products cut (--split tensor), once the cut has settled. From traces: T of
 `alone` and `other` is the time in products, and of `both` the time in which either unit is at one. The rates' sum is
 1/T(alone) + 1/T(other); Amdahl's bound of the step is what `alone` needs beside products, and products at that sum.
+
+`--decode`: medians of so many tokens with PoCL. `other`: PoCL computes everything; `lanes`: the CPU unit with two lanes,
+which is what memory gives two cores here. The bound is the sum of both rates, but no less time than `lanes` take.
 """
 
 import argparse
@@ -129,20 +133,61 @@ def measure(path: Path, other: str, tokens: int, rounds: int) -> dict[str, Any]:
     return found
 
 
+def measure_decode(path: Path, tokens: int, rounds: int) -> dict[str, Any]:
+    def opened(threads: int, units: tuple[str, ...], split: str = "layer") -> Engine:
+        wanted = Wishes(threads=threads, context=1024, units=units, split=split)
+        return Engine(open_to_run(path, wanted, lambda *a: None), wanted)
+
+    both = opened(1, ("cpu", "gpu"), "tensor")  # the first one, which sets how many threads PoCL has: one
+    engines = {"alone": opened(1, ("cpu",)), "other": opened(1, ("gpu",)), "lanes": opened(2, ("cpu",)), "both": both}
+    rows: list[dict[str, float]] = []
+    for turn in range(SETTLE + rounds):
+        row = {}
+        for name, engine in engines.items() if turn >= SETTLE - 1 else [("both", both)]:
+            sequence, times = engine.sequence(), []
+            engine.prefill(sequence, list(range(8)))
+            for token in range(tokens):
+                started = time.perf_counter()
+                engine.decode([sequence], [token])
+                times.append(time.perf_counter() - started)
+            sequence.close()
+            row[name] = statistics.median(times)
+        if turn < SETTLE:
+            continue
+        row["bound"] = max(row["lanes"], 1 / (1 / row["alone"] + 1 / row["other"]))
+        row["ratio"] = row["bound"] / row["both"]
+        rows.append(row)
+        print({name: round(value, 4) for name, value in row.items()}, flush=True)
+    assert both.others is not None
+    found: dict[str, Any] = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    found |= {"model": path.name, "tokens": tokens, "parts": both.others.parts, "rows": rows}
+    for engine in engines.values():
+        engine.close()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--other", choices=("npu", "gpu"), default="npu")
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--decode", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    found = measure(given.model, given.other, given.tokens, given.rounds)
-    for name in ("alone", "other", "both", "bound"):
-        print(f"{name:9} {1e3 * found[name]:8.1f} ms")
-    for name in ("operators", "amdahl", "overlap"):
-        print(f"{name:9} {found[name]:8.2f}")
-    print(f"parts given away: {found['parts']}; KL {found['divergence']['mean']:.2g}")
+    if given.decode:
+        found = measure_decode(given.model, given.tokens or 16, given.rounds)
+    else:
+        found = measure(given.model, given.other, given.tokens or 256, given.rounds)
+    for name in ("alone", "other", "lanes", "both", "bound"):
+        if name in found:
+            print(f"{name:9} {1e3 * found[name]:8.1f} ms")
+    for name in ("operators", "amdahl", "overlap", "ratio"):
+        if name in found:
+            print(f"{name:9} {found[name]:8.2f}")
+    print(f"parts given away: {found['parts']}")
+    if "divergence" in found:
+        print(f"KL {found['divergence']['mean']:.2g}")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,6 +1,7 @@
 """Products that several units compute together: the same model wherever it is cut; what is lost; cuts that move."""
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ SOME = ("llama Q4_0", "gemma3 Q6_K", "floats and integers")
 
 def engine(path: Path, *units: str, fast: bool = True) -> Engine:
     split = "tensor" if len(units) > 1 else "layer"
-    wanted = Wishes(threads=2, context=512, chunk=64, units=units or ("cpu",), split=split, fast=fast)
+    placement = replace(Placement.of(units, 64, split), fast=False) if not fast else None
+    wanted = Wishes(threads=2, context=512, chunk=64, units=units or ("cpu",), split=split, placement=placement)
     return Engine(open_model(path), wanted)
 
 

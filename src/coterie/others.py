@@ -40,7 +40,7 @@ class OtherUnits:
         self.placement, self._cpu, self._progress = placement, cpu, progress
         self._layout: ModelLayout | None = None
         self._alone = False
-        self._parts = dict[str, int]()  # of the chunk under way
+        self._first = 0  # tokens of the chunk under way that are the GPU unit's
         self.adapts = True  # whether cuts follow what their parts take
         self.gpu: GpuUnit | None = None
         self.graphs: Graphs | None = None
@@ -103,10 +103,11 @@ class OtherUnits:
         first = self.placement.first_tokens(tokens, parts["tokens"]) if "tokens" in parts else 0
         return WITH_GPU if 0 < first < tokens else ""
 
-    def first_tokens(self, tokens: int) -> int:
-        """How many of a chunk's tokens the GPU unit computes in a step that both do: until the chunk is done, as it
-        began."""
-        return self.placement.first_tokens(tokens, self._parts["tokens"])
+    def first_tokens(self, name: str, tokens: int) -> int:
+        """How many of a chunk's tokens the GPU unit computes in a step that both do; in a head's, as when it began."""
+        if name == "prefill":
+            self._first = self.placement.first_tokens(tokens, self.parts["tokens"])
+        return self._first
 
     @property
     def cuts_rows(self) -> bool:
@@ -120,18 +121,18 @@ class OtherUnits:
         self.gpu.run(name, rows, [self._layout.shared.logits])
 
     @contextmanager
-    def gpu_beside(self, name: str, rows: Rows) -> Iterator[None]:
-        """While the CPU unit runs its part of a step, the GPU unit runs its own, of these rows. Raises UnitLost."""
+    def gpu_beside(self, name: str, rows: Rows) -> Iterator[dict[int, int]]:
+        """While the CPU unit runs its part of a step, the GPU unit runs its own, of these rows; how much of products is
+        given to it, by header word. Raises UnitLost."""
         assert self.gpu is not None
         kind = "rows" if name.startswith("decode") else "tokens"
         epoch, share = max(self._cpu.next_epoch, self.gpu.next_epoch), self.parts[kind]
         words = dict.fromkeys(ROWS, WHOLE * share // self.placement.cuts[kind].of)
-        self._cpu.give(words)
         self._cpu.skip_to(epoch)
         waited, computed = self._cpu.waited_seconds(), sum(self._cpu.product_seconds().values())
         started = time.perf_counter()
         with self.gpu.beside(name, rows, epoch, words, self._cpu.abort_address):
-            yield
+            yield words
             ours = time.perf_counter() - started
         late = time.perf_counter() - started - ours  # that the GPU unit ended behind us
         waited = self._cpu.waited_seconds() - waited
@@ -142,21 +143,20 @@ class OtherUnits:
         self.balance.observe_waits(kind, ours - waited, waited + late)
 
     @contextmanager
-    def beside(self, name: str) -> Iterator[None]:
-        """While the CPU unit runs a step of that program, the NPU unit runs the graphs in it, if it has any. Raises
-        UnitLost where one of them fails."""
+    def beside(self, name: str) -> Iterator[dict[int, int]]:
+        """While the CPU unit runs a step of that program, the NPU unit runs the graphs in it, if it has any; how much
+        of products is given to it, by header word. Raises UnitLost where one of them fails."""
         if self.gpu is not None and self.placement.gpu:
             self.gpu.settle()  # after an interrupt its queue may still be at KV blocks
         program = self._layout.npu.get(name) if self._layout else None
         if program is None or self.graphs is None:
-            yield
+            yield {}
         else:
             parts = {kind: self.parts[kind] for kind in SHARES}
-            self._cpu.give(shares(parts, self.placement.cuts))
             before = self._cpu.product_seconds()
             pieces = {OPCODES[kind]: self.placement.cuts[kind].pieces_of(count) for kind, count in parts.items()}
             with self.graphs.unit.beside(program.name, self._cpu.next_epoch, pieces):
-                yield
+                yield shares(parts, self.placement.cuts)
             if self.balance is not None and self.adapts:
                 after, busy = self._cpu.product_seconds(), self.graphs.unit.busy_seconds()
                 self.balance.observe({kind: (busy[OPCODES[kind]], after[kind] - before[kind]) for kind in parts})
@@ -165,10 +165,6 @@ class OtherUnits:
         """While the CPU unit waits. Raises UnitLost where a unit that it may be waiting for does not answer."""
         if self.gpu is not None and self.placement.gpu:
             self.gpu.check()
-
-    def begin_chunk(self) -> None:
-        """A chunk begins: whose its tokens are stays as it is now until its logits are done."""
-        self._parts = self.parts
 
     @property
     def parts(self) -> dict[str, int]:

@@ -135,8 +135,6 @@ class Prompting(Stepping):
     def _fit(self, prompt: Prompt, dispatcher: Dispatcher, number: int, again: bool = False) -> None:
         """Before a chunk begins, or begins `again`: have it, and those behind it, as units are placed and cut now."""
         self._check_open()
-        if self.others is not None:
-            self.others.begin_chunk()
         self._tell_losses(prompt, dispatcher)
         if prompt.placed != self._placed:
             prompt.placed, tokens = self._placed, dispatcher.chunks[number][0].rows

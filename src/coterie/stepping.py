@@ -1,12 +1,12 @@
 """Running a model's steps: on the units they are placed on, and again where one is lost or the ceiling changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import RLock
 
 import numpy as np
 import numpy.typing as npt
 
-from coterie.actors.cpu import CpuUnit
+from coterie.actors.cpu import NOTHING, CpuUnit
 from coterie.actors.host import UnitLost
 from coterie.actors.unit import Rows
 from coterie.ceiling import Ceiling
@@ -78,15 +78,15 @@ class Stepping:
         elif self.others.on_gpu(name):
             self.others.run_on_gpu(name, rows)
         else:
-            with self.others.beside(name):
-                self._on_cpu(name, rows, more)
+            with self.others.beside(name) as given:
+                self._on_cpu(name, rows, more, given)
 
     def _on_both(self, others: OtherUnits, name: str, rows: Rows, more: bool) -> None:
         """A step that CPU and GPU unit compute together; logits are all of rows that one of them has."""
         if name == "decode":
-            with others.gpu_beside(f"decode{WITH_GPU}", rows):
-                return self._on_cpu(f"decode{WITH_GPU}", rows, more)
-        first = others.first_tokens(len(rows.ids))
+            with others.gpu_beside(f"decode{WITH_GPU}", rows) as given:
+                return self._on_cpu(f"decode{WITH_GPU}", rows, more, given)
+        first = others.first_tokens(name, len(rows.ids))
         ours, theirs = parts_of(rows, first)
         if name == "prefill":
             with others.gpu_beside(f"prefill{WITH_GPU}", theirs):
@@ -96,13 +96,13 @@ class Stepping:
         else:
             self._on_cpu(f"head{WITH_GPU}", ours, more)
 
-    def _on_cpu(self, name: str, rows: Rows, more: bool) -> None:
+    def _on_cpu(self, name: str, rows: Rows, more: bool, given: Mapping[int, int] = NOTHING) -> None:
         self.ready(name)
         program, stream, meter = self.layout.programs[name], self.stream, self.meter
         ids = np.asarray(rows.ids, np.int64)
         if stream is None or meter is None:
             others = (lambda: None) if self.others is None else self.others.check
-            self.unit.run(name, *rows, self._places(name, ids), watch=others)
+            self.unit.run(name, *rows, self._places(name, ids), watch=others, given=given)
             return
 
         def watch() -> None:
