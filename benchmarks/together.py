@@ -4,10 +4,11 @@ stand-in or PoCL on the last one.
     python benchmarks/together.py MODEL.gguf --other npu [--tokens 256] [--rounds 5] [--json FILE]
     python benchmarks/together.py MODEL.gguf --decode [--tokens 16] [--rounds 5] [--json FILE]
 
-`alone`: the CPU unit with one lane. `other`: the other unit computes what it can (all products of prompts, or the whole
-step), the CPU unit's lane the rest. `both`: products cut (--split tensor), once the cut has settled. From traces: T of
-`alone` and `other` is the time in products, and of `both` the time in which either unit is at one. The rates' sum is
-1/T(alone) + 1/T(other); Amdahl's bound of the step is what `alone` needs beside products, and products at that sum.
+`alone`: the CPU unit with one lane. `other`: the other unit computes what it can (all products of prompts, or the
+whole step), the CPU unit's lane the rest. `both`: products cut (--split tensor), once the cut has settled. From
+traces: T of `alone` and `other` is the time in products, and of `both` the time in which either unit is at one. The
+rates' sum is 1/T(alone) + 1/T(other); Amdahl's bound of the step is what `alone` needs beside products, and products
+at that sum.
 
 `--decode`: medians of so many tokens with PoCL. `other`: PoCL computes everything; `lanes`: the CPU unit with two lanes,
 which is what memory gives two cores here. The bound is the sum of both rates, but no less time than `lanes` take.

@@ -351,7 +351,7 @@ def test_other_lanes_and_other_kernels_are_measured_again(
     again = coterie("profile", "--shapes", str(model), "--on", "cpu", "-t", "2")
     before, now = identity.cpu_key(1), identity.cpu_key(2)
     assert f"cpu: 6 products measured (those known were measured with {before}, not with {now})\n" in again.stderr
-    monkeypatch.setattr(measure_shapes, "cpu_key", lambda lanes: "other kernels")
+    monkeypatch.setattr(identity, "cpu_key", lambda lanes: "other kernels")
     again = coterie("profile", "--shapes", str(model), "--on", "cpu", "-t", "2")
     assert f"(those known were measured with {now}, not with other kernels)\n" in again.stderr
     assert load_profile().shapes.units["cpu"].key == "other kernels"
@@ -425,8 +425,8 @@ def test_missing_units_are_named(short: None, model: Path, monkeypatch: pytest.M
     def missing(*arguments: Any, **more: Any) -> Any:
         raise UnitError("it is not here: pip install it")
 
-    monkeypatch.setattr(measure_shapes, "open_device", missing)
-    monkeypatch.setattr(measure_shapes, "open_runtime", missing)
+    monkeypatch.setattr(identity, "open_device", missing)
+    monkeypatch.setattr(identity, "open_runtime", missing)
     result = coterie("profile", "--shapes", str(model), "-t", "1")
     assert result.exit_code == 0
     assert "gpu: not measured, it is not here: pip install it\nnpu: not measured, it is not here" in result.stderr
