@@ -10,7 +10,7 @@ traces: T of `alone` and `other` is the time in products, and of `both` the time
 rates' sum is 1/T(alone) + 1/T(other); Amdahl's bound of the step is what `alone` needs beside products, and products
 at that sum.
 
-`--decode`: medians of so many tokens with PoCL. `other`: PoCL computes everything; `lanes`: the CPU unit with two lanes,
+`--decode`: medians of so many tokens with PoCL. `other`: PoCL computes everything; `lanes`: the CPU unit with two,
 which is what memory gives two cores here. The bound is the sum of both rates, but no less time than `lanes` take.
 """
 
