@@ -1,10 +1,12 @@
 """Buffers that programs are compiled to use."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from coterie.kernels.formats import Format
-from coterie.models.spec import Rope
-from coterie.storage.arena import BufferRef
+from coterie.models.spec import ModelSpec, Rope
+from coterie.storage.arena import BufferRef, Ledger
+from coterie.storage.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,12 @@ class Shared:
     logits: BufferRef
     cache: BufferRef | None = None
     uses: BufferRef | None = None
+
+
+class Laid(NamedTuple):
+    """A model that is laid out, and the ledger that programs cut their own buffers from."""
+
+    spec: ModelSpec
+    weights: Weights
+    shared: Shared
+    ledger: Ledger

@@ -12,7 +12,7 @@ from coterie.kernels.record import LINE, Opcode
 from coterie.kernels.shapes import SPAN
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec, Rope
-from coterie.scheduler.buffers import Shared
+from coterie.scheduler.buffers import Laid, Shared
 from coterie.scheduler.lower import Lowering
 from coterie.scheduler.lower_gpu import GpuLowering
 from coterie.scheduler.lower_gpu_cut import CpuRows, FirstTokens, GpuRows, Meetings, OtherTokens, flags
@@ -101,9 +101,11 @@ def lay_out_model(
     cache = neurons.control if neurons else None
     shared = Shared(lanes, context, ledger.allocate("flags", LINE), ropes, logits, cache, uses)
 
+    laid = Laid(spec, weights, shared, ledger)
+
     def lowering(mode: Mode, rows: int, tile: int) -> Lowering:
         used = whole if mode == "prefill" else weights
-        return Lowering(spec, used, shared, ledger, mode=mode, rows=rows, tile=tile)
+        return Lowering(laid._replace(weights=used), mode=mode, rows=rows, tile=tile)
 
     prefill = lowering("prefill", chunk, tile)
     decode = lowering("decode", 1, 1)
@@ -115,13 +117,13 @@ def lay_out_model(
     if spec.has_head:
         programs.append(prefill.head("head"))
     programs.append(_probe(ledger, weights, shared))
-    on_gpu = _on_gpu(spec, weights, shared, ledger, placement, gpu, chunk)
+    on_gpu = _on_gpu(laid, placement, gpu, chunk)
     if gpu is not None:
-        own, its = _with_gpu(spec, weights, shared, ledger, placement, gpu, chunk=chunk, tile=tile)
+        own, its = _with_gpu(laid, placement, gpu, chunk=chunk, tile=tile)
         programs, on_gpu = programs + own, on_gpu | {program.name: program for program in its}
     on_npu: dict[str, Program] = {}
     for length in placement.lengths:
-        beside = NpuLowering(spec, weights, shared, ledger, rows=length, tile=tile)
+        beside = NpuLowering(laid, rows=length, tile=tile)
         name = f"prefill@{length}"
         body, on_npu[name] = beside.both(name, f"graphs@{length}")
         programs += [body, beside.head(f"head@{length}")]
@@ -152,51 +154,35 @@ def lay_out_units(ledger: Ledger, placement: Placement, lanes: int, chunk: int, 
     return Units(cpu, gpu, npu)
 
 
-def _on_gpu(
-    spec: ModelSpec,
-    weights: Weights,
-    shared: Shared,
-    ledger: Ledger,
-    placement: Placement,
-    unit: UnitBuffers | None,
-    chunk: int,
-) -> dict[str, Program]:
+def _on_gpu(laid: Laid, placement: Placement, unit: UnitBuffers | None, chunk: int) -> dict[str, Program]:
     """The GPU unit's programs."""
     if unit is None:
         return {}
     made: list[Program] = []
     if placement.prefill == "gpu":
-        prefill = GpuLowering(spec, weights, shared, ledger, unit, rows=chunk)
+        prefill = GpuLowering(laid, unit, rows=chunk)
         made += [prefill.body("prefill"), prefill.head("head")]
     if placement.decode == "gpu":
-        made += [GpuLowering(spec, weights, shared, ledger, unit, rows=1).whole("decode")]
-        made += [GpuLowering(spec, weights, shared, ledger, unit, rows=BATCH).whole("batch")]
+        made += [GpuLowering(laid, unit, rows=1).whole("decode")]
+        made += [GpuLowering(laid, unit, rows=BATCH).whole("batch")]
     return {program.name: program for program in made}
 
 
 def _with_gpu(
-    spec: ModelSpec,
-    weights: Weights,
-    shared: Shared,
-    ledger: Ledger,
-    placement: Placement,
-    unit: UnitBuffers,
-    *,
-    chunk: int,
-    tile: int,
+    laid: Laid, placement: Placement, unit: UnitBuffers, *, chunk: int, tile: int
 ) -> tuple[list[Program], list[Program]]:
     """Programs of steps that CPU and GPU unit compute together: the CPU unit's, and the GPU unit's."""
     on_cpu, on_gpu = list[Program](), list[Program]()
     if "tokens" in placement.cuts:
-        written = flags(ledger, len(spec.layers))
-        first = FirstTokens(spec, weights, shared, ledger, unit, rows=chunk, written=written)
-        other = OtherTokens(spec, weights, shared, ledger, rows=chunk, tile=tile, written=written)
+        written = flags(laid.ledger, len(laid.spec.layers))
+        first = FirstTokens(laid, unit, rows=chunk, written=written)
+        other = OtherTokens(laid, rows=chunk, tile=tile, written=written)
         on_gpu += [first.body(f"prefill{WITH_GPU}"), first.head(f"head{WITH_GPU}")]
         on_cpu += [other.body(f"prefill{WITH_GPU}"), other.head(f"head{WITH_GPU}")]
     if "rows" in placement.cuts:
-        meetings = Meetings.of(ledger, len(spec.layers))
-        gpu = GpuRows(spec, weights, shared, ledger, unit, meetings=meetings)
-        cpu = CpuRows(spec, weights, shared, ledger, meetings=meetings, taken=gpu.hidden)
+        meetings = Meetings.of(laid.ledger, len(laid.spec.layers))
+        gpu = GpuRows(laid, unit, meetings=meetings)
+        cpu = CpuRows(laid, meetings=meetings, taken=gpu.hidden)
         on_cpu.append(cpu.whole(f"decode{WITH_GPU}"))
         on_gpu.append(gpu.beside(f"decode{WITH_GPU}", cpu))
     return on_cpu, on_gpu

@@ -13,10 +13,9 @@ from coterie.kernels.formats import COLUMNS
 from coterie.kernels.gpu.signatures import BLOCK, MOST_DIM, NONE, TOKENS, operands
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
-from coterie.models.spec import ModelSpec
-from coterie.scheduler.buffers import Shared
+from coterie.scheduler.buffers import Laid
 from coterie.scheduler.program import NO_LAYER, Program, ProgramBuilder
-from coterie.storage.arena import BufferRef, Ledger, round_up
+from coterie.storage.arena import BufferRef, round_up
 from coterie.storage.kv import KVLayout
 from coterie.storage.unit import UnitBuffers
 from coterie.storage.weights import FFN, Layer, Matrix, Weights
@@ -29,10 +28,9 @@ class GpuLowering:
     """Compiles programs for steps of up to `rows` rows, one or several; `unit`: the GPU unit's own buffers. Raises
     PlanError for what a GPU unit cannot do."""
 
-    def __init__(
-        self, spec: ModelSpec, weights: Weights, shared: Shared, ledger: Ledger, unit: UnitBuffers, *, rows: int
-    ) -> None:
-        self.spec, self.weights, self.shared, self.ledger, self.unit = spec, weights, shared, ledger, unit
+    def __init__(self, laid: Laid, unit: UnitBuffers, *, rows: int) -> None:
+        self.spec, self.weights, self.shared, self.ledger = laid
+        self.unit, spec = unit, laid.spec
         if spec.head_dim > MOST_DIM:
             raise PlanError(
                 f"heads of {spec.head_dim} dimensions are more than a GPU unit takes: drop gpu from --units"

@@ -20,14 +20,13 @@ from coterie.kernels import record as r
 from coterie.kernels.formats import COLUMNS, ROWS
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
-from coterie.models.spec import ModelSpec
-from coterie.scheduler.buffers import Shared
+from coterie.scheduler.buffers import Laid
 from coterie.scheduler.lower import Lowering, streaming
 from coterie.scheduler.lower_gpu import GpuLowering
 from coterie.scheduler.program import NO_LAYER, Draft, Operand, Program, ProgramBuilder, Share
 from coterie.storage.arena import BufferRef, Ledger
 from coterie.storage.unit import UnitBuffers
-from coterie.storage.weights import FFN, Layer, Weights
+from coterie.storage.weights import FFN, Layer
 
 
 def flags(ledger: Ledger, count: int) -> list[BufferRef]:
@@ -42,18 +41,8 @@ def flags(ledger: Ledger, count: int) -> list[BufferRef]:
 class FirstTokens(GpuLowering):
     """The GPU unit's part of a chunk: its first tokens. Posts a layer's flag of `written` once keys and values are."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: Weights,
-        shared: Shared,
-        ledger: Ledger,
-        unit: UnitBuffers,
-        *,
-        rows: int,
-        written: list[BufferRef],
-    ) -> None:
-        super().__init__(spec, weights, shared, ledger, unit, rows=rows)
+    def __init__(self, laid: Laid, unit: UnitBuffers, *, rows: int, written: list[BufferRef]) -> None:
+        super().__init__(laid, unit, rows=rows)
         self.written = written
 
     def _keys_written(self, b: ProgramBuilder, i: int) -> None:
@@ -63,18 +52,8 @@ class FirstTokens(GpuLowering):
 class OtherTokens(Lowering):
     """The CPU unit's part: the other tokens, which also see the first ones."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: Weights,
-        shared: Shared,
-        ledger: Ledger,
-        *,
-        rows: int,
-        tile: int,
-        written: list[BufferRef],
-    ) -> None:
-        super().__init__(spec, weights, shared, ledger, mode="prefill", rows=rows, tile=tile)
+    def __init__(self, laid: Laid, *, rows: int, tile: int, written: list[BufferRef]) -> None:
+        super().__init__(laid, mode="prefill", rows=rows, tile=tile)
         self.written = written
 
     def _before_attention(self, b: ProgramBuilder, i: int) -> None:
@@ -106,17 +85,8 @@ class CpuRows(Lowering):
 
     given: ClassVar = {"qkv": r.GIVEN_QKV, "up": r.GIVEN_UP, "down": r.GIVEN_DOWN, "head": r.GIVEN_HEAD}
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: Weights,
-        shared: Shared,
-        ledger: Ledger,
-        *,
-        meetings: Meetings,
-        taken: BufferRef,
-    ) -> None:
-        super().__init__(spec, weights, shared, ledger, mode="decode", rows=1, tile=1)
+    def __init__(self, laid: Laid, *, meetings: Meetings, taken: BufferRef) -> None:
+        super().__init__(laid, mode="decode", rows=1, tile=1)
         self.meetings, self.taken = meetings, taken
         self.out, self.up, self.down = (list[BufferRef]() for _ in range(3))
 
@@ -169,17 +139,8 @@ def _posted(b: ProgramBuilder) -> BufferRef:
 class GpuRows(GpuLowering):
     """The GPU unit's rows of the same step, which reads and writes the CPU unit's buffers where they meet."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: Weights,
-        shared: Shared,
-        ledger: Ledger,
-        unit: UnitBuffers,
-        *,
-        meetings: Meetings,
-    ) -> None:
-        super().__init__(spec, weights, shared, ledger, unit, rows=1)
+    def __init__(self, laid: Laid, unit: UnitBuffers, *, meetings: Meetings) -> None:
+        super().__init__(laid, unit, rows=1)
         self.meetings, self.shares = meetings, dict[int, Share]()
 
     def beside(self, name: str, cpu: CpuRows) -> Program:

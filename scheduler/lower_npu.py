@@ -19,13 +19,12 @@ from coterie.kernels import record as r
 from coterie.kernels.formats import ROWS
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
-from coterie.models.spec import ModelSpec
 from coterie.scheduler.balance import Given
-from coterie.scheduler.buffers import Shared
+from coterie.scheduler.buffers import Laid
 from coterie.scheduler.lower import Lowering
 from coterie.scheduler.program import Draft, Operand, Program, ProgramBuilder
-from coterie.storage.arena import BufferRef, Ledger
-from coterie.storage.weights import FFN, Layer, Weights
+from coterie.storage.arena import BufferRef
+from coterie.storage.weights import FFN, Layer
 
 GROUPED = {"qkv": "matmul", "out": "matmul", "ffn": "ffn"}  # kinds of graphs whose cuts move together
 SHARES = {"matmul": (r.GIVEN_QKV, r.GIVEN_OUT), "ffn": (r.GIVEN_UP,)}  # header words that say how much is given
@@ -37,24 +36,14 @@ class NpuLowering(Lowering):
 
     given: ClassVar = {"qkv": r.GIVEN_QKV, "out": r.GIVEN_OUT, "up": r.GIVEN_UP, "sums": r.GIVEN_UP}
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: Weights,
-        shared: Shared,
-        ledger: Ledger,
-        *,
-        rows: int,
-        tile: int,
-    ) -> None:
+    def __init__(self, laid: Laid, *, rows: int, tile: int) -> None:
         self.length = rows
-        super().__init__(spec, weights, shared, ledger, mode="prefill", rows=rows, tile=tile)
+        super().__init__(laid, mode="prefill", rows=rows, tile=tile)
         self.z = self._floats(self.rows, self.width)  # y still holds what norms have added
         self.plain = self.normed_rows = self._floats(self.rows, self.width)
         self.again = self.sums = self._floats(self.rows, self.width)
-        self.piece = self._floats(
-            self.length, max(self.width, self.qkv_width)
-        )  # what one graph makes, until it is added
+        # What one graph makes, until it is added:
+        self.piece = self._floats(self.length, max(self.width, self.qkv_width))
 
     def both(self, name: str, graphs: str) -> tuple[Program, Program]:
         """All layers: the CPU unit's program, and the NPU unit's."""

@@ -20,7 +20,7 @@ from coterie.scheduler.plan import VERSION, Wishes
 from coterie.scheduler.plan_file import read_toml
 from coterie.scheduler.plan_schema import parse_placement
 from coterie.scheduler.planner import lanes_and_kept
-from coterie.scheduler.tables import Table, shown
+from coterie.scheduler.tables import Table, configured, shown
 from coterie.storage.arena import round_up
 
 MOST_WAYS = 16
@@ -48,8 +48,7 @@ class Preset:
 
 def preset_names() -> list[str]:
     """Presets in configs/presets."""
-    folder = resources.files("coterie.configs") / "presets"
-    return sorted(path.name.removesuffix(".toml") for path in folder.iterdir() if path.name.endswith(".toml"))
+    return configured("presets")
 
 
 def load_preset(name: str) -> Preset:

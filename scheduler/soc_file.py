@@ -6,7 +6,7 @@ say how much of it is known. All errors are one line that names the file and the
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import resources
@@ -17,16 +17,17 @@ from typing import Any
 from coterie.errors import UsageError
 from coterie.scheduler.flash_model import CORES, PATTERNS, FlashModel, FlashPoint
 from coterie.scheduler.soc import Device, Mark, Rates, UnitModel, Vector
+from coterie.scheduler.tables import Table, configured, shown
 
 KINDS = ("cpu", "gpu", "npu")
 LARGEST_FILE = 1 << 20  # bytes
 MOST = 1e18  # of any number
+MOST_POINTS = 1000
 
 
 def soc_names() -> list[str]:
     """Devices in configs/soc."""
-    folder = resources.files("coterie.configs") / "soc"
-    return sorted(path.name.removesuffix(".toml") for path in folder.iterdir() if path.name.endswith(".toml"))
+    return configured("soc")
 
 
 def load_soc(name: str) -> Device:
@@ -70,10 +71,10 @@ def parse_soc(data: bytes, where: str) -> Device:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())[:200]}") from None
     marks: list[Mark] = []
-    top = _Table(values, where, "", marks)
+    top = Constants(values, where, "", marks)
     name, about = top.text("name"), top.text("about", "")
     memory = top.table("memory")
-    total, together = memory.whole("total"), memory.number("together")
+    total, together = memory.count("total"), memory.number("together")
     memory.done()
     host = top.table("host", optional=True)
     between, idle = host.number("between", 0.0, least=0.0), host.number_or_none("idle_power")
@@ -82,7 +83,7 @@ def parse_soc(data: bytes, where: str) -> Device:
     found = {each: _unit(each, units.table(each)) for each in units.names()}
     units.done()
     flash = top.table("flash", optional=True)
-    model = _flash(flash) if flash.values else None
+    model = _flash(flash) if flash.names() else None
     device = Device(
         name,
         total,
@@ -92,10 +93,10 @@ def parse_soc(data: bytes, where: str) -> Device:
         between=between,
         idle_power=idle,
         about=about,
-        flash_beside=flash.share("beside", 1.0),
+        flash_beside=flash.part("beside", 1.0),
         flash_power=flash.number_or_none("power"),
-        flash_depth=flash.whole("depth", 8, most=1 << 10),
-        flash_block=flash.whole("read", 1 << 20, least=4096, most=1 << 30),
+        flash_depth=flash.count("depth", 8, most=1 << 10),
+        flash_block=flash.count("read", 1 << 20, least=4096, most=1 << 30),
         latency=flash.number("latency", 0.0, least=0.0),
     )
     flash.done()
@@ -106,7 +107,7 @@ def parse_soc(data: bytes, where: str) -> Device:
     return replace(device, marks=tuple(marks))
 
 
-def _unit(name: str, table: "_Table") -> UnitModel:
+def _unit(name: str, table: "Constants") -> UnitModel:
     kind = table.text("kind")
     if kind not in KINDS:
         raise table.wrong("kind", f"is {kind!r}: a unit is one of {', '.join(KINDS)}")
@@ -124,14 +125,14 @@ def _unit(name: str, table: "_Table") -> UnitModel:
         table.number("bandwidth"),
         rates,
         default,
-        step=table.whole("step", 1, most=1 << 16),
+        step=table.count("step", 1, most=1 << 16),
         launch=table.number("launch", 0.0, least=0.0),
         queued=table.number_or_none("queued", least=0.0),
         drained=table.number_or_none("drained", least=0.0),
         sync=table.number("sync", 0.0, least=0.0),
         fence=table.number("fence", 0.0, least=0.0),
         copy=table.number("copy", 0.0, least=0.0),
-        beside_flash=table.share("beside_flash", 1.0),
+        beside_flash=table.part("beside_flash", 1.0),
         power=table.number_or_none("power"),
         shares=table.text("shares", ""),
         window=table.number_or_none("window"),
@@ -140,9 +141,9 @@ def _unit(name: str, table: "_Table") -> UnitModel:
     return unit
 
 
-def _rates(table: "_Table") -> Rates:
+def _rates(table: "Constants") -> Rates:
     rate, vector = table.number("rate", 0.0), None
-    if "vector" in table.values:
+    if table.has("vector"):
         part = table.table("vector")
         launch, inner = part.number("launch", least=0.0), part.number("inner", 0.0)
         vector = Vector(launch, inner, part.number("power", 0.0, least=0.0))
@@ -162,17 +163,16 @@ def _rates(table: "_Table") -> Rates:
     return rates
 
 
-def _flash(table: "_Table") -> FlashModel:
+def _flash(table: "Constants") -> FlashModel:
     points = []
-    for number, entry in enumerate(table.list_of_tables("points")):
-        row = _Table(entry, table.where, f"{table.path}.points[{number}]", [])
+    for row in table.points():
         pattern, core = row.word("pattern", PATTERNS), row.word("core", CORES, "big")
-        block, span = row.whole("block"), row.whole("span", 0, least=0)
+        block, span = row.count("block"), row.count("span", 0, least=0)
         points.append(FlashPoint(pattern, block, row.number("bytes_per_s"), span, core))
         row.done(marked=False)
     if not any(point.core == "big" for point in points):
         raise table.wrong("points", "has none of a big core")
-    return FlashModel(tuple(points), table.share("crowd", 1.0))
+    return FlashModel(tuple(points), table.part("crowd", 1.0))
 
 
 def _check_sharing(where: str, units: Mapping[str, UnitModel]) -> None:
@@ -188,96 +188,71 @@ def _check_sharing(where: str, units: Mapping[str, UnitModel]) -> None:
             seen.append(at.name)
 
 
-class _Table:
-    """A table that is read key by key; `done` refuses what was not asked for, and constants of unknown origin."""
+class Constants(Table):
+    """A table with constants; `done` also refuses those of unknown origin, and adds each to `marks`. What has a default
+    may be missing."""
+
+    error = UsageError
 
     def __init__(self, values: Any, where: str, path: str, marks: list[Mark]) -> None:
-        self.where, self.path, self.marks = where, path, marks
-        if not isinstance(values, dict):
-            raise UsageError(f"{where}: {path}: must be a table")
-        self.values: dict[str, Any] = values
-        self._read, self._constants = set[str](), list[str]()
+        super().__init__(values, where, path)
+        self.marks, self._constants = marks, list[str]()
 
-    def wrong(self, key: str, what: str) -> UsageError:
-        return UsageError(f"{self.where}: {self._name(key)}: {what}")
+    def names(self) -> list[str]:
+        return list(self._values)
 
-    def _name(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
-
-    def _take(self, key: str, default: Any) -> Any:
-        self._read.add(key)
-        if key not in self.values and default is _NEEDED:
-            raise self.wrong(key, "is missing")
-        return self.values.get(key, default)
-
-    def number(self, key: str, default: Any = None, *, least: float | None = None) -> float:
-        """A finite number above 0, or `least` at least; a constant whose origin `done` asks for."""
-        value = self._take(key, _NEEDED if default is None else default)
+    def number(self, key: str, default: float | None = None, *, least: float | None = None) -> float:
+        """A finite number above 0, or `least` at least."""
+        if default is not None and not self.has(key):
+            return default
+        value = self.value(key)
         if type(value) not in (int, float) or not isfinite(value):
-            raise self.wrong(key, f"is {value!r}, and must be a finite number")
-        given = key in self.values
-        if given and (value < least if least is not None else value <= 0):
-            raise self.wrong(key, f"is {value!r}, and must be {'at least 0' if least is not None else 'above 0'}")
+            raise self.wrong(key, f"is {shown(value)}, and must be a finite number")
+        if value < least if least is not None else value <= 0:
+            raise self.wrong(key, f"is {shown(value)}, and must be {'above 0' if least is None else 'at least 0'}")
         if value > MOST:
-            raise self.wrong(key, f"is {value!r}, which is too much")
-        if given:
-            self._constants.append(key)
+            raise self.wrong(key, f"is {shown(value)}, which is too much")
+        self._constants.append(key)
         return float(value)
 
     def number_or_none(self, key: str, *, least: float | None = None) -> float | None:
-        if key not in self.values:
-            self._read.add(key)
-            return None
-        return self.number(key, least=least)
+        return self.number(key, least=least) if self.has(key) else None
 
-    def share(self, key: str, default: float) -> float:
-        value = self.number(key, default)
-        if value > 1:
-            raise self.wrong(key, f"is {value!r}, and must be above 0 and at most 1")
-        return value
+    def part(self, key: str, default: float) -> float:
+        """A number above 0 and up to 1."""
+        if not self.has(key):
+            return default
+        self._constants.append(key)
+        return self.share(key)
 
-    def whole(self, key: str, default: Any = None, *, least: int = 1, most: int = 1 << 60) -> int:
-        value = self._take(key, _NEEDED if default is None else default)
-        if type(value) is not int or not least <= value <= most:
-            raise self.wrong(key, f"is {value!r}, and must be a whole number from {least} to {most}")
-        if key in self.values:
-            self._constants.append(key)
-        return value
+    def count(self, key: str, default: int | None = None, *, least: int = 1, most: int = 1 << 60) -> int:
+        if default is not None and not self.has(key):
+            return default
+        self._constants.append(key)
+        return self.whole(key, least, most)
 
-    def text(self, key: str, default: Any = None) -> str:
-        value = self._take(key, _NEEDED if default is None else default)
-        if not isinstance(value, str) or len(value) > 500:
-            raise self.wrong(key, "must be a short text")
-        return value
+    def text(self, key: str, default: str | None = None) -> str:
+        return super().text(key) if default is None or self.has(key) else default
 
-    def word(self, key: str, allowed: tuple[str, ...], default: Any = None) -> str:
-        value = self.text(key, default)
-        if value not in allowed:
-            raise self.wrong(key, f"is {value!r}: it is one of {', '.join(allowed)}")
-        return value
+    def word(self, key: str, allowed: Sequence[str], default: str | None = None) -> str:
+        return super().word(key, allowed) if default is None or self.has(key) else default
 
     def flag(self, key: str) -> bool:
-        value = self._take(key, False)
-        if not isinstance(value, bool):
-            raise self.wrong(key, "must be true or false")
-        return value
+        return self.has(key) and super().flag(key)
 
-    def table(self, key: str, *, optional: bool = False) -> "_Table":
-        return _Table(self._take(key, {} if optional else _NEEDED), self.where, self._name(key), self.marks)
+    def table(self, key: str, *, optional: bool = False) -> "Constants":
+        values = {} if optional and not self.has(key) else self.value(key)
+        return Constants(values, self.where, self._name(key), self.marks)
 
-    def names(self) -> list[str]:
-        return list(self.values)
-
-    def list_of_tables(self, key: str) -> list[Any]:
-        value = self._take(key, _NEEDED)
-        if not isinstance(value, list) or not value:
-            raise self.wrong(key, "must be a list of tables, not empty")
-        self._constants.append(key)
-        return value
+    def points(self) -> "list[Constants]":
+        """The tables of the list `points`, which counts as one constant."""
+        entries = self._list("points", MOST_POINTS)
+        self._constants.append("points")
+        return [Constants(each, self.where, f"{self._name('points')}[{i}]", []) for i, each in enumerate(entries)]
 
     def _keys(self, key: str) -> list[str]:
         """The keys of this table that a list of names mentions."""
-        names = self._take(key, [])
+        names = self.value(key) if self.has(key) else []
         if not isinstance(names, list) or any(name not in self._constants for name in names):
             raise self.wrong(key, f"must be a list of this table's constants: {', '.join(self._constants)}")
         return names
@@ -291,9 +266,4 @@ class _Table:
                 if not source and key not in how:
                     raise self.wrong(key, "has no source: give the table a `source`, or list the key in `guessed`")
                 self.marks.append(Mark(self._name(key), how.get(key, "printed"), source))
-        for key in self.values:
-            if key not in self._read:
-                raise self.wrong(key, f"is not known; there are {', '.join(sorted(self._read))}")
-
-
-_NEEDED = object()
+        super().done()

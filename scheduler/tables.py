@@ -1,28 +1,37 @@
 """Nested tables that anybody may have written, read key by key: every refusal is one line that names the key."""
 
 from collections.abc import Sequence
+from importlib import resources
 from math import isfinite
-from typing import Any
+from typing import Any, ClassVar
 
-from coterie.errors import PlanError
+from coterie.errors import PlanError, UsageError
 
 LONGEST_TEXT = 1000  # characters of a value
 LONGEST_NAME = 60  # characters of a key in a message
 
 
+def configured(folder: str) -> list[str]:
+    """Names of the files in that folder of configs/."""
+    files = (resources.files("coterie.configs") / folder).iterdir()
+    return sorted(path.name.removesuffix(".toml") for path in files if path.name.endswith(".toml"))
+
+
 class Table:
     """A table of `where` (a file, for messages), at `path` in it. `done` refuses keys that were not asked for. All
-    raise PlanError."""
+    raise `error`."""
+
+    error: ClassVar[type[PlanError] | type[UsageError]] = PlanError
 
     def __init__(self, values: Any, where: str, path: str = "") -> None:
         self.where, self.path = where, path
         if not isinstance(values, dict):
-            raise PlanError(f"{where}: {path or 'it'} must be a table")
+            raise self.error(f"{where}: {path or 'it'} must be a table")
         self._values: dict[str, Any] = values
         self._asked = set[str]()
 
-    def wrong(self, key: str, what: str) -> PlanError:
-        return PlanError(f"{self.where}: {self._name(key)} {what}")
+    def wrong(self, key: str, what: str) -> PlanError | UsageError:
+        return self.error(f"{self.where}: {self._name(key)} {what}")
 
     def _name(self, key: str) -> str:
         name = f"{self.path}.{key}" if self.path and key else self.path or key

@@ -8,13 +8,12 @@ import numpy as np
 from coterie.kernels import shapes
 from coterie.kernels.formats import COLUMNS, Format
 from coterie.kernels.shapes import FLOAT_TOKEN, INT8_TOKEN
-from coterie.models.spec import ModelSpec
-from coterie.scheduler.buffers import Shared, Tiles
+from coterie.scheduler.buffers import Laid, Tiles
 from coterie.scheduler.lower_sparse import SparseLowering
-from coterie.storage.arena import BufferRef, Ledger, round_up
+from coterie.storage.arena import BufferRef, round_up
 from coterie.storage.kv import KVLayout
 from coterie.storage.runs import ClusterLayout
-from coterie.storage.weights import FFN, Weights
+from coterie.storage.weights import FFN
 
 Mode = Literal["decode", "prefill"]
 
@@ -22,19 +21,10 @@ Mode = Literal["decode", "prefill"]
 class Workspace:
     """The buffers of programs for up to `rows` rows in tiles of `tile` tokens."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        weights: Weights,
-        shared: Shared,
-        ledger: Ledger,
-        *,
-        mode: Mode,
-        rows: int,
-        tile: int,
-    ) -> None:
-        self.spec, self.weights, self.shared, self.ledger, self.mode = spec, weights, shared, ledger, mode
-        self.rows, self.tile, self.lanes = round_up(rows, tile), tile, shared.lanes
+    def __init__(self, laid: Laid, *, mode: Mode, rows: int, tile: int) -> None:
+        self.spec, self.weights, self.shared, self.ledger = laid
+        self.mode, spec = mode, laid.spec
+        self.rows, self.tile, self.lanes = round_up(rows, tile), tile, self.shared.lanes
         self.width = round_up(spec.dim, COLUMNS)
         self.heads_width = round_up(spec.n_heads * spec.head_dim, COLUMNS)
         self.qkv_width = round_up((spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim, COLUMNS)

@@ -149,8 +149,8 @@ def await_unit(flag, wanted, abort, rate, counts, most):
         nap, look = nap - nap // 4, look + usual // 4
     while True:
         if nap >= SHORTEST:
-            before = cycles()
-            nap_on(flag, wanted, min(nap, LONGEST))
+            before, nap = cycles(), min(nap, LONGEST)
+            nap_on(flag, wanted, nap)
             slept = cycles() - before
             if slept >= nap * rate:  # nobody woke this lane
                 overslept = reached(acquire(flag), wanted)
