@@ -23,7 +23,10 @@ ROWS = (1, 2, 7, 8, 9, 17)
 ACTIVATIONS: tuple[Any, ...] = ("silu", "gelu", "relu", "relu2", "drelu")
 
 
-@pytest.fixture(scope="module", params=["wide", "floats", "narrow"])
+in_floats_too = pytest.mark.parametrize("device", ["wide", "floats", "narrow"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=["wide", "narrow"])
 def device(request: pytest.FixtureRequest) -> Iterator[GpuBench]:
     """`floats`: the wide shape where there are no dot products of bytes."""
     with pytest.MonkeyPatch.context() as patch:
@@ -66,6 +69,7 @@ def operands(x: BufferRef, y: BufferRef, planes: int = 1) -> dict[str, Any]:
     return {"x": x, "x_row": 4 * x.shape[1], "planes": planes, "y": y, "y_row": 4 * y.shape[1]}
 
 
+@in_floats_too
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_of_all_sizes(name: str, bench: GpuBench) -> None:
     rng = np.random.default_rng(1)
@@ -83,6 +87,7 @@ def test_products_of_all_sizes(name: str, bench: GpuBench) -> None:
             assert written(bench, y, padded(expected, y.shape[1])), (rows, t)
 
 
+@in_floats_too
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q6_K"])
 def test_products_of_two_planes(name: str, bench: GpuBench) -> None:
     rng = np.random.default_rng(2)
@@ -218,6 +223,7 @@ MIXTURES = [  # of Gate, Up and Down: every format is each of them once
 ]  # fmt: skip
 
 
+@in_floats_too
 @pytest.mark.parametrize("names", MIXTURES, ids="/".join)
 def test_feed_forward_networks(names: tuple[str, str, str], bench: GpuBench) -> None:
     rng = np.random.default_rng(7)
