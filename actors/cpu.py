@@ -120,15 +120,10 @@ class CpuUnit:
         self._header[r.ARRIVED], self._header[r.FREED] = arrived, freed
         self._header[r.YIELD] = int(self.lanes >= len(os.sched_getaffinity(0)))
 
-    def product_seconds(self) -> dict[str, float]:
-        """How long lanes have computed matrices ("matmul") and feed-forward networks ("ffn") so far, on average."""
-        words = {"matmul": r.LINE_MATMUL, "ffn": r.LINE_FFN}
-        return {kind: self._count(word) / self.lanes / cycles_per_second() for kind, word in words.items()}
-
-    def waited_seconds(self) -> float:
-        """How long lanes have waited for other units so far, on average."""
-        waited = self._count(r.LINE_SLEPT) + self._count(r.LINE_POLLED)
-        return waited / self.lanes / cycles_per_second()
+    def seconds(self) -> npt.NDArray[np.float64]:
+        """What lanes have counted so far (record.LINE_...), on average, as seconds: float64[words]."""
+        cycles: npt.NDArray[np.int64] = self._counts.sum(axis=0)
+        return cycles / (self.lanes * cycles_per_second())
 
     def skip_to(self, epoch: int) -> None:
         """Give the next step this number, not lower than its own: units in one step have one."""
@@ -179,7 +174,8 @@ class CpuUnit:
         ids, positions: int32[rows]; tables: int64[rows], addresses of KV block tables; outputs: int32[n], rows
         that want logits; embeddings: int64[rows], addresses of the groups that hold the ids' embeddings; tape: the
         number of the read that stands for tape position 0; given: by header word (record.GIVEN_...) how much of
-        products is another unit's. A detached unit calls `watch` some times a second; what it raises ends the step.
+        products is another unit's. A detached unit calls `watch` once lanes have begun, and some times a second; what
+        it raises ends the step.
         A KeyboardInterrupt takes effect between two instructions; the step is then abandoned (docs/flags.md says what
         may be run again). Raises UnitError if a kernel complains, or without rows; UnitLost where lanes have gone,
         until `revive`.
@@ -205,7 +201,7 @@ class CpuUnit:
                 self._rows[word][: array.size] = array
                 if word == r.IDS:
                     header[r.TOKENS] = array.size
-            header[r.GIVEN_QKV : r.GIVEN_HEAD + 1] = 0
+            header[list(r.PRODUCTS)] = 0
             for word, share in given.items():
                 header[word] = share
             header[r.OUTPUTS], header[r.LAST] = np.size(outputs), np.max(positions, initial=0)
@@ -244,6 +240,7 @@ class CpuUnit:
     def _look_on(self, program: Program, watch: Callable[[], None]) -> None:
         """Wait until the step is done; Python's signal handlers run between looks."""
         flag, lanes = self.arena.base + program.done, _Progress(self._counts)
+        watch()
         while not self._watch(flag, self._epoch, 0, self._nap):
             watch()
             self.check(lanes)

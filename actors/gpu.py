@@ -4,8 +4,8 @@ last kernel posts, this process does nothing: no wait for a kernel, no finish (H
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -52,6 +52,10 @@ class Device(Protocol):
         """Whether it computes in the arena itself; else weights, KV blocks and activations live in memory of its
         own."""
 
+    @property
+    def share(self) -> float:
+        """Of its time, what it may take: below 1 enqueueing takes as long as the step."""
+
     def describe(self) -> dict[str, Any]: ...
 
     def upload(self, offset: int, nbytes: int) -> None:
@@ -81,8 +85,9 @@ class GpuUnit:
     ) -> None:
         self.arena, self.buffers, self.device, self._cores, self._fast = arena, buffers, device, cores, fast
         self._started, self._deadline = 0, 0.0  # of the step under way: cycles at its begin, when it counts as hung
-        self._given: dict[str, tuple[int, ...]] = {}
+        self._given: dict[str, dict[int, int]] = {}
         self._thread: ThreadPoolExecutor | None = None
+        self._pending: Callable[[], None] | None = None  # puts a step in the queue, once the other unit has begun
         self._post = library.function("lane_post", 2)
         self._programs: dict[str, tuple[Program, Loaded]] = {}
         self._lock, self._epoch, self._closed = threading.Lock(), 0, False
@@ -124,45 +129,65 @@ class GpuUnit:
         """Run a step with that number while another unit runs its own of the same number. `words`: of the step's
         header, how much of products is ours; `abort`: address of the word that calls the other unit's lanes off. Raises
         UnitLost where this one is."""
-        if self._thread is None:
-            keep = (lambda: os.sched_setaffinity(0, self._cores)) if self._cores else None
-            self._thread = ThreadPoolExecutor(1, "coterie-gpu", keep)
         self.settle()  # of a step that was called off, while its waits still end at once
         self._off_word[0] = 0
         self._share(name, words)
-        enqueued = self._thread.submit(self._serve, name, rows, epoch, abort)
+        enqueued: Future[None] | None = None
+        if self._fast and self.device.share >= 1:
+            self._pending = lambda: self._serve(name, rows, epoch)
+        else:
+            enqueued = self._in_thread(lambda: self._serve(name, rows, epoch), abort)
         try:
             yield
         except BaseException:
             self._off_word[0] = 1  # the queue runs on, and waits for nobody
-            enqueued.result()  # if it was lost, that is the reason
+            self._pending = None
+            if enqueued is not None:
+                enqueued.result()  # if it was lost, that is the reason
             raise
-        enqueued.result()
+        if enqueued is not None:
+            enqueued.result()
         self.settle()
 
-    def check(self) -> None:
-        """For who waits beside us for what we post. Raises UnitLost where a step takes too long."""
-        if self._under_way is not None and time.monotonic() > self._deadline:
+    def watch(self) -> None:
+        """For who runs beside us, once it has begun, and while it waits for what we post. Raises UnitLost where we are,
+        or a step takes too long."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending()
+        elif self._under_way is not None and time.monotonic() > self._deadline:
             raise UnitLost("gpu", f"a step has not ended in {PATIENCE:.0f} seconds", hangs=True)
 
-    def _serve(self, name: str, rows: Rows, epoch: int, abort: int) -> None:
-        """Enqueue a step, in a thread: a queue's own thread may be on the same core, so nobody looks for its end before
-        the other unit's."""
-        try:
-            with self._lock:
-                self._start(name, rows, epoch)
-        except BaseException:
-            self._post(abort, 1)  # the other unit would wait for ever
-            raise
+    def _serve(self, name: str, rows: Rows, epoch: int) -> None:
+        """Enqueue a step. A queue's own thread may be on the same core, so nobody looks for its end before the other
+        unit's."""
+        with self._lock:
+            self._start(name, rows, epoch)
+
+    def _in_thread(self, serve: Callable[[], None], abort: int) -> "Future[None]":
+        """Enqueue where that takes as long as the step, and the other unit is to be looked after meanwhile."""
+        if self._thread is None:
+            keep = (lambda: os.sched_setaffinity(0, self._cores)) if self._cores else None
+            self._thread = ThreadPoolExecutor(1, "coterie-gpu", keep)
+
+        def surely() -> None:
+            try:
+                serve()
+            except BaseException:
+                self._post(abort, 1)  # the other unit would wait for ever
+                raise
+
+        return self._thread.submit(surely)
 
     def _share(self, name: str, words: Mapping[int, int]) -> None:
         """Have records that compute a part compute this one."""
         program, loaded = self._programs[name]
-        given = tuple(words.values())
-        if program.shares and self._given.get(name) != given:
-            for record, share in program.shares.items():
+        known = self._given.get(name, {})
+        changed = {word for word, share in words.items() if known.get(word) != share}
+        for record, share in program.shares.items() if changed else ():
+            if share.word in changed:
                 loaded.limit(record, *share.launched(words, loaded.units(record)))
-            self._given[name] = given
+        self._given[name] = dict(words)
 
     def run(self, name: str, rows: Rows, results: Sequence[BufferRef] = ()) -> None:
         """Run a loaded program for one step, and come back when its flag is posted; `results`: what this process reads

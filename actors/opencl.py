@@ -163,7 +163,7 @@ class Loaded:
 
     def limit(self, record: int, first: int, units: int) -> None:
         """Run a record over some of its work-groups only, from now on."""
-        self.table[record, [oq.FIRST, oq.UNITS]] = first, units
+        self.table[record, oq.FIRST], self.table[record, oq.UNITS] = first, units
 
     def units(self, record: int) -> int:
         """A record's work-groups, all of them."""

@@ -5,6 +5,8 @@ were built for, or rows of tokens, so that no cut needs compiling; a cut moves a
 of the next one.
 """
 
+from bisect import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 NEW = 0.5  # weight of the newest step in a unit's rate
@@ -95,15 +97,22 @@ class Balance:
                 self.moves.append(Move(self._steps, kind, parts, best, *rates))
                 self.parts[kind] = best
 
-    def observe_waits(self, kind: str, computed: float, waited: float) -> None:
-        """The same for a unit whose own times nobody sees: the CPU unit has computed its parts in so many seconds, and
-        waited for the other unit's. Where it hardly has, the other one took no longer, and is thought a little faster
-        than it was, so that a unit which has become faster is found out."""
-        known, parts = self._rates.get((kind, "other")), self.parts[kind]
-        other = computed + waited
-        if waited < IDLE * computed and parts:
-            other = EAGER * min(computed, computed if known is None else known * parts)
-        self.observe({kind: (other, computed)})
+    def observe_waits(self, seconds: dict[str, tuple[float, float]]) -> None:
+        """The same for a unit whose own times nobody sees: what the CPU unit took to compute its parts, and then waited
+        for the other unit's. Where it hardly has, the other one took no longer, and is thought a little faster than it
+        was, so that a unit which has become faster is found out."""
+        found = dict[str, tuple[float, float]]()
+        for kind, (computed, waited) in seconds.items():
+            known, parts = self._rates.get((kind, "other")), self.parts[kind]
+            other = computed + waited
+            if waited < IDLE * computed and parts:
+                other = EAGER * min(computed, computed if known is None else known * parts)
+            found[kind] = other, computed
+        self.observe(found)
+
+    def rest(self, kinds: Iterable[str]) -> None:
+        """A step in which one unit alone computed these."""
+        self.observe({kind: (0.0, 0.0) for kind in kinds if kind in self.parts})
 
     def _learn(self, kind: str, unit: str, seconds: float, parts: int) -> None:
         if parts and seconds > 0:
@@ -123,7 +132,8 @@ class Balance:
         def seconds(given: int) -> float:
             return max(given * other, (cut.of - given) * cpu)
 
-        best = min((0, *cut.points), key=seconds)
+        number = bisect(cut.points, cut.of * cpu / (other + cpu))  # where both would end at once
+        best = min((0, *cut.points)[number : number + 2], key=seconds)
         return best if seconds(best) < (1 - WORTH) * seconds(parts) else parts
 
     def story(self) -> str:

@@ -10,6 +10,7 @@ from itertools import combinations
 from coterie.errors import CoterieError, PlanError
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
+from coterie.scheduler.placement import DECODE
 from coterie.scheduler.presets import Preset, chosen_way, load_preset, preset_names
 from coterie.scheduler.simulate import Answer, Question, Simulation
 from coterie.scheduler.soc import Device
@@ -83,7 +84,7 @@ def preset_choice(
         question,
         units=(*cut, *home),
         cut=cut,
-        decode=units_of("gpu" if "rows" in placement.cuts else placement.decode, ("rows",)),
+        decode=units_of("gpu" if placement.shares_decode else placement.decode, tuple(DECODE)),
         split=(),
         lengths=placement.lengths or question.lengths,
         chunk=question.chunk or way.chunk,

@@ -179,7 +179,7 @@ def _with_gpu(
         other = OtherTokens(laid, rows=chunk, tile=tile, written=written)
         on_gpu += [first.body(f"prefill{WITH_GPU}"), first.head(f"head{WITH_GPU}")]
         on_cpu += [other.body(f"prefill{WITH_GPU}"), other.head(f"head{WITH_GPU}")]
-    if "rows" in placement.cuts:
+    if placement.shares_decode:
         meetings = Meetings.of(laid.ledger, len(laid.spec.layers))
         gpu = GpuRows(laid, unit, meetings=meetings)
         cpu = CpuRows(laid, meetings=meetings, taken=gpu.hidden)

@@ -235,7 +235,8 @@ class Lowering(Workspace):
             }
             number = b.add(
                 kernel_name("matmul", matrix.format.name, tile), Opcode.MATMUL, operands,
-                layer=layer, waits=waits, prepare=prepare, **streaming(part.position, part.position + part.count),
+                layer=layer, waits=waits, prepare=prepare, part=given[0],
+                **streaming(part.position, part.position + part.count),
             )  # fmt: skip
             waits = None
         return number
@@ -327,8 +328,11 @@ class Lowering(Workspace):
             up, down = self._up(ffn, span), self._down(ffn, span)
             how = streaming(span.position, span.end)
             ordered, frees = how["ordered"], how["frees"]
-            b.add(kernel_name("ffn_up", *names), Opcode.FFN_UP, up, layer=i, prepare=ready, ordered=ordered)
-            b.add(kernel_name("ffn_down", layout.down.name, self.tile), Opcode.FFN_DOWN, down, layer=i, frees=frees)
+            kernel = kernel_name("ffn_up", *names)
+            b.add(kernel, Opcode.FFN_UP, up, layer=i, prepare=ready, ordered=ordered, part=self.given.get("up", 0))
+            kernel, part = kernel_name("ffn_down", layout.down.name, self.tile), self.given.get("down", 0)
+            part = part or self.given.get("sums", 0)
+            b.add(kernel, Opcode.FFN_DOWN, down, layer=i, frees=frees, part=part)
 
     def _sparse_ffn(
         self, b: ProgramBuilder, i: int, ffn: SparseFFN, ready: Draft | None, sparse: SparseLowering

@@ -4,15 +4,15 @@ Prompts are cut by tokens (HeteroInfer's activation-centric cut, arXiv 2501.1479
 chunk's first tokens, the CPU unit the rest; since tokens see only those before them, the CPU unit waits once a layer,
 for the GPU unit's keys and values, and the GPU unit never.
 
-Decode is cut by rows of weights (its weight-centric cut): of queries, keys and values, of Gate and Up by neuron
-clusters, of Down and of the head each unit computes some, into one output. Both add up the residual stream for
-themselves; attention and its output matrix are the CPU unit's. Units meet at flags: the CPU unit's lanes wait for the
+Decode is cut by rows of weights (its weight-centric cut): of queries, keys and values, of attention's output matrix, of
+Gate and Up by neuron clusters, of Down and of the head each unit computes some, into one output. Both add up the
+residual stream for themselves; attention is the CPU unit's. Units meet at flags: the CPU unit's lanes wait for the
 GPU's `post` kernels, the GPU's queue waits in `wait` kernels.
 
 How much is whose is in the step's header, and for the GPU unit in over how many groups a kernel runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from coterie.kernels import operands as o
@@ -23,8 +23,9 @@ from coterie.kernels.record import Opcode
 from coterie.scheduler.buffers import Laid
 from coterie.scheduler.lower import Lowering, streaming
 from coterie.scheduler.lower_gpu import GpuLowering
+from coterie.scheduler.placement import DECODE
 from coterie.scheduler.program import NO_LAYER, Draft, Operand, Program, ProgramBuilder, Share
-from coterie.storage.arena import BufferRef, Ledger
+from coterie.storage.arena import BufferRef, Ledger, round_up
 from coterie.storage.unit import UnitBuffers
 from coterie.storage.weights import FFN, Layer
 
@@ -65,46 +66,62 @@ class OtherTokens(Lowering):
 
 @dataclass(frozen=True)
 class Meetings:
-    """Flags of the GPU unit, one a layer: its rows of queries, keys and values, its clusters, its rows of Down; `done`:
-    its logits."""
+    """Flags of the GPU unit, one a layer: its rows of queries, keys and values, of attention's output matrix, its
+    clusters, its rows of Down; `begun`: that it has begun, which takes it longer; `done`: its logits."""
 
     qkv: list[BufferRef]
+    out: list[BufferRef]
     up: list[BufferRef]
     down: list[BufferRef]
+    begun: BufferRef
     done: BufferRef
 
     @classmethod
     def of(cls, ledger: Ledger, layers: int) -> "Meetings":
-        qkv, up, down = (flags(ledger, layers) for _ in range(3))
-        return cls(qkv, up, down, flags(ledger, 1)[0])
+        qkv, out, up, down = (flags(ledger, layers) for _ in range(4))
+        return cls(qkv, out, up, down, *flags(ledger, 2))
 
 
 class CpuRows(Lowering):
-    """The CPU unit's rows of a decode step of one token; `out`, `up`, `down`: its flags, one a layer, behind
-    attention's output, behind its clusters, and behind its rows of Down."""
+    """The CPU unit's rows of a decode step of one token; `attention_done`, `out`, `up`, `down`: its flags, one a layer,
+    behind attention, its rows of the matrix that follows, its clusters, and its rows of Down."""
 
-    given: ClassVar = {"qkv": r.GIVEN_QKV, "up": r.GIVEN_UP, "down": r.GIVEN_DOWN, "head": r.GIVEN_HEAD}
+    given: ClassVar = DECODE
 
     def __init__(self, laid: Laid, *, meetings: Meetings, taken: BufferRef) -> None:
         super().__init__(laid, mode="decode", rows=1, tile=1)
         self.meetings, self.taken = meetings, taken
-        self.out, self.up, self.down = (list[BufferRef]() for _ in range(3))
+        self.attended = replace(self.attended, int_lane=0, float_lane=0)  # one for all, as the other unit reads it too
+        self.attention_done, self.out, self.up, self.down = (list[BufferRef]() for _ in range(4))
 
     def whole(self, name: str) -> Program:
         b = self._head(self._body(self._builder(name)))
-        b.meet(self.meetings.done.offset)
+        b.meet(self.meetings.done.offset, r.GIVEN_HEAD)
         b.add(kernel_name("meet"), Opcode.POST, {})
         return b.build()
 
     def _project(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> list[int]:
         numbers = super()._project(b, i, layer, ready)
-        b.meet(self.meetings.qkv[i].offset)
+        if i == 0:  # a wait of its own, so that it does not count as the product's
+            b.meet(self.meetings.begun.offset)
+            numbers[-2:-1] = [b.add(kernel_name("meet"), Opcode.POST, {}, layer=i, waits=numbers[-2:-1])]
+        b.meet(self.meetings.qkv[i].offset, r.GIVEN_QKV)
         met = b.add(kernel_name("meet"), Opcode.POST, {}, layer=i, waits=numbers[-2:-1])
         return [met, numbers[-1]]
 
+    def _row_wise(
+        self, b: ProgramBuilder, kernel: str, opcode: Opcode, operands: dict[int, Operand], layer: int
+    ) -> Draft | None:
+        if opcode != Opcode.MERGE:
+            return super()._row_wise(b, kernel, opcode, operands, layer)
+        b.add(kernel, opcode, operands, layer=layer)
+        return None
+
     def _mix(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> None:
+        self.attention_done.append(_posted(b))
         super()._mix(b, i, layer, ready)
         self.out.append(_posted(b))
+        b.meet(self.meetings.out[i].offset, r.GIVEN_OUT)
 
     def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN, ready: Draft | None) -> None:
         (span,) = ffn.spans  # all weights are in memory
@@ -112,8 +129,9 @@ class CpuRows(Lowering):
         names = layout.gate.name, layout.up.name, self.spec.activation, self.tile
         ordered = streaming(span.position, span.end)["ordered"]
         b.add(
-            kernel_name("ffn_up", *names), Opcode.FFN_UP, self._up(ffn, span), layer=i, prepare=ready, ordered=ordered
-        )
+            kernel_name("ffn_up", *names), Opcode.FFN_UP, self._up(ffn, span),
+            layer=i, prepare=ready, ordered=ordered, part=r.GIVEN_UP,
+        )  # fmt: skip
         self.up.append(_posted(b))
         hidden, _ = self.hidden.of(layout.down)
         taken: dict[int, Operand] = {
@@ -124,11 +142,12 @@ class CpuRows(Lowering):
             o.HIDDEN_BLOCKS: layout.neurons // COLUMNS,
             o.HIDDEN_FLOAT: int(layout.down.is_float),
         }
-        b.meet(self.meetings.up[i].offset)
+        b.meet(self.meetings.up[i].offset, r.GIVEN_UP)
         b.add(kernel_name("take_hidden"), Opcode.POST, taken, layer=i)
-        b.add(kernel_name("ffn_down", layout.down.name, self.tile), Opcode.FFN_DOWN, self._down(ffn, span), layer=i)
+        kernel = kernel_name("ffn_down", layout.down.name, self.tile)
+        b.add(kernel, Opcode.FFN_DOWN, self._down(ffn, span), layer=i, part=r.GIVEN_DOWN)
         self.down.append(_posted(b))
-        b.meet(self.meetings.down[i].offset)
+        b.meet(self.meetings.down[i].offset, r.GIVEN_DOWN)
 
 
 def _posted(b: ProgramBuilder) -> BufferRef:
@@ -155,6 +174,7 @@ class GpuRows(GpuLowering):
     def _body(self, b: ProgramBuilder) -> ProgramBuilder:
         cpu, meetings, layers = self.cpu, self.meetings, self.weights.layers
         self._embed(b)
+        self._post(b, NO_LAYER, meetings.begun)
         for i, layer in enumerate(layers):
             if i:
                 self._wait(b, i, cpu.down[i - 1])
@@ -164,8 +184,8 @@ class GpuRows(GpuLowering):
             self._norm(b, i, layer.norms["attn_norm"], readers, add=i > 0, post=post)
             self._project(b, i, layer)
             self._post(b, i, meetings.qkv[i])
-            self._wait(b, i, cpu.out[i])
             self.y = cpu.y
+            self._mix(b, i, layer)
             ffn = layer.ffn
             assert isinstance(ffn, FFN)
             readers = {ffn.layout.gate.is_float, ffn.layout.up.is_float}
@@ -183,6 +203,19 @@ class GpuRows(GpuLowering):
             self._matmul(b, i, matrix, x, self.qkv, before * ROWS)
             self.shares[len(b.drafts) - 1] = Share(r.GIVEN_QKV, before, groups, 1)
             before += matrix.rows // ROWS
+
+    def _mix(self, b: ProgramBuilder, i: int, layer: Layer) -> None:
+        """What attention, which is the CPU unit's, leaves, and our rows of the matrix behind it."""
+        matrix, blocks = layer.output, round_up(self.spec.n_heads * self.spec.head_dim, COLUMNS) // COLUMNS
+        floats = matrix.format.is_float
+        x = self.attended if floats else self.attended_rounded
+        source, _ = self.cpu.attended.of(matrix.format)
+        self._wait(b, i, self.cpu.attention_done[i])
+        self._add(b, "take", Opcode.POST, i, blocks=blocks, source=source, out=x, rounded=int(not floats))
+        self._matmul(b, i, matrix, x, self.y, 0)
+        self.shares[len(b.drafts) - 1] = Share(r.GIVEN_OUT, 0, matrix.run.items, 1)
+        self._post(b, i, self.meetings.out[i])
+        self._wait(b, i, self.cpu.out[i])
 
     def _hidden_ready(self, b: ProgramBuilder, i: int, ffn: FFN) -> None:
         """Between Up and Down: the CPU unit gets our clusters, and we take its."""

@@ -27,7 +27,7 @@ from coterie.storage.arena import BufferRef
 from coterie.storage.weights import FFN, Layer
 
 GROUPED = {"qkv": "matmul", "out": "matmul", "ffn": "ffn"}  # kinds of graphs whose cuts move together
-SHARES = {"matmul": (r.GIVEN_QKV, r.GIVEN_OUT), "ffn": (r.GIVEN_UP,)}  # header words that say how much is given
+SHARES = {"matmul": (r.GIVEN_QKV, r.GIVEN_OUT), "ffn": (r.GIVEN_UP,)}  # header words of what is cut alike
 
 
 class NpuLowering(Lowering):
@@ -79,7 +79,7 @@ class NpuLowering(Lowering):
         rows = sum(matrix.rows for matrix in layer.projections)
         flag = self._graph(b, i, "qkv", (rows // ROWS, ROWS, rows), self.normed_rows, self.qkv)
         numbers = super()._project(b, i, layer, ready)
-        b.meet(flag)
+        b.meet(flag, r.GIVEN_QKV)
         met = b.add(kernel_name("meet"), Opcode.POST, {}, layer=i, waits=numbers[-2:-1])
         return [met, numbers[-1]]
 
@@ -87,13 +87,13 @@ class NpuLowering(Lowering):
         parts = layer.output.run.items, ROWS, layer.output.rows
         flag = self._graph(b, i, "out", parts, self.attention, self.y)
         super()._mix(b, i, layer, ready)
-        b.meet(flag)
+        b.meet(flag, r.GIVEN_OUT)
 
     def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN, ready: Draft | None) -> None:
         layout = ffn.layout
         flag = self._graph(b, i, "ffn", (layout.clusters, layout.neurons, layout.ffn_dim), self.normed_rows, self.sums)
         super()._ffn(b, i, ffn, ready)
-        b.meet(flag)
+        b.meet(flag, r.GIVEN_UP)
 
 
 def pieces(words: NDArray[np.int64], cut: Given) -> list[tuple[int, int]]:

@@ -119,7 +119,7 @@ class Reader:
         return PINNED, PINNED
 
     def _instruction(self, row: list[int], kernel: str, rows: Rows) -> Instruction:
-        layer = row[r.OPCODE] >> 16
+        layer = row[r.OPCODE] >> 16 & 0xFFFF
         made = self._kinds[row[r.OPCODE] & 0xFFFF](row, kernel, rows)
         return made if layer == NO_LAYER else replace(made, layer=layer)
 

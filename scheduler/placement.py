@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coterie.errors import UsageError
+from coterie.kernels.record import PRODUCTS
 from coterie.scheduler.balance import Given
 
 UNITS = ("cpu", "gpu", "npu")
@@ -23,9 +24,10 @@ ROLES = {  # of the units asked for: who computes prompts, and who decodes
 
 
 SPLITS = ("layer", "tensor")
+DECODE = dict(zip(("qkv", "out", "up", "down", "head"), PRODUCTS, strict=True))  # kinds of cuts, and their header words
 PARTS = 8  # equal parts of a product, of which an NPU takes some
 KINDS = "matmul", "ffn"  # of products that are cut alike
-SIXTEENTHS = 16  # of a chunk's tokens, or of a product's rows, of which a GPU takes some
+GPU_PARTS = 32  # of a chunk's tokens, or of a product's rows, of which a GPU takes some
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Placement:
 
     split  "layer": an operator is one unit's; "tensor": the CPU unit computes a part of other units' products
     cuts   between the CPU unit and another one: of prompts' products with the NPU ("matmul", "ffn"), of prompts'
-           chunks by tokens ("tokens") and of decode's products by rows ("rows") with the GPU
+           chunks by tokens ("tokens") and of decode's products by rows (DECODE) with the GPU
     kept   cores, the last ones, that the CPU unit leaves to units which compute on cores
     fast   units in one step meet by flags alone; else by their runtimes' own calls
     """
@@ -61,9 +63,9 @@ class Placement:
         if prefill == "npu":
             cuts = dict.fromkeys(KINDS, Given.around(PARTS // 2, PARTS) if split == "tensor" else Given.whole())
         if split == "tensor":
-            half = Given(SIXTEENTHS // 2, SIXTEENTHS, tuple(range(1, SIXTEENTHS + 1)))
+            half = Given(GPU_PARTS // 2, GPU_PARTS, tuple(range(1, GPU_PARTS + 1)))
             cuts |= {"tokens": half} if prefill == "gpu" else {}
-            cuts |= {"rows": half} if "gpu" in units else {}
+            cuts |= dict.fromkeys(DECODE, half) if "gpu" in units else {}
         return cls(prefill, decode, lengths, split, cuts, kept)
 
     def own_cores(self) -> tuple[int, ...]:
@@ -72,12 +74,17 @@ class Placement:
 
     @property
     def exact(self) -> bool:
-        """Whether only units of the class `exact` compute."""
-        return self.prefill == self.decode == "cpu"
+        """Whether the CPU unit computes everything."""
+        return self.prefill == self.decode == "cpu" and not self.shares_decode
 
     @property
     def gpu(self) -> bool:
-        return "gpu" in (self.prefill, self.decode) or "rows" in self.cuts
+        return "gpu" in (self.prefill, self.decode) or self.shares_decode
+
+    @property
+    def shares_decode(self) -> bool:
+        """Whether CPU and GPU unit may decode a token together."""
+        return not DECODE.keys().isdisjoint(self.cuts)
 
     def first_tokens(self, tokens: int, parts: int) -> int:
         """How many of a chunk's tokens, the first ones, are the GPU unit's, when it computes so many parts of chunks: a

@@ -11,17 +11,17 @@ from typing import Any
 from coterie.errors import CoterieError, PlanError
 from coterie.scheduler.balance import Given
 from coterie.scheduler.layout import BATCH
-from coterie.scheduler.placement import PARTS, SIXTEENTHS, SPLITS, UNITS, Placement, check_units
+from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, SPLITS, UNITS, Placement, check_units
 from coterie.scheduler.plan import MAX_LANES, VERSION, Plan, Wishes
 from coterie.scheduler.tables import Table, printable, shown
 from coterie.sizes import MOST
 
 MOST_PARTS = 1 << 10  # of a cut
 MOST_LENGTHS = 8  # of graphs: each is another copy of all weights
-MOST_POINTS = 16  # to which a cut may move: each is another graph a layer
+MOST_POINTS = 32  # to which a cut may move: each is another graph a layer
 PHASES = "prefill", "decode"
-KINDS = {"prefill": ("matmul", "ffn", "tokens"), "decode": ("rows",)}  # of cuts with the CPU unit
-OTHER = {"matmul": "npu", "ffn": "npu", "tokens": "gpu", "rows": "gpu"}  # unit of a cut
+KINDS = {"prefill": ("matmul", "ffn", "tokens"), "decode": tuple(DECODE)}  # of cuts with the CPU unit
+OTHER = {"matmul": "npu", "ffn": "npu", "tokens": "gpu", **dict.fromkeys(DECODE, "gpu")}  # unit of a cut
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _cut(table: Table, unit: str) -> Given:
     """A cut of which `unit` computes the first parts, and the CPU unit the rest."""
     pieces = table.tables("pieces", MOST_POINTS)
     if not table.has("of") and pieces[0].has("share"):
-        of = SIXTEENTHS if unit == "gpu" else PARTS
+        of = GPU_PARTS if unit == "gpu" else PARTS
         ends = list(_shares(table, pieces, unit, of))
     else:
         of = table.whole("of", 1, MOST_PARTS)

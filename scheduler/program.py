@@ -84,6 +84,8 @@ class Draft:
     claim: int = 0
     done: int = 0
     foreign: tuple[int, ...] = ()
+    part: int = 0
+    rest: int = 0
     prepare: "Draft | None" = None
 
 
@@ -98,10 +100,12 @@ class ProgramBuilder:
     outputs: bool = False
     drafts: list[Draft] = field(default_factory=list)
     _met: tuple[int, ...] = ()
+    _rest: int = 0
 
-    def meet(self, flag: int) -> None:
-        """Have the next instruction wait for a flag of another unit's program, at that arena offset."""
-        self._met = (flag,)
+    def meet(self, flag: int, rest: int = 0) -> None:
+        """Have the next instruction wait for a flag of another unit's program, at that arena offset; `rest`: the header
+        word of the product whose other part that is."""
+        self._met, self._rest = (flag,), rest
 
     def add(
         self,
@@ -114,14 +118,19 @@ class ProgramBuilder:
         prepare: Draft | None = None,
         frees: int = 0,
         ordered: bool = False,
+        part: int = 0,
     ) -> int:
         """Append an instruction; returns its number, for others to wait for. `frees`: the tape position below which
-        nothing is needed once it is finished; `ordered`: its pieces are taken strictly in order."""
+        nothing is needed once it is finished; `ordered`: its pieces are taken strictly in order; `part`: the header
+        word of the product that units share, of which it computes a part."""
         if waits is None:
             waits = [len(self.drafts) - 1] if self.drafts else []
-        foreign, self._met = self._met, ()
+        foreign, self._met, rest, self._rest = self._met, (), self._rest, 0
         assert len(waits) + len(foreign) <= r.WAITS
-        draft = Draft(kernel, opcode, layer, operands, waits, True, frees, ordered, foreign=foreign, prepare=prepare)
+        draft = Draft(
+            kernel, opcode, layer, operands, waits, True, frees, ordered,
+            foreign=foreign, part=part, rest=rest, prepare=prepare,
+        )  # fmt: skip
         draft.flag = self.arena.allocate("flags", r.LINE).offset
         draft.claim = self.arena.allocate("flags", r.LINE * self.lanes).offset
         draft.done = self.arena.allocate("flags", r.LINE).offset
@@ -156,7 +165,7 @@ class ProgramBuilder:
         relocate = np.zeros(words.shape, np.bool_)
         for i, draft in enumerate(everything):
             row, moves = words[i], relocate[i]
-            row[r.OPCODE] = draft.opcode | draft.layer << 16
+            row[r.OPCODE] = draft.opcode | draft.layer << 16 | _number(draft.part) << 32 | _number(draft.rest) << 40
             row[r.FREES], row[r.ORDERED] = draft.frees, draft.ordered
             places = {r.ERROR: self.error.offset, r.DONE: draft.done}
             if draft.shared:
@@ -176,3 +185,8 @@ class ProgramBuilder:
                     row[index] = operand
         kernels = [d.kernel for d in everything]
         return Program(self.name, words, relocate, kernels, len(self.drafts), self.drafts[-1].flag, self.outputs)
+
+
+def _number(word: int) -> int:
+    """What a record says of a product that units share (record.OPCODE)."""
+    return word and r.PRODUCTS.index(word) + 1

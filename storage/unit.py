@@ -16,8 +16,8 @@ ENDED = 2  # word of a lane's line: 1 when its thread has ended
 @dataclass(frozen=True)
 class UnitBuffers:
     """`header`, `steps`: the step header, each lane's copy, and one for who publishes, int64; `control`: int64[3 +
-    lanes][8]; `counts`: a line a lane (record.LINE_...); `rows`: what steps are told of their rows, by header word;
-    `rings`: uint8[lanes][bytes] or None; `pulses`: int64[ACTORS][2][8], of actors that are other processes."""
+    lanes][8]; `counts`: int64[lanes][words] (record.LINE_...); `rows`: what steps are told of their rows, by header
+    word; `rings`: uint8[lanes][bytes] or None; `pulses`: int64[ACTORS][2][8], of actors that are other processes."""
 
     header: BufferRef
     steps: BufferRef
@@ -49,7 +49,7 @@ def lay_out_unit(ledger: Ledger, lanes: int, rows: int, *, tracing: bool) -> Uni
         steps=ledger.allocate("state", (lanes + 1, r.HEADER_WORDS), np.int64),
         control=ledger.allocate("state", (CONTROL_LINES + lanes, r.LINE // 8), np.int64),
         nap=ledger.allocate("state", 2, np.int64),
-        counts=ledger.allocate("state", (lanes, r.LINE // 8), np.int64),
+        counts=ledger.allocate("state", (lanes, r.COUNTS_BYTES // 8), np.int64),
         rows={word: ledger.allocate("state", rows, kind) for word, kind in kinds.items()},
         rings=ledger.allocate("trace", (lanes, ring)) if tracing else None,
         pulses=ledger.allocate("state", (ACTORS, 2, r.LINE // 8), np.int64),

@@ -60,7 +60,9 @@ class PlainGraphs:
                 for first, last in pieces(row, self.cuts[GROUPED[kind]]):
                     width = y.shape[1] if kind == "ffn" else last - first
                     out = y if kind == "ffn" and not graphs else np.zeros((int(rows), width), np.float32)
-                    graphs.append(PlainGraph(block(self.model, kind, int(row[OPCODE]) >> 16, first, last), x, out))
+                    graphs.append(
+                        PlainGraph(block(self.model, kind, int(row[OPCODE]) >> 16 & 0xFFFF, first, last), x, out)
+                    )
                     outputs.append(out)
                     firsts.append(first)
                 made.append(Product(graphs, outputs, y, None if kind == "ffn" else firsts))

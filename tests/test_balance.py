@@ -71,7 +71,7 @@ def test_waits_tell_how_long_a_unit_took_that_nobody_sees(other: float, cpu: flo
     for _ in range(60):
         parts = balance.parts["ffn"]
         computed = cpu * (ANY.of - parts)
-        balance.observe_waits("ffn", computed, max(0.0, other * parts - computed))
+        balance.observe_waits({"ffn": (computed, max(0.0, other * parts - computed))})
     if 0 < balance.parts["ffn"] < ANY.of:
         assert taken(balance, other, cpu) <= best(ANY, other, cpu) + 1.01 * max(other, cpu)  # a part more or less
 

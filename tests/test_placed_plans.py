@@ -62,7 +62,7 @@ def decisions(draw: st.DrawFn) -> Decisions:
     if prefill == "npu":
         found = draw(st.sets(st.integers(1, chunk // 8), min_size=1, max_size=4))
         lengths = tuple(sorted(8 * length for length in found))
-    shared = [kind for kind in KINDS["prefill"] if OTHER[kind] == prefill] + ["rows"] * ("gpu" in units)
+    shared = [kind for kind in KINDS["prefill"] if OTHER[kind] == prefill] + [*KINDS["decode"]] * ("gpu" in units)
     given = {kind: Given.whole() for kind in shared if OTHER[kind] == "npu"}
     if split == "tensor":
         given |= {kind: draw(cuts()) for kind in shared}

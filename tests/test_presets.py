@@ -23,6 +23,7 @@ from coterie.errors import CoterieError, PlanError, UnitError, UsageError
 from coterie.opening import open_model, open_to_run, plan_identity, preset_wishes
 from coterie.presence import lacking
 from coterie.scheduler.balance import Given
+from coterie.scheduler.placement import DECODE
 from coterie.scheduler.plan import Wishes
 from coterie.scheduler.plan_file import format_plan, read_plan
 from coterie.scheduler.plan_schema import Decisions
@@ -63,7 +64,9 @@ def test_presets_are_what_the_papers_do(dense: Path, sparse: Path, there: set[st
     assert hetero.units == ("cpu", "gpu", "npu")
     assert hetero.placement is not None
     assert hetero.placement.decode == "gpu"
-    assert hetero.placement.cuts == {"matmul": HALF, "ffn": HALF, "rows": Given(12, 16, tuple(range(1, 17)))}
+    assert hetero.placement.cuts == {"matmul": HALF, "ffn": HALF} | dict.fromkeys(
+        DECODE, Given(24, 32, tuple(range(1, 33)))
+    )
     assert preset_wishes(sparse, "powerinfer2", asked).units == ("cpu",)
 
 
@@ -115,7 +118,7 @@ unit = "npu"
 lengths = [64]
 cuts.ffn.pieces = [{unit = "npu", share = 0.3}, {unit = "cpu", share = 0.7}]
 """
-OWN = f'version = 5\nabout = "mine"\n{WAY}'
+OWN = f'version = 6\nabout = "mine"\n{WAY}'
 
 
 def test_a_preset_may_be_one_s_own(dense: Path, there: set[str], tmp_path: Path) -> None:
@@ -132,7 +135,7 @@ def test_a_preset_may_be_one_s_own(dense: Path, there: set[str], tmp_path: Path)
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("version = 5", "version = 4", "preset version 4"),
+        ("version = 6", "version = 5", "preset version 5"),
         ("share = 0.7", "share = 0.6", r"ways\[0\].prefill.cuts.ffn.pieces have shares that add up to 0.9"),
         ("share = 0.7", "share = nan", "share is nan"),
         ("share = 0.7", "first = 4, last = 8", r"share is missing"),

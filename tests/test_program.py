@@ -256,7 +256,7 @@ def test_records_are_relocated_to_where_the_arena_is() -> None:
         assert here[1, r.WAIT] == here[0, r.SET] != 0
         assert here[0, r.WAIT] == here[0, r.WAIT + 1] == here[0, r.PREPARE] == 0
         assert here[1, r.PREPARE] == (1 << 30) + 4096 + 2 * r.RECORD_BYTES
-        assert (here[1, r.OPCODE] & 0xFFFF, here[1, r.OPCODE] >> 16) == (Opcode.FFN_UP, 7)
+        assert (here[1, r.OPCODE] & 0xFFFF, here[1, r.OPCODE] >> 16 & 0xFFFF) == (Opcode.FFN_UP, 7)
         moved = (there - here != 0) & (np.arange(r.WORDS) != r.PREPARE)
         np.testing.assert_array_equal(moved, program.relocate)
         assert program.nbytes % r.LINE == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from exact_models import CASES
 from gpu_bench import GpuBench
+from packed_models import pack
 from plain_graphs import PlainGraphs
 from reference import Floats, same_bits
 from tiny_models import write_tiny
@@ -19,8 +20,9 @@ from coterie.actors.opencl import OpenCLDevice
 from coterie.divergence import divergences
 from coterie.engine import Engine
 from coterie.errors import UnitError, UsageError
+from coterie.kernels.record import LINE_PART, LINE_REST, PRODUCTS, WHOLE
 from coterie.opening import open_model
-from coterie.scheduler.placement import PARTS, SIXTEENTHS, Placement
+from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, Placement
 from coterie.scheduler.plan import Wishes
 from coterie.storage.kv import Sequence
 
@@ -54,9 +56,10 @@ def logits(engine: Engine, lengths: tuple[int, ...] = (5, 33, 150)) -> Floats:
     return np.concatenate(found)
 
 
-def cuts(engine: Engine, **parts: int) -> None:
-    """Have an engine's cuts stay where they are put."""
+def cuts(engine: Engine, rows: int | None = None, **parts: int) -> None:
+    """Have an engine's cuts stay where they are put; `rows`: of all of decode's products."""
     assert engine.others is not None
+    parts |= {} if rows is None else dict.fromkeys(DECODE, rows)
     assert engine.others.balance is not None
     engine.others.adapts = False
     engine.others.balance.parts |= parts
@@ -104,7 +107,7 @@ def test_every_cut_between_cpu_and_gpu_has_the_cpu_units_bits(name: str, tmp_pat
         assert both.plan.numerics == "exact"
         lengths = (40, 90)
         wanted = logits(alone, lengths)
-        for parts in (0, 1, 8, 13, SIXTEENTHS) if name in SOME else (5,):
+        for parts in (0, 1, 16, 27, GPU_PARTS) if name in SOME else (5,):
             cuts(both, tokens=parts, rows=parts)
             assert same_bits(wanted, logits(both, lengths)), parts
         assert not both.supervisor.losses
@@ -126,6 +129,47 @@ def test_so_it_has_in_other_ways_to_run(name: str, how: str, tmp_path: Path, mon
 
 
 @needs_gpu
+def test_a_packed_model_in_memory_is_shared_as_any_other(tmp_path: Path) -> None:
+    path = pack(write_tiny(tmp_path / "tiny.gguf", window=24, **CASES["gemma3 Q6_K"]))
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu")) as both:
+        cuts(both, tokens=9, rows=11)
+        assert same_bits(logits(alone, (40, 90)), logits(both, (40, 90)))
+        assert both.unit._header[list(PRODUCTS)].tolist() == [WHOLE * 11 // GPU_PARTS] * len(PRODUCTS)
+        assert not both.supervisor.losses
+
+
+@needs_gpu
+def test_a_gpu_may_take_part_in_decode_only(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", window=24, **CASES["llama Q4_0"])
+    placed = replace(Placement.of(("cpu", "gpu"), 64, "tensor"), prefill="cpu", decode="cpu")
+    placed = replace(placed, cuts={"up": placed.cuts["up"], "head": placed.cuts["head"]})
+    wanted = Wishes(threads=2, context=512, chunk=64, units=("cpu", "gpu"), split="tensor", placement=placed)
+    with closing(engine(path)) as alone, closing(Engine(open_model(path), wanted)) as both:
+        assert same_bits(logits(alone), logits(both))
+        assert both.others is not None
+        (gpu,) = both.others.describe()
+        assert set(gpu["parts"]) == {"up", "head"}
+        assert (both.unit.seconds()[LINE_PART:LINE_REST] > 0).all()
+
+
+@needs_gpu
+def test_a_unit_that_was_given_nothing_is_tried_again(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", window=24, **CASES["llama Q4_0"])
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu")) as both:
+        wanted = logits(alone, (5,))
+        assert both.others is not None
+        assert both.others.balance is not None
+        for kind in DECODE:
+            both.others.balance.parts[kind] = 1
+            both.others.balance.observe({kind: (0.1, 0.1)})
+        assert not both.others.shares_decode
+        for _ in range(80):
+            assert same_bits(wanted, logits(both, (5,)))
+        assert both.others.gpu is not None
+        assert {move.kind for move in both.others.balance.moves if move.before == 0} == set(DECODE)
+
+
+@needs_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_work_groups_and_parts_of_products_are_the_same_numbers(name: str, tmp_path: Path) -> None:
     """Else the GPU unit would write into the CPU unit's part, which is the same bits but where two planes are added."""
@@ -134,7 +178,7 @@ def test_work_groups_and_parts_of_products_are_the_same_numbers(name: str, tmp_p
         assert both.others is not None
         assert both.others.gpu is not None
         program, loaded = both.others.gpu._programs["decode+gpu"]
-        assert {share.word for share in program.shares.values()} == set(others.ROWS)
+        assert {share.word for share in program.shares.values()} == set(PRODUCTS)
         for record, share in program.shares.items():
             following = program.shares.get(record + 1)
             more = following is not None and following.word == share.word and following.before > share.before
@@ -236,12 +280,12 @@ def test_prompts_cut_with_one_unit_and_decode_with_another(tmp_path: Path, monke
     path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="F32")
     with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu", "npu")) as all_three:
         wanted = logits(alone)
-        for rows in (0, 9, SIXTEENTHS):
+        for rows in (0, 9, GPU_PARTS):
             cuts(all_three, matmul=4, ffn=5, rows=rows)
             assert divergences(wanted, logits(all_three)).max() < NEAR, rows
         assert all_three.others is not None
         gpu, npu = all_three.others.describe()
-        assert gpu["parts"] == {"rows": [SIXTEENTHS, SIXTEENTHS]}
+        assert gpu["parts"] == {kind: [GPU_PARTS, GPU_PARTS] for kind in DECODE}
         assert npu["parts"] == {"matmul": [4, PARTS], "ffn": [5, PARTS]}
         cuts(all_three, rows=0)
         assert not all_three.others.on_gpu("decode")  # but the CPU unit's alone
@@ -261,7 +305,7 @@ def test_a_split_needs_two_units() -> None:
 def test_a_gpus_tokens_are_whole_tiles(chunk: int) -> None:
     placement = Placement.of(("cpu", "gpu"), chunk, "tensor")
     for tokens in range(1, chunk + 1):
-        for parts in range(SIXTEENTHS + 1):
+        for parts in range(GPU_PARTS + 1):
             first = placement.first_tokens(tokens, parts)
             assert first % 8 == 0 or first == tokens
             assert 0 <= first <= tokens

@@ -11,23 +11,25 @@ from coterie.actors.gpus import open_device
 from coterie.actors.unit import Rows
 from coterie.errors import UnitError
 from coterie.graphs import Graphs
-from coterie.kernels.record import GIVEN_DOWN, GIVEN_HEAD, GIVEN_QKV, GIVEN_UP, WHOLE, Opcode
+from coterie.kernels.record import LINE_PART, LINE_POLLED, LINE_REST, LINE_SLEPT, PRODUCTS, WHOLE, Opcode
 from coterie.scheduler.balance import Balance, Given
 from coterie.scheduler.layout import WITH_GPU, ModelLayout, Units
 from coterie.scheduler.lower_npu import SHARES
-from coterie.scheduler.placement import CPU_ONLY, Placement
+from coterie.scheduler.placement import CPU_ONLY, DECODE, Placement
 
 if TYPE_CHECKING:
     from coterie.models.load import Model
 
 Progress = Callable[..., None]
-ROWS = (GIVEN_QKV, GIVEN_UP, GIVEN_DOWN, GIVEN_HEAD)  # header words of decode's products
 OPCODES = {"matmul": int(Opcode.MATMUL), "ffn": int(Opcode.FFN)}  # of graphs
+
+
+WORDS = SHARES | {kind: (word,) for kind, word in DECODE.items()}  # header words of kinds of products
 
 
 def shares(parts: Mapping[str, int], cuts: Mapping[str, Given]) -> dict[int, int]:
     """What a step's header says of cuts."""
-    return {word: WHOLE * parts[kind] // cuts[kind].of for kind in SHARES for word in SHARES[kind]}
+    return {word: WHOLE * count // cuts[kind].of for kind, count in parts.items() for word in WORDS[kind]}
 
 
 class OtherUnits:
@@ -86,7 +88,7 @@ class OtherUnits:
     def on_gpu(self, name: str) -> bool:
         """Whether steps of that program are the GPU unit's now."""
         placement = self.placement
-        if name == "decode" and "rows" in placement.cuts:  # else both decode, or the CPU unit alone
+        if name == "decode" and placement.shares_decode:  # else both decode, or the CPU unit alone
             return False
         if name in ("decode", "batch"):
             return placement.decode == "gpu"
@@ -110,37 +112,48 @@ class OtherUnits:
         return self._first
 
     @property
-    def cuts_rows(self) -> bool:
-        """Whether CPU and GPU unit decode a token together."""
-        return self.parts.get("rows", 0) > 0
+    def shares_decode(self) -> bool:
+        """Whether CPU and GPU unit decode the next token together."""
+        parts = self.parts
+        return any(parts.get(kind, 0) for kind in DECODE)
 
     def run_on_gpu(self, name: str, rows: Rows) -> None:
         """See GpuUnit.run."""
         assert self.gpu is not None
         assert self._layout is not None
+        self._alone_in(name)
         self.gpu.run(name, rows, [self._layout.shared.logits])
+
+    def _alone_in(self, name: str) -> None:
+        """One unit computes a step of that program alone, which two might: the other's chance comes in time."""
+        if self.balance is not None and self.adapts:
+            self.balance.rest(DECODE if name == "decode" else ("tokens",) if name == "prefill" else ())
 
     @contextmanager
     def gpu_beside(self, name: str, rows: Rows) -> Iterator[dict[int, int]]:
         """While the CPU unit runs its part of a step, the GPU unit runs its own, of these rows; how much of products is
         given to it, by header word. Raises UnitLost."""
         assert self.gpu is not None
-        kind = "rows" if name.startswith("decode") else "tokens"
-        epoch, share = max(self._cpu.next_epoch, self.gpu.next_epoch), self.parts[kind]
-        words = dict.fromkeys(ROWS, WHOLE * share // self.placement.cuts[kind].of)
-        self._cpu.skip_to(epoch)
-        waited, computed = self._cpu.waited_seconds(), sum(self._cpu.product_seconds().values())
-        started = time.perf_counter()
-        with self.gpu.beside(name, rows, epoch, words, self._cpu.abort_address):
+        cpu, cuts = self._cpu, self.placement.cuts
+        parts = {kind: count for kind, count in self.parts.items() if kind in DECODE}
+        rest = WHOLE if self.placement.decode == "gpu" else 0  # of products that are not cut
+        words = dict.fromkeys(PRODUCTS, rest) | shares(parts, cuts)
+        epoch = max(cpu.next_epoch, self.gpu.next_epoch)
+        cpu.skip_to(epoch)
+        before, started = cpu.seconds(), time.perf_counter()
+        with self.gpu.beside(name, rows, epoch, words, cpu.abort_address):
             yield words
             ours = time.perf_counter() - started
         late = time.perf_counter() - started - ours  # that the GPU unit ended behind us
-        waited = self._cpu.waited_seconds() - waited
         if self.balance is None or not self.adapts:
             return
-        if kind == "rows":  # of which waits and products are all that depends on the cut
-            ours = sum(self._cpu.product_seconds().values()) - computed + waited
-        self.balance.observe_waits(kind, ours - waited, waited + late)
+        took = (cpu.seconds() - before).tolist()
+        if name.startswith("decode"):
+            both = zip(took[LINE_PART:LINE_REST], took[LINE_REST:], strict=True)
+            self.balance.observe_waits({k: times for k, times in zip(DECODE, both, strict=True) if k in parts})
+        else:
+            waited = took[LINE_SLEPT] + took[LINE_POLLED]
+            self.balance.observe_waits({"tokens": (ours - waited, waited + late)})
 
     @contextmanager
     def beside(self, name: str) -> Iterator[dict[int, int]]:
@@ -150,21 +163,25 @@ class OtherUnits:
             self.gpu.settle()  # after an interrupt its queue may still be at KV blocks
         program = self._layout.npu.get(name) if self._layout else None
         if program is None or self.graphs is None:
+            self._alone_in(name)
             yield {}
         else:
             parts = {kind: self.parts[kind] for kind in SHARES}
-            before = self._cpu.product_seconds()
+            before = self._cpu.seconds()
             pieces = {OPCODES[kind]: self.placement.cuts[kind].pieces_of(count) for kind, count in parts.items()}
             with self.graphs.unit.beside(program.name, self._cpu.next_epoch, pieces):
                 yield shares(parts, self.placement.cuts)
             if self.balance is not None and self.adapts:
-                after, busy = self._cpu.product_seconds(), self.graphs.unit.busy_seconds()
-                self.balance.observe({kind: (busy[OPCODES[kind]], after[kind] - before[kind]) for kind in parts})
+                took = dict(zip(PRODUCTS, (self._cpu.seconds() - before)[LINE_PART:LINE_REST].tolist(), strict=True))
+                busy = self.graphs.unit.busy_seconds()
+                self.balance.observe(
+                    {kind: (busy[OPCODES[kind]], sum(took[w] for w in SHARES[kind])) for kind in parts}
+                )
 
-    def check(self) -> None:
-        """While the CPU unit waits. Raises UnitLost where a unit that it may be waiting for does not answer."""
+    def watch(self) -> None:
+        """While the CPU unit runs. Raises UnitLost where a unit that it may be waiting for does not answer."""
         if self.gpu is not None and self.placement.gpu:
-            self.gpu.check()
+            self.gpu.watch()
 
     @property
     def parts(self) -> dict[str, int]:
@@ -191,7 +208,7 @@ class OtherUnits:
         """What they are, with what they have built so far, and their parts of products as cuts are now."""
         cuts, parts = self.placement.cuts, self.parts
         found = []
-        for unit, kinds in ((self.gpu, ("tokens", "rows")), (self.graphs, tuple(SHARES))):
+        for unit, kinds in ((self.gpu, ("tokens", *DECODE)), (self.graphs, tuple(SHARES))):
             if unit is not None:
                 given = {kind: [parts[kind], cuts[kind].of] for kind in kinds if kind in parts}
                 found.append(unit.describe() | ({"parts": given} if given else {}))

@@ -34,6 +34,10 @@ def parts_of(rows: Rows, first: int) -> tuple[Rows, Rows]:
     return Rows(rows.ids[first:], positions[first:], tables[first:], wanted[wanted >= first] - first), theirs
 
 
+def _nothing() -> None:
+    """There is nobody to watch."""
+
+
 class Stepping:
     """What an engine is made of, as far as steps need it."""
 
@@ -73,7 +77,7 @@ class Stepping:
         """A step, on whichever units it is placed."""
         if self.others is None:
             self._on_cpu(name, rows, more)
-        elif name.endswith(WITH_GPU) or (name == "decode" and self.others.cuts_rows):
+        elif name.endswith(WITH_GPU) or (name == "decode" and self.others.shares_decode):
             self._on_both(self.others, name.removesuffix(WITH_GPU), rows, more)
         elif self.others.on_gpu(name):
             self.others.run_on_gpu(name, rows)
@@ -100,12 +104,13 @@ class Stepping:
         self.ready(name)
         program, stream, meter = self.layout.programs[name], self.stream, self.meter
         ids = np.asarray(rows.ids, np.int64)
+        watch_others = _nothing if self.others is None else self.others.watch
         if stream is None or meter is None:
-            others = (lambda: None) if self.others is None else self.others.check
-            self.unit.run(name, *rows, self._places(name, ids), watch=others, given=given)
+            self.unit.run(name, *rows, self._places(name, ids), watch=watch_others, given=given)
             return
 
         def watch() -> None:
+            watch_others()
             stream.watch()
             if self._ceiling.pressing and not name.startswith("head"):
                 raise Yield
@@ -116,7 +121,7 @@ class Stepping:
         meter.start()
         try:
             tape = stream.begin(program, again=more)
-            self.unit.run(name, *rows, self._places(name, ids), tape, watch)
+            self.unit.run(name, *rows, self._places(name, ids), tape, watch, given)
         except Yield:
             stream.lose()
             raise

@@ -14,15 +14,16 @@ from coterie.kernels.compiler import kernel
 from coterie.kernels.record import (
     ABORT,
     COUNTS,
+    COUNTS_BYTES,
     EPOCH,
     EVENT,
     FOREIGN,
     HEADER_WORDS,
     KERNEL,
     LINE,
-    LINE_FFN,
-    LINE_MATMUL,
+    LINE_PART,
     LINE_PROGRESS,
+    LINE_REST,
     NAP,
     NEVER,
     OPCODE,
@@ -36,14 +37,12 @@ from coterie.kernels.record import (
     TRACE,
     TRACE_STRIDE,
     WAIT,
-    Opcode,
 )
 from coterie.kernels.sync import await_unit, give_way, post, reached, sleep_on, tally, wait_flag, word
 from coterie.kernels.vector import i64_at, set_i32, set_i64
 
 EVENT_BYTES = EVENT.itemsize
 ABANDONED = -1
-MATMUL, FFN_UP, FFN_DOWN = int(Opcode.MATMUL), int(Opcode.FFN_UP), int(Opcode.FFN_DOWN)
 FOREVER = np.int64(0x7FFFFFFFFFFFFFFF)
 # Fields of an event are written by their offsets.
 assert EVENT.fields is not None
@@ -81,17 +80,21 @@ def run_program(step, lane, first, deadline):
     """
     count, abort = word(step, RECORDS), word(step, ABORT)
     spin, nap = word(step, SPIN), word(step, NAP)
-    tracing, counts = word(step, TRACE) != 0, word(step, COUNTS) + lane * LINE
+    tracing, counts = word(step, TRACE) != 0, word(step, COUNTS) + lane * COUNTS_BYTES
     for number in range(first, count):
         instruction = word(step, PROGRAM) + number * RECORD_BYTES
+        part, rest = (word(instruction, OPCODE) >> 32) & 0xFF, (word(instruction, OPCODE) >> 40) & 0xFF
         waiting = cycles()
         if waiting > deadline:
             return number
         for flag in range(WAIT, WAIT + 2):
             awaited = word(instruction, flag)
             if awaited & FOREIGN:
+                met = cycles()
                 if not await_unit(awaited - FOREIGN, word(step, EPOCH), abort, word(step, RATE), counts, FOREVER):
                     return ABANDONED
+                if rest != 0:
+                    tally(step, lane, LINE_REST + rest - 1, cycles() - met)
             elif awaited != 0 and not wait_flag(awaited, word(step, EPOCH), spin, abort, nap):
                 return ABANDONED
         if i64_at(abort) != 0:
@@ -101,11 +104,8 @@ def run_program(step, lane, first, deadline):
         tally(step, lane, LINE_PROGRESS, 1)
         pieces = call_kernel(word(instruction, KERNEL), instruction, step, lane)
         tally(step, lane, LINE_PROGRESS, 1)
-        opcode = word(instruction, OPCODE) & 0xFFFF
-        if opcode == MATMUL:
-            tally(step, lane, LINE_MATMUL, cycles() - start)
-        elif opcode in (FFN_UP, FFN_DOWN):
-            tally(step, lane, LINE_FFN, cycles() - start)
+        if part != 0:
+            tally(step, lane, LINE_PART + part - 1, cycles() - start)
         if tracing and pieces > 0:
             record_event(step, lane, instruction, waiting, start, pieces)
     return count

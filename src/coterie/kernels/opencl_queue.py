@@ -50,6 +50,7 @@ AMOUNTS = OWNERS + MOST  # its work-groups
 CONTROL_WORDS = AMOUNTS + MOST
 
 PROFILING_START, PROFILING_END = 0x1282, 0x1283
+EARLY = 8  # the entry behind which the device may begin, while others are still put into the queue
 FIRST_SLICE = 64  # of a kernel whose time is not known, this part
 
 
@@ -165,6 +166,8 @@ def opencl_run() -> Callable[..., Any]:
                 code = enqueue_slices(control, entry, tiles)
             else:
                 code = enqueue(control, entry, tiles, word(entry, FIRST), word(entry, UNITS), 0)
+            if i == EARLY and code == 0:
+                code = call_driver(word(control, FLUSH), word(control, QUEUE), 0, 0, 0, 0, 0, 0, 0, 0)
             if code != 0:
                 return (i << 32) - code
         code = call_driver(word(control, FLUSH), word(control, QUEUE), 0, 0, 0, 0, 0, 0, 0, 0)

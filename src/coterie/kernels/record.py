@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
-VERSION = 5
+VERSION = 6
 WORDS = 32
 RECORD_BYTES = 8 * WORDS
 LINE = 64  # bytes of a flag, a claim counter, a done counter
@@ -18,7 +18,8 @@ LATE = 24  # offset of how much longer than asked for its sleepers have slept of
 NAP_FOR = 32  # offset of a timespec: the next nap
 
 KERNEL = 0  # address of the compiled kernel
-OPCODE = 1  # Opcode in the low 16 bits, layer in the next 16 (0xffff: none)
+OPCODE = 1  # Opcode in the low 16 bits, layer in the next 16 (0xffff: none); of products that units share, as number in
+# PRODUCTS + 1, 8 bits for the one of which this computes a part, 8 for the one whose other part it waits for
 WAITS = 2
 WAIT = 2  # WAITS flags that must carry this step's epoch before the kernel starts (0: none); odd: see FOREIGN
 FOREIGN = 1  # added to the address of a flag that another unit posts: the wait is slept through, as predicted
@@ -80,16 +81,18 @@ LAST = 17  # the largest position among the rows
 TAPE = 18  # number of the read that stands for tape position 0 in this step (docs/flash.md)
 ARRIVED = 19  # address of the flag that counts reads which have arrived
 FREED = 20  # address of the flag that counts reads whose memory may be used again
-COUNTS = 21  # address of a line a lane, whose words are LINE_...
+COUNTS = 21  # address of COUNTS_BYTES a lane, whose words are LINE_...
 LINE_STALLED, LINE_LIVE, LINE_ASKED = range(3)  # cycles spent waiting for weights; neurons live; asked for
 LINE_PROGRESS = 3  # odd inside of an instruction, waits for weights left out; grows with every piece too
 LINE_SLEPT, LINE_POLLED = 4, 5  # cycles of waits for other units, asleep and at looking
-LINE_MATMUL, LINE_FFN = 6, 7  # cycles in matrices, and in feed-forward networks
+LINE_PART = 6  # cycles in parts of products that units share, a word for each of PRODUCTS
+LINE_REST = 11  # cycles of waits for other units' parts of them
+COUNTS_BYTES = 2 * LINE  # of a lane's counts
 EMBEDDINGS = 22  # int64[rows]: address of the 16-row group that holds each token's embedding
 YIELD = 23  # 1: a unit that reads shares the lanes' cores, and they let it go first between instructions
 RATE = 24  # cycles a microsecond
 GIVEN = 25  # shares of products, their first rows or clusters, that another unit computes in this step, of WHOLE:
-GIVEN_QKV, GIVEN_OUT, GIVEN_UP, GIVEN_DOWN, GIVEN_HEAD = range(GIVEN, GIVEN + 5)
+PRODUCTS = GIVEN_QKV, GIVEN_OUT, GIVEN_UP, GIVEN_DOWN, GIVEN_HEAD = tuple(range(GIVEN, GIVEN + 5))
 HEADER_WORDS = 30
 WHOLE = 1 << 16
 HEADER_BYTES = 8 * HEADER_WORDS

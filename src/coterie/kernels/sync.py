@@ -30,6 +30,7 @@ from coterie.kernels.record import (
     ARRIVED,
     CLAIM,
     COUNTS,
+    COUNTS_BYTES,
     DONE,
     EPOCH,
     FREED,
@@ -137,10 +138,12 @@ def await_unit(flag, wanted, abort, rate, counts, most):
     are usually late, and look only from there on. The usual is kept in the flag's own line. `rate`: cycles a
     microsecond; what was slept and looked at is added to the line of counts.
     """
+    usual, late = i64_at(flag + USUAL), i64_at(flag + LATE)
     if reached(acquire(flag), wanted):
+        if usual != 0:  # else the next short wait would be slept through as long
+            set_i64(flag + USUAL, usual // 2)
         return True
     start, looked, overslept, probing = cycles(), 0, False, wanted % PROBE == 0
-    usual, late = i64_at(flag + USUAL), i64_at(flag + LATE)
     nap = (usual - late) // rate - MARGIN
     look = late + 2 * MARGIN * rate if usual else LOOK * rate
     if 0 < usual < BRIEF * rate:
@@ -228,8 +231,8 @@ def finish(record, step, pieces, total):
 
 @register_jitable
 def tally(step, lane, what, amount):
-    """Add to a word of the lane's own line of counts."""
-    at = word(step, COUNTS) + lane * LINE + 8 * what
+    """Add to a word of the lane's own counts."""
+    at = word(step, COUNTS) + lane * COUNTS_BYTES + 8 * what
     set_i64(at, i64_at(at) + amount)
 
 
