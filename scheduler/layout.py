@@ -1,5 +1,6 @@
 """Lay a model out: the same walk counts bytes in a ledger for the plan, and cuts buffers from the arena."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class ModelLayout:
     `neurons`: buffers of the neuron cache, where there is one. `hidden`: by program, where hidden states enter and
     leave a part of a model, float32[rows][dim, padded with zeros]. `gpu`: the GPU unit's programs, by the names of
     those they stand for; `npu`: the NPU unit's, by the name of the CPU unit's that runs beside it (`prefill@64`, whose
-    head is `head@64`); `prefill+gpu`, `head+gpu` and `decode+gpu` are computed by both, each its part."""
+    head is `head@64`); `prefill+gpu`, `head+gpu` and `decode+gpu:...` (decode_name) are computed by both."""
 
     weights: Weights
     whole: Weights
@@ -183,9 +184,16 @@ def _with_gpu(
         meetings = Meetings.of(laid.ledger, len(laid.spec.layers))
         gpu = GpuRows(laid, unit, meetings=meetings)
         cpu = CpuRows(laid, meetings=meetings, taken=gpu.hidden)
-        on_cpu.append(cpu.whole(f"decode{WITH_GPU}"))
-        on_gpu.append(gpu.beside(f"decode{WITH_GPU}", cpu))
+        for kinds in placement.decode_kinds():
+            name = decode_name(kinds)
+            on_cpu.append(cpu.whole_of(kinds, name))
+            on_gpu.append(gpu.beside(name, cpu))
     return on_cpu, on_gpu
+
+
+def decode_name(kinds: Collection[str]) -> str:
+    """The programs of a decode step of CPU and GPU unit in which products of these kinds are cut."""
+    return f"decode{WITH_GPU}:{','.join(kinds)}"
 
 
 def tape_room(runs: tuple[Run, ...]) -> int:

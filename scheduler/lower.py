@@ -6,7 +6,8 @@ over rows and claimed like the rest.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, TypedDict
+from types import MappingProxyType
+from typing import TypedDict
 
 from coterie.kernels import operands as o
 from coterie.kernels.formats import COLUMNS, ROWS
@@ -33,7 +34,7 @@ class Lowering(Workspace):
     plain  where norms leave their rows for units with graphs
     """
 
-    given: ClassVar[Mapping[str, int]] = {}
+    given: Mapping[str, int] = MappingProxyType({})
     again: BufferRef | None = None
     plain: BufferRef | None = None
 

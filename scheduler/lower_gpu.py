@@ -47,6 +47,7 @@ class GpuLowering:
 
     def _allocate(self) -> None:
         self.x, self.y, self.qkv = self._floats(self.width), self._floats(self.width), self._floats(self.qkv_width)
+        self.residual = self.x  # what norms read
         self.inputs, self.mixed = self._columns(self.spec.dim), self._columns(self.spec.n_heads * self.spec.head_dim)
         self.normed, self.rounded = self._floats(self.inputs), self._rounded(self.inputs)
         self.attended, self.attended_rounded = self._floats(self.mixed), self._rounded(self.mixed)
@@ -151,7 +152,7 @@ class GpuLowering:
         floats, rounded = (self.final, self.final) if select else (self.normed, self.rounded)
         self._add(
             b, "norm", Opcode.NORM, layer,
-            select=int(select), outputs=self.unit.rows[r.OUTPUT_ROWS], x=self.x, y=self.y if add else NONE,
+            select=int(select), outputs=self.unit.rows[r.OUTPUT_ROWS], x=self.residual, y=self.y if add else NONE,
             x_out=self.selected if select else self.x, row=FLOAT * self.width, post=NONE if post is None else post,
             weight=weight, dim=self.spec.dim, eps=float(self.spec.norm_eps), out=floats if True in readers else NONE,
             out_row=FLOAT * floats.shape[1], rounded=rounded if False in readers else NONE,
@@ -197,26 +198,33 @@ class GpuLowering:
     def _keys_written(self, b: ProgramBuilder, i: int) -> None:
         """A layer's keys and values are in the KV cache."""
 
-    def _hidden_ready(self, b: ProgramBuilder, i: int, ffn: FFN) -> None:
-        """Gate and Up are done."""
-
     def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN) -> None:
+        self._ffn_up(b, i, ffn)
+        self._ffn_down(b, i, ffn)
+
+    def _bundles(self, ffn: FFN) -> dict[str, int | float | BufferRef]:
+        """What both halves are told of a network."""
         layout = ffn.layout
-        clusters: dict[str, int | float | BufferRef] = {
+        return {
             "weights": _clusters(self.weights, ffn), "clusters": layout.clusters, "neurons": layout.neurons,
-            "bundle": layout.bundle, "per": ffn.run.per, "stride": ffn.run.stride,
+            "bundle": layout.bundle, "per": ffn.run.per, "stride": ffn.run.stride, "hidden": self.hidden,
+            "hidden_row": FLOAT * self.hidden.shape[1],
         }  # fmt: skip
-        blocks = round_up(layout.dim, layout.gate.columns) // layout.gate.columns
+
+    def _ffn_up(self, b: ProgramBuilder, i: int, ffn: FFN) -> None:
+        layout = ffn.layout
         x = self.normed if layout.gate.is_float else self.rounded
-        hidden: dict[str, int | float | BufferRef] = {"hidden": self.hidden, "hidden_row": FLOAT * self.hidden.shape[1]}
         names = layout.gate.name, layout.up.name, self.spec.activation, self.tokens
         self._add(
-            b, kernel_name("ffn_up", *names), Opcode.FFN_UP, i, **clusters, **hidden, up=layout.gate_bytes,
-            blocks=blocks, x=x, x_row=FLOAT * x.shape[1], rounded=int(not layout.down.is_float),
+            b, kernel_name("ffn_up", *names), Opcode.FFN_UP, i, **self._bundles(ffn), up=layout.gate_bytes,
+            blocks=round_up(layout.dim, layout.gate.columns) // layout.gate.columns, x=x, x_row=FLOAT * x.shape[1],
+            rounded=int(not layout.down.is_float),
         )  # fmt: skip
-        self._hidden_ready(b, i, ffn)
+
+    def _ffn_down(self, b: ProgramBuilder, i: int, ffn: FFN) -> None:
+        layout = ffn.layout
         self._add(
-            b, kernel_name("ffn_down", layout.down.name, self.tokens), Opcode.FFN_DOWN, i, **clusters, **hidden,
+            b, kernel_name("ffn_down", layout.down.name, self.tokens), Opcode.FFN_DOWN, i, **self._bundles(ffn),
             down=layout.down_offset, groups=layout.down_groups, y=self.y, y_row=FLOAT * self.width,
         )  # fmt: skip
 

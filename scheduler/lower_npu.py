@@ -9,7 +9,7 @@ direction.
 """
 
 from itertools import pairwise
-from typing import ClassVar
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ class NpuLowering(Lowering):
     """Compiles the two programs of chunks of up to `rows` tokens, the graphs' length; graphs work on all rows, of which
     a shorter chunk's last ones hold what nobody reads."""
 
-    given: ClassVar = {"qkv": r.GIVEN_QKV, "out": r.GIVEN_OUT, "up": r.GIVEN_UP, "sums": r.GIVEN_UP}
+    given = MappingProxyType({"qkv": r.GIVEN_QKV, "out": r.GIVEN_OUT, "up": r.GIVEN_UP, "sums": r.GIVEN_UP})
 
     def __init__(self, laid: Laid, *, rows: int, tile: int) -> None:
         self.length = rows

@@ -86,6 +86,17 @@ class Placement:
         """Whether CPU and GPU unit may decode a token together."""
         return not DECODE.keys().isdisjoint(self.cuts)
 
+    def decode_kinds(self) -> list[tuple[str, ...]]:
+        """Kinds of products that may be cut in one decode step, fewest first: meetings cost most where layers are
+        small, and least for what is large, the head above all."""
+        always = set(DECODE) - set(self.cuts) if self.decode == "gpu" else set[str]()  # what is the GPU unit's whole
+        found = list[tuple[str, ...]]()
+        for some in (("head",), ("up", "head"), tuple(DECODE)):
+            kinds = tuple(kind for kind in DECODE if kind in always or (kind in some and kind in self.cuts))
+            if kinds and kinds not in found:
+                found.append(kinds)
+        return found
+
     def first_tokens(self, tokens: int, parts: int) -> int:
         """How many of a chunk's tokens, the first ones, are the GPU unit's, when it computes so many parts of chunks: a
         multiple of 8; none of a short chunk, all of which are the CPU unit's."""

@@ -22,6 +22,7 @@ from coterie.engine import Engine
 from coterie.errors import UnitError, UsageError
 from coterie.kernels.record import LINE_PART, LINE_REST, PRODUCTS, WHOLE
 from coterie.opening import open_model
+from coterie.scheduler.layout import decode_name
 from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, Placement
 from coterie.scheduler.plan import Wishes
 from coterie.storage.kv import Sequence
@@ -110,6 +111,9 @@ def test_every_cut_between_cpu_and_gpu_has_the_cpu_units_bits(name: str, tmp_pat
         for parts in (0, 1, 16, 27, GPU_PARTS) if name in SOME else (5,):
             cuts(both, tokens=parts, rows=parts)
             assert same_bits(wanted, logits(both, lengths)), parts
+        for some in ({"head": 9}, {"up": 20, "head": 1}, {"down": 7}, {"out": 30}, {"qkv": 3, "up": 14}):
+            cuts(both, **dict.fromkeys(DECODE, 0) | some)
+            assert same_bits(wanted, logits(both, lengths)), some
         assert not both.supervisor.losses
 
 
@@ -149,7 +153,8 @@ def test_a_gpu_may_take_part_in_decode_only(tmp_path: Path) -> None:
         assert both.others is not None
         (gpu,) = both.others.describe()
         assert set(gpu["parts"]) == {"up", "head"}
-        assert (both.unit.seconds()[LINE_PART:LINE_REST] > 0).all()
+        computed = (both.unit.seconds()[LINE_PART:LINE_REST] > 0).tolist()
+        assert computed == [kind in ("up", "head") for kind in DECODE]
 
 
 @needs_gpu
@@ -177,13 +182,14 @@ def test_work_groups_and_parts_of_products_are_the_same_numbers(name: str, tmp_p
     with closing(engine(path, "cpu", "gpu")) as both:
         assert both.others is not None
         assert both.others.gpu is not None
-        program, loaded = both.others.gpu._programs["decode+gpu"]
-        assert {share.word for share in program.shares.values()} == set(PRODUCTS)
-        for record, share in program.shares.items():
-            following = program.shares.get(record + 1)
-            more = following is not None and following.word == share.word and following.before > share.before
-            end = following.before if more and following else share.whole
-            assert loaded.units(record) == (end - share.before) * share.units, (record, share)
+        for kinds in both.others.placement.decode_kinds():
+            program, loaded = both.others.gpu._programs[decode_name(kinds)]
+            assert {share.word for share in program.shares.values()} == {DECODE[kind] for kind in kinds}
+            for record, share in program.shares.items():
+                following = program.shares.get(record + 1)
+                more = following is not None and following.word == share.word and following.before > share.before
+                end = following.before if more and following else share.whole
+                assert loaded.units(record) == (end - share.before) * share.units, (record, share)
 
 
 class Faulty:
@@ -207,7 +213,7 @@ class Faulty:
 
 
 @needs_gpu
-@pytest.mark.parametrize("phase", ["prefill+gpu", "decode+gpu"])
+@pytest.mark.parametrize("phase", ["prefill+gpu", decode_name(DECODE)])
 def test_a_gpu_that_vanishes_in_a_step_of_both(phase: str, tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="Q4_0")
     with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu")) as both:
@@ -218,7 +224,7 @@ def test_a_gpu_that_vanishes_in_a_step_of_both(phase: str, tmp_path: Path) -> No
 
 
 @needs_gpu
-@pytest.mark.parametrize("phase", ["prefill+gpu", "decode+gpu"])
+@pytest.mark.parametrize("phase", ["prefill+gpu", decode_name(DECODE)])
 def test_a_gpu_that_never_answers_is_not_waited_for(
     phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from coterie.errors import UnitError
 from coterie.graphs import Graphs
 from coterie.kernels.record import LINE_PART, LINE_POLLED, LINE_REST, LINE_SLEPT, PRODUCTS, WHOLE, Opcode
 from coterie.scheduler.balance import Balance, Given
-from coterie.scheduler.layout import WITH_GPU, ModelLayout, Units
+from coterie.scheduler.layout import WITH_GPU, ModelLayout, Units, decode_name
 from coterie.scheduler.lower_npu import SHARES
 from coterie.scheduler.placement import CPU_ONLY, DECODE, Placement
 
@@ -114,8 +114,19 @@ class OtherUnits:
     @property
     def shares_decode(self) -> bool:
         """Whether CPU and GPU unit decode the next token together."""
-        parts = self.parts
-        return any(parts.get(kind, 0) for kind in DECODE)
+        return self.placement.shares_decode and any(self._decode_words().values())
+
+    def _decode_words(self) -> dict[int, int]:
+        """How much of decode's products is the GPU unit's, by header word."""
+        rest = WHOLE if self.placement.decode == "gpu" else 0  # of products that are not cut
+        parts = {kind: count for kind, count in self.parts.items() if kind in DECODE}
+        return dict.fromkeys(PRODUCTS, rest) | shares(parts, self.placement.cuts)
+
+    def decode_program(self) -> str:
+        """The program of a decode step of both: the one with the fewest meetings."""
+        words = self._decode_words()
+        wanted = {kind for kind, word in DECODE.items() if words[word]}
+        return decode_name(next(kinds for kinds in self.placement.decode_kinds() if wanted <= set(kinds)))
 
     def run_on_gpu(self, name: str, rows: Rows) -> None:
         """See GpuUnit.run."""
@@ -134,10 +145,9 @@ class OtherUnits:
         """While the CPU unit runs its part of a step, the GPU unit runs its own, of these rows; how much of products is
         given to it, by header word. Raises UnitLost."""
         assert self.gpu is not None
-        cpu, cuts = self._cpu, self.placement.cuts
+        cpu = self._cpu
         parts = {kind: count for kind, count in self.parts.items() if kind in DECODE}
-        rest = WHOLE if self.placement.decode == "gpu" else 0  # of products that are not cut
-        words = dict.fromkeys(PRODUCTS, rest) | shares(parts, cuts)
+        words = self._decode_words()
         epoch = max(cpu.next_epoch, self.gpu.next_epoch)
         cpu.skip_to(epoch)
         before, started = cpu.seconds(), time.perf_counter()

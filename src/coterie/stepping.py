@@ -88,8 +88,9 @@ class Stepping:
     def _on_both(self, others: OtherUnits, name: str, rows: Rows, more: bool) -> None:
         """A step that CPU and GPU unit compute together; logits are all of rows that one of them has."""
         if name == "decode":
-            with others.gpu_beside(f"decode{WITH_GPU}", rows) as given:
-                return self._on_cpu(f"decode{WITH_GPU}", rows, more, given)
+            name = others.decode_program()
+            with others.gpu_beside(name, rows) as given:
+                return self._on_cpu(name, rows, more, given)
         first = others.first_tokens(name, len(rows.ids))
         ours, theirs = parts_of(rows, first)
         if name == "prefill":
