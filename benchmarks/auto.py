@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from coterie.auto import CANDIDATES, PROMPT, TOKENS
+from coterie.auto import APART
 from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.opening import open_to_run, preset_wishes
 from coterie.scheduler.plan import Wishes
+from coterie.scheduler.sharing import PROMPT, TOKENS
 
 
 def opened(path: Path, wishes: Wishes) -> Engine:
@@ -49,7 +50,7 @@ def main() -> None:
     wishes = Wishes(context=PROMPT + TOKENS + 1)
     chosen = preset_wishes(given.model, "auto", wishes, near=True)
     engines = dict[str, Engine]()
-    for units in CANDIDATES:
+    for units in APART:
         try:
             engines[",".join(units)] = opened(given.model, Wishes(context=wishes.context, units=units))
         except CoterieError as error:

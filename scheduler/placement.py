@@ -5,6 +5,7 @@ otherwise."""
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from coterie.errors import UsageError
 from coterie.kernels.record import PRODUCTS
@@ -51,8 +52,16 @@ class Placement:
     fast: bool = True
 
     @classmethod
-    def of(cls, units: Sequence[str], chunk: int, split: str = "layer", kept: int = 0) -> "Placement":
-        """The placement for a set of units and chunks of so many tokens. Raises UsageError for a set that cannot be."""
+    def of(
+        cls,
+        units: Sequence[str],
+        chunk: int,
+        split: str = "layer",
+        kept: int = 0,
+        begin: Mapping[str, int] = MappingProxyType({}),
+    ) -> "Placement":
+        """The placement for a set of units and chunks of so many tokens; `begin`: with how many parts cuts begin, else
+        in the middle. Raises UsageError for a set that cannot be."""
         prefill, decode = ROLES[check_units(units)]
         if split not in SPLITS:
             raise UsageError(f"split is {split!r:.40}: there are {' and '.join(SPLITS)}")
@@ -60,12 +69,12 @@ class Placement:
             raise UsageError(f"{units[0]} alone shares its products with no unit: --split tensor needs --units")
         lengths = tuple(sorted({min(length, chunk) for length in LENGTHS})) if prefill == "npu" else ()
         cuts = dict[str, Given]()
-        if prefill == "npu":
-            cuts = dict.fromkeys(KINDS, Given.around(PARTS // 2, PARTS) if split == "tensor" else Given.whole())
-        if split == "tensor":
-            half = Given(GPU_PARTS // 2, GPU_PARTS, tuple(range(1, GPU_PARTS + 1)))
-            cuts |= {"tokens": half} if prefill == "gpu" else {}
-            cuts |= dict.fromkeys(DECODE, half) if "gpu" in units else {}
+        if prefill == "npu":  # of which each point is another graph a layer, and none may be missing
+            some = {kind: Given.around(max(1, begin.get(kind, PARTS // 2)), PARTS) for kind in KINDS}
+            cuts = some if split == "tensor" else dict.fromkeys(KINDS, Given.whole())
+        if split == "tensor" and "gpu" in units:
+            kinds, points = [*["tokens"] * (prefill == "gpu"), *DECODE], tuple(range(1, GPU_PARTS + 1))
+            cuts |= {kind: Given(begin.get(kind, GPU_PARTS // 2), GPU_PARTS, points) for kind in kinds}
         return cls(prefill, decode, lengths, split, cuts, kept)
 
     def own_cores(self) -> tuple[int, ...]:

@@ -171,7 +171,8 @@ class Wishes:
     or "auto"; `host` as of Plan. `tracing` records events, `counting` in how many steps a sparse model's neurons were
     live; `activations` are such counts, by which the plan says what it expects; `units` are those that may compute,
     `gpu_share` of the time for a GPU; `split` as of Placement.
-    `placement` (of a plan file or a preset; None: as the units' roles are) says who does what, `reasons` why.
+    `placement` (of a plan file or a preset; None: as the units' roles are) says who does what, `begin` with how many
+    parts of products cuts between units begin (else in the middle), `reasons` why.
     What follows comes from a plan file: extents pinned, bytes of the ring, neurons in the cache, how flash is read, by
     batch size how many neurons are hot and cold, and of which model."""
 
@@ -188,6 +189,7 @@ class Wishes:
     split: str = "layer"
     sources: Mapping[str, str] = field(default_factory=dict)
     placement: Placement | None = None
+    begin: Mapping[str, int] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     pinned: int | None = None
     ring: int | None = None

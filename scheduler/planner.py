@@ -240,7 +240,7 @@ class _Draft:
     def placement(self, chunk: int) -> Placement:
         if self.wishes.placement is not None:
             return self.wishes.placement
-        return Placement.of(self.wishes.units, chunk, self.wishes.split, self.kept)
+        return Placement.of(self.wishes.units, chunk, self.wishes.split, self.kept, self.wishes.begin)
 
     def chunks(self, context: int) -> list[int]:
         """Sizes of a prompt's chunk that may be tried, the largest first."""

@@ -135,12 +135,14 @@ class Shapes:
 @dataclass
 class DeviceProfile:
     """What is known of this machine: memory_bandwidth in bytes/s, read by all cores; flash by file system; the CPU unit
-    by its lanes; products of models (the last two are missing in files of an older Coterie)."""
+    by its lanes; products of models on each unit, and on units that have products to share, beside each other (the last
+    three are missing in files of an older Coterie)."""
 
     memory_bandwidth: float | None = None
     flash: dict[str, FlashProfile] = field(default_factory=dict)
     units: dict[str, UnitProfile] = field(default_factory=dict)
     shapes: Shapes = field(default_factory=Shapes)
+    beside: Shapes = field(default_factory=Shapes)
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ def _parsed(section: Any) -> DeviceProfile:
             None if bandwidth is None else _rate(bandwidth),
             {str(name): _flash(each) for name, each in section.get("flash", {}).items()},
             {str(name): _unit(each) for name, each in section.get("units", {}).items()},
-            _shapes(section["shapes"]) if "shapes" in section else Shapes(),
+            *(_shapes(section[name]) if name in section else Shapes() for name in ("shapes", "beside")),
         )
     except (AttributeError, KeyError, TypeError):
         raise ValueError("is damaged") from None

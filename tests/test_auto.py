@@ -1,5 +1,7 @@
 """--preset auto on this machine: exact unless near is allowed, by measured times, with its reason."""
 
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -7,13 +9,19 @@ from tiny_models import write_tiny
 
 from coterie import auto
 from coterie.actors.identity import There
+from coterie.commands.explained import portion_lines
 from coterie.errors import PlanError, UsageError
 from coterie.models.load import read_spec
-from coterie.opening import open_file, preset_wishes
+from coterie.opening import begun_wishes, open_file, preset_wishes
+from coterie.scheduler.balance import Given
+from coterie.scheduler.placement import DECODE, PARTS, Placement
 from coterie.scheduler.plan import Wishes
-from coterie.scheduler.profile import DeviceProfile, Point, Product, ProductTimes, Shapes, UnitTimes
+from coterie.scheduler.planner import make_plan
+from coterie.scheduler.profile import DeviceProfile, Point, ProductTimes, Shapes, UnitTimes
+from coterie.scheduler.sharing import PROMPT, graphs_of, kinds_of
 
 KEYS = {"cpu": "c", "gpu": "g", "npu": "n"}
+REST = ("qkv", "out", "down")  # of decode's products
 RATES = {"cpu": (1.0, 1.0), "gpu": (0.5, 2.0), "npu": (0.25, 1.0)}  # of a prompt's and a token's products, seconds
 
 
@@ -22,29 +30,48 @@ def model(tmp_path: Path) -> Path:
     return write_tiny(tmp_path / "tiny.gguf", "llama", formats="Q4_0")
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, model: Path, rates: dict[str, tuple[float, float]]) -> None:
-    """A machine on which every product of a prompt takes so long on a unit, and every one of a token."""
+def measured(
+    monkeypatch: pytest.MonkeyPatch,
+    model: Path,
+    rates: dict[str, tuple[float, float]],
+    beside: dict[str, tuple[float, float]] | None = None,
+) -> None:
+    """A machine on which all products of a kind in a prompt take so long on a unit, and in a token; `beside`: where it
+    shares them."""
+    made = {name: times_of(model, each) for name, each in (("shapes", rates), ("beside", beside or {}))}
+    profile = DeviceProfile(shapes=Shapes(made["shapes"], {}, 0.0, 1.0), beside=Shapes(made["beside"], {}, 0.0, 1.0))
+    monkeypatch.setattr(auto, "load_profile", lambda: profile)
+
+    def there(wanted: Sequence[str], lanes: int, cores: Collection[int] = ()) -> There:
+        return There({name: KEYS[name] for name in rates if name in wanted}, None, {})
+
+    monkeypatch.setattr(auto, "units_there", there)
+
+
+def times_of(model: Path, rates: dict[str, tuple[float, float]]) -> dict[str, UnitTimes]:
     with open_file(model) as file:
         spec = read_spec(file)
-        found = {each for products in auto._products(file, spec, 2) for each in products}
-    heads = (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim
-    graphs = {
-        Product("matmul", heads, spec.dim, "w8a8"),
-        Product("matmul", spec.dim, spec.n_heads * spec.head_dim, "w8a8"),
-        Product("ffn", 2 * spec.ffn_dim, spec.dim, "w8a8"),
-    }
+        found = {each for n in (PROMPT, 1) for own in kinds_of(spec, file.tensors, 2, n).values() for each in own}
+    graphs = {each for own in graphs_of(spec).values() for each in own}
     units = dict[str, UnitTimes]()
     for name, (prompt, token) in rates.items():
         own, is_npu = (graphs, True) if name == "npu" else (found, False)
         tokens = {1: token, 128: prompt / 2, 256: prompt}
         times = tuple(
-            ProductTimes(each, 1, tuple(Point(each.rows, n, seconds) for n, seconds in tokens.items()))
+            ProductTimes(
+                each,
+                1,
+                tuple(
+                    Point(rows, n, seconds * rows / each.rows)
+                    for rows in (each.rows // 4, each.rows)
+                    for n, seconds in tokens.items()
+                ),
+            )
             for each in sorted(own)
         )
         lengths, form = ((1, 128), "w8a8") if is_npu else ((), "")
         units[name] = UnitTimes(KEYS[name], form, lengths, 0.0, 0.0, 1.0, times)
-    monkeypatch.setattr(auto, "load_profile", lambda: DeviceProfile(shapes=Shapes(units, {}, 0.0, 1.0)))
-    monkeypatch.setattr(auto, "units_there", lambda wanted, lanes: There({n: KEYS[n] for n in rates}, None, {}))
+    return units
 
 
 def test_without_leave_it_stays_exact(model: Path) -> None:
@@ -61,9 +88,81 @@ def test_it_takes_what_is_expected_to_be_fastest(slow: str, model: Path, monkeyp
         found = auto.candidates(file, read_spec(file), Wishes())
     wishes = preset_wishes(model, "auto", Wishes(), near=True)
     chosen = next(each for each in found if each.units == wishes.units)
-    assert len(found) == len(auto.CANDIDATES)
+    assert len(found) == len(auto.APART)
     assert chosen.seconds == min(each.seconds for each in found)
     assert all(each.line() in wishes.reasons[0] for each in found)
+
+
+def test_units_that_share_products_are_weighed_where_they_were_measured_so(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(monkeypatch, model, RATES, {"cpu": (1.0, 1.0), "gpu": (1.0, 3.0)})
+    with open_file(model) as file:
+        found = auto.candidates(file, read_spec(file), Wishes())
+    (shared,) = (each for each in found if each.split == "tensor")
+    assert len(found) == len(auto.APART) + 1
+    parts = shared.begin
+    assert parts["tokens"] == 16  # of 32: both are as fast
+    assert {parts[kind] for kind in DECODE} == {8}  # the GPU takes three times as long
+    alone = next(each for each in found if each.units == ("cpu",))
+    assert shared.prefill < 0.6 * alone.prefill  # all but the head
+    assert shared.decode == pytest.approx(0.75 * alone.decode)
+    wishes = preset_wishes(model, "auto", Wishes(), near=True)
+    assert (wishes.split, wishes.begin) == (("tensor", parts) if shared.seconds < alone.seconds else ("layer", {}))
+    assert shared.line() in wishes.reasons[0]
+
+
+def test_where_cuts_begin(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Wishes(units=("cpu", "gpu"), split="tensor")
+    measured(monkeypatch, model, RATES, {"cpu": (1.0, 0.004), "gpu": (3.0, 0.004)})
+    wishes = begun_wishes(model, asked)
+    assert (wishes.begin["tokens"], wishes.begin["up"]) == (8, 16)
+    assert "cuts begin where measured products end soonest: cpu,gpu tokens 8/32" in wishes.reasons[0]
+    with open_file(model) as file:
+        placement = make_plan(file, read_spec(file), wishes)[0].placement
+    assert {placement.cuts[kind].parts for kind in DECODE} == {16}
+    assert placement.cuts["tokens"].parts == 8
+    assert begun_wishes(model, wishes) is wishes
+    measured(monkeypatch, model, RATES)
+    (why,) = begun_wishes(model, asked).reasons
+    assert why.startswith("cuts begin in the middle (not measured beside each other: coterie profile --shapes MODEL")
+
+
+def test_a_plan_of_several_units_explains_itself(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, model, RATES, {"cpu": (1.0, 1.0), "gpu": (1.0, 3.0)})
+    told = Wishes(
+        units=("cpu", "gpu"), split="tensor", begin={"up": 4, "head": 32, "tokens": 16} | dict.fromkeys(REST, 0)
+    )
+    with open_file(model) as file:
+        spec = read_spec(file)
+        made = make_plan(file, spec, told)[0]
+        mine, others = auto.explained(file, spec, told, made)
+        best = auto.beside(file, spec, told)
+    assert mine.begin == told.begin  # what the plan says, not what would be best
+    assert mine.seconds > best.seconds
+    parts = {portion.kind: portion for portion in mine.portions if portion.phase == "decode"}
+    layers = len(spec.layers)
+    assert (parts["up"].there, parts["up"].cpu) == pytest.approx((layers * 3 / 8, layers * 7 / 8))
+    assert (parts["head"].there, parts["head"].cpu) == (3.0, 0.0)
+    assert {(other.units, other.split) for other in others} == {(units, "layer") for units in auto.APART}
+    lines = "\n".join(portion_lines(mine, others))
+    assert "up           " in lines
+    assert f"gpu 4/32 {1e3 * layers * 3 / 8:.3f}, cpu 28/32 {1e3 * layers * 7 / 8:.3f}" in lines
+    assert re.search(r"decode, products of a token: [0-9.]+ ms, bound by cpu", lines)
+    assert re.search(r"qkv .*  cpu\n", lines)
+    assert all(f"  {','.join(other.units):20}{mine.seconds / other.seconds:.2f}" in lines for other in others)
+
+
+def test_an_npus_cut_begins_where_there_are_graphs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, model, RATES, {"cpu": (1.0, 1.0), "npu": (0.01, 1.0)})
+    wishes = begun_wishes(model, Wishes(units=("cpu", "npu"), split="tensor"))
+    assert wishes.begin == {"matmul": PARTS, "ffn": PARTS}
+    cuts = Placement.of(wishes.units, 256, "tensor", 0, wishes.begin).cuts
+    assert cuts == dict.fromkeys(("matmul", "ffn"), Given.around(PARTS, PARTS))
+    measured(monkeypatch, model, RATES, {"cpu": (1.0, 1.0), "npu": (100.0, 1.0)})
+    wishes = begun_wishes(model, Wishes(units=("cpu", "npu"), split="tensor"))
+    assert wishes.begin["ffn"] == 0
+    assert Placement.of(wishes.units, 256, "tensor", 0, wishes.begin).cuts["ffn"] == Given.around(1, PARTS)
 
 
 def test_only_the_cpu_unit_streams(model: Path) -> None:

@@ -93,12 +93,13 @@ def test_a_saved_plan_has_predicted_times_where_they_are_known(tmp_path: Path, m
 def test_what_cannot_be_explained_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COTERIE_HOME", str(tmp_path))
     model = str(write_tiny(tmp_path / "tiny.gguf"))
-    for words, message in (
-        (["plan", model, "--explain"], "coterie profile --units"),
-        (["plan", model, "--explain", "--units", "gpu"], "only the CPU unit"),
+    for words, message, code in (
+        (["plan", model, "--explain"], "coterie profile --units", 2),
+        (["plan", model, "--explain", "--units", "gpu"], "coterie profile --shapes MODEL", 4),
+        (["plan", model, "--explain", "--units", "cpu,gpu", "--split", "tensor"], "--shapes MODEL --split tensor", 4),
     ):
         result = run(*words)
-        assert result.exit_code == 2
+        assert result.exit_code == code
         assert result.stderr.count("\n") == 1
         assert message in result.stderr
 

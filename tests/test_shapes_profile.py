@@ -24,10 +24,14 @@ from coterie.commands import measure_meeting, measure_shapes, npu_meter, shape_m
 from coterie.commands.measure_shapes import representative
 from coterie.commands.measure_units import made_up
 from coterie.errors import PlanError, UnitError, UsageError
+from coterie.opening import begun_wishes
 from coterie.scheduler import profile
 from coterie.scheduler.device_model import Instruction
 from coterie.scheduler.estimate import Estimator, estimate, graphs, known_error, linear, product_of
 from coterie.scheduler.partition import Worker, solve
+from coterie.scheduler.placement import DECODE, Placement
+from coterie.scheduler.plan import Wishes
+from coterie.scheduler.planner import lanes_and_kept
 from coterie.scheduler.profile import (
     DeviceProfile,
     Point,
@@ -244,15 +248,17 @@ def test_points_that_contradict_each_other_are_damaged(home: Path) -> None:
 
 
 def test_keys_tell_drivers_versions_and_lanes_apart() -> None:
-    def gpu(**changed: str) -> str:
+    def gpu(cores: tuple[int, ...] = (), stand_in: bool = False, **changed: str) -> str:
         about = {"runtime": "OpenCL", "name": "a GPU", "platform": "a platform", "driver": "1"} | changed
-        return identity.gpu_key(cast(Device, SimpleNamespace(describe=lambda: about)))
+        made = SimpleNamespace(describe=lambda: about | {"stand_in": stand_in})
+        return identity.gpu_key(cast(Device, made), cores)
 
     def npu(threads: int, **changed: Any) -> str:
         about = {"name": "OpenVINO", "version": "1", "device": "CPU", "stand_in": True} | changed
         return identity.npu_key(cast(Runtime, SimpleNamespace(**about)), threads)
 
     assert len({gpu(), gpu(driver="2"), gpu(name="b"), gpu(platform="c"), gpu(runtime="CUDA")}) == 5
+    assert gpu() == gpu((3,)) == gpu(stand_in=True) != gpu((3,), stand_in=True) != gpu((2, 3), stand_in=True)
     assert len({npu(2), npu(1), npu(2, version="2"), npu(2, device="NPU"), npu(2, name="ONNX Runtime")}) == 5
     assert npu(2, stand_in=False) == npu(1, stand_in=False)
     assert identity.cpu_key(1) != identity.cpu_key(2)
@@ -421,6 +427,29 @@ def test_all_units_are_measured_alone_and_together(short: None, model: Path) -> 
     assert again.stderr.count("0 products measured") == 3
 
 
+def test_units_that_share_products_are_measured_as_they_are_then(short: None, model: Path) -> None:
+    if find_spec("pyopencl") is None:
+        pytest.skip("pyopencl is not installed")
+    result = coterie("profile", "--shapes", str(model), "--split", "tensor", "--on", "cpu,gpu", "--json")
+    assert result.exit_code == 0, result.stderr
+    known = load_profile()
+    assert known.shapes == Shapes()
+    wishes = Wishes(units=("cpu", "gpu"), split="tensor")
+    lanes, kept = lanes_and_kept(wishes)
+    cores = Placement(kept=kept).own_cores()
+    assert {name: unit.key for name, unit in known.beside.units.items()} == units_there(wishes.units, lanes, cores).keys
+    assert json.loads(result.stdout)["shapes"] == json.loads(json.dumps(asdict(known.beside)))
+    assert "units that share products:\ncpu, " in coterie("profile").stdout
+    begun = begun_wishes(model, wishes)
+    assert begun.begin.keys() == {"tokens", *DECODE}
+    assert begun.reasons[0].startswith("cuts begin where measured products end soonest: cpu,gpu tokens ")
+    explained = coterie("plan", str(model), "--units", "cpu,gpu", "--split", "tensor", "--explain")
+    assert explained.exit_code == 0, explained.stderr
+    assert "decode, products of a token: " in explained.stdout
+    other = coterie("plan", str(model), "--units", "gpu", "--explain")
+    refused(other, "gpu has not been measured as it is now: coterie profile --shapes MODEL", code=PlanError.exit_code)
+
+
 def test_missing_units_are_named(short: None, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: Any, **more: Any) -> Any:
         raise UnitError("it is not here: pip install it")
@@ -435,8 +464,10 @@ def test_missing_units_are_named(short: None, model: Path, monkeypatch: pytest.M
 
 
 def test_bad_arguments_are_refused(short: None, model: Path, tmp_path: Path) -> None:
-    refused(coterie("profile", "--on", "cpu"), "--on and --again belong to --shapes")
-    refused(coterie("profile", "--again"), "--on and --again belong to --shapes")
+    for wrong in (("--on", "cpu"), ("--again",), ("--split", "tensor")):
+        refused(coterie("profile", *wrong), "--on, --split and --again belong to --shapes")
+    refused(coterie("profile", "--shapes", str(model), "--split", "rows"), "there are layer and tensor")
+    refused(coterie("profile", "--shapes", str(model), "--split", "tensor", "--on", "cpu"), "--on cpu,gpu or cpu,npu")
     refused(coterie("profile", "--shapes", str(model), "--on", "cpu,tpu"), "'tpu'", "cpu, gpu, npu")
     refused(coterie("profile", "--shapes", "--flash", str(model)), "one at a time")
     refused(coterie("profile", "--shapes"), "which model?")

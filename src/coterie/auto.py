@@ -1,45 +1,28 @@
-"""Which units this machine's model is best computed on, by what was measured of its own products (--preset auto).
+"""Which units this machine's model is best computed on, and where cuts between units begin, by what was measured of its
+own products.
 
-Candidates are every unit that can compute a model alone, and pairs in which each operator is one unit's. Units of class
-near are candidates only where that is allowed. Products that are cut across units are not: a stand-in computes on the
-CPU unit's own cores, where there is nothing to gain from two at a time, and no real GPU or NPU has been met yet.
+Candidates for `--preset auto` are every unit that can compute a model alone, pairs in which each operator is one
+unit's, and pairs that share products, where units were measured beside each other. Units of class near are candidates
+only where that is allowed. A GPU stand-in that shares products is none: it has one number of threads a process.
 """
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from coterie.actors.identity import units_there
+from coterie.errors import CoterieError, PlanError
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
-from coterie.scheduler.estimate import Estimator, product_of
-from coterie.scheduler.operators import Reader, Rows
-from coterie.scheduler.placement import LENGTHS, ROLES
-from coterie.scheduler.plan import Wishes
+from coterie.scheduler.estimate import Estimator
+from coterie.scheduler.placement import UNITS, Placement
+from coterie.scheduler.plan import Plan, Wishes
 from coterie.scheduler.planner import lanes_and_kept
-from coterie.scheduler.profile import Product, load_profile
-from coterie.scheduler.resident import Resident
-from coterie.storage.npu_quantise import SCHEME
+from coterie.scheduler.profile import load_profile
+from coterie.scheduler.resident import CHUNK
+from coterie.scheduler.sharing import PROMPT, TOKENS, Candidate, Sharing
 
-PROMPT, TOKENS = 256, 64  # that a plan is chosen for
-CANDIDATES: tuple[tuple[str, ...], ...] = (("cpu",), ("gpu",), ("cpu", "gpu"), ("cpu", "npu"))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Units, and the seconds that products of PROMPT tokens and of TOKENS more are expected to take."""
-
-    units: tuple[str, ...]
-    prefill: float
-    decode: float
-
-    @property
-    def seconds(self) -> float:
-        return self.prefill + self.decode
-
-    def line(self) -> str:
-        """For people."""
-        return f"{','.join(self.units)}: {1e3 * self.prefill:.0f} + {1e3 * self.decode:.0f} ms"
+APART: tuple[tuple[str, ...], ...] = (("cpu",), ("gpu",), ("cpu", "gpu"), ("cpu", "npu"))
+BESIDE: tuple[tuple[str, ...], ...] = (("cpu", "gpu"), ("cpu", "npu"), ("cpu", "gpu", "npu"))
+MEASURE = "coterie profile --shapes MODEL --split tensor"
 
 
 def auto_wishes(file: ModelHeader, spec: ModelSpec, wishes: Wishes, *, near: bool) -> Wishes:
@@ -54,7 +37,8 @@ def auto_wishes(file: ModelHeader, spec: ModelSpec, wishes: Wishes, *, near: boo
     best = min(found, key=lambda candidate: candidate.seconds)
     rest = "; ".join(each.line() for each in sorted(found, key=lambda each: each.seconds) if each is not best)
     what = f"products of {PROMPT} prompt tokens + {TOKENS} tokens, {best.line()}"
-    return _chosen(wishes, best.units, f"{what}{'; expected of others: ' * bool(rest)}{rest}")
+    said = f"{what}{'; expected of others: ' * bool(rest)}{rest}"
+    return replace(_chosen(wishes, best.units, said), split=best.split, begin=best.begin)
 
 
 def _chosen(wishes: Wishes, units: tuple[str, ...], why: str) -> Wishes:
@@ -64,53 +48,54 @@ def _chosen(wishes: Wishes, units: tuple[str, ...], why: str) -> Wishes:
 def candidates(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> list[Candidate]:
     """All that can be had here, with times by what was measured."""
     lanes, _ = lanes_and_kept(replace(wishes, units=("cpu",), split="layer"))
-    there = units_there(("cpu", "gpu", "npu"), lanes)
-    estimator = Estimator(load_profile().shapes, there.keys)
-    prompts, tokens = _products(file, spec, lanes)
-    found = []
-    for units in CANDIDATES:
-        if not set(units) <= set(there.keys):
-            continue
-        prefill, decode = ROLES[units]
-        on = estimator.seconds
-        if prefill == "npu":
-            first = _on_npu(estimator, prompts, spec)
-        else:
-            first = sum(count * on(prefill, each, each.rows, _rows(each, PROMPT)) for each, count in prompts.items())
-        then = sum(count * on(decode, each, each.rows, 1) for each, count in tokens.items())
-        found.append(Candidate(units, first, TOKENS * then))
+    there = units_there(UNITS, lanes)
+    sharing = Sharing(spec, file.tensors, lanes, Estimator(load_profile().shapes, there.keys))
+    apart = [units for units in APART if set(units) <= set(there.keys)]
+    found = [sharing.candidate(units, Placement.of(units, CHUNK)) for units in apart]
+    for units in BESIDE:
+        if set(units) <= set(there.keys) and not {"gpu"} & set(units) & there.stand_ins:
+            try:
+                found.append(beside(file, spec, replace(wishes, units=units, split="tensor")))
+            except PlanError:
+                continue  # not measured: not weighed
     return found
 
 
-def _rows(product: Product, tokens: int) -> int:
-    """Of a prompt only the last token's logits are wanted."""
-    return 1 if product.operator == "head" else tokens
+def beside(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> Candidate:
+    """What units that share products are expected to take, and where cuts begin best. Raises PlanError where they have
+    not been measured beside each other."""
+    lanes, kept = lanes_and_kept(wishes)
+    placement = Placement.of(wishes.units, CHUNK, "tensor", kept)
+    there = units_there(wishes.units, lanes, placement.own_cores())
+    sharing = Sharing(spec, file.tensors, lanes, Estimator(load_profile().beside, there.keys))
+    return sharing.candidate(wishes.units, placement)
 
 
-def _products(file: ModelHeader, spec: ModelSpec, lanes: int) -> tuple[Counter[Product], Counter[Product]]:
-    """How often a prompt has each product, and a token."""
-    layout = Resident(spec, file.tensors, lanes).on_paper()
-    reader = Reader(spec, layout)
+def explained(file: ModelHeader, spec: ModelSpec, wishes: Wishes, plan: Plan) -> tuple[Candidate, list[Candidate]]:
+    """What a plan's products are expected to take on its units, and those of other ways to share them. Raises PlanError
+    for what was not measured."""
+    placement, known = plan.placement, load_profile()
+    tensor = placement.split == "tensor"
+    there = units_there(wishes.units, plan.lanes, placement.own_cores() if tensor else ())
+    estimator = Estimator(known.beside if tensor else known.shapes, there.keys)
+    try:
+        mine = Sharing(spec, file.tensors, plan.lanes, estimator).candidate(wishes.units, placement, told=True)
+    except PlanError as error:
+        raise PlanError(f"{error}{' --split tensor' * tensor}") from None
+    try:
+        others = candidates(file, spec, wishes)
+    except PlanError:
+        others = []
+    return mine, [each for each in others if (each.units, each.split) != (mine.units, mine.split)]
 
-    def of(tokens: int, *names: str) -> Counter[Product]:
-        operators = (each for name in names for each in reader.operators(layout.programs[name], Rows(tokens, 0)))
-        return Counter(product_of(each.instruction) for each in operators if each.instruction.kind in ("matmul", "ffn"))
 
-    return of(PROMPT, "prefill", "head"), of(1, "decode")
-
-
-def _on_npu(estimator: Estimator, products: Mapping[Product, int], spec: ModelSpec) -> float:
-    """Seconds of a prompt's products as graphs: one of all projections, one of attention's output, one of the FFN; the
-    head is the CPU unit's."""
-    length, layers = LENGTHS[-1], len(spec.layers)
-    heads = spec.n_heads + 2 * spec.n_kv_heads
-    qkv = Product("matmul", heads * spec.head_dim, spec.dim, SCHEME)
-    out = Product("matmul", spec.dim, spec.n_heads * spec.head_dim, SCHEME)
-    ffn = Product("ffn", 2 * spec.ffn_dim, spec.dim, SCHEME)
-    graphs = sum(estimator.seconds("npu", each, each.rows, length) for each in (qkv, out, ffn))
-    head = sum(
-        count * estimator.seconds("cpu", each, each.rows, 1)
-        for each, count in products.items()
-        if each.operator == "head"
-    )
-    return layers * graphs * -(-PROMPT // length) + head
+def begun(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> Wishes:
+    """`wishes`, of units that share products, with where cuts begin, and why there."""
+    try:
+        found = beside(file, spec, wishes)
+    except CoterieError as error:
+        said = str(error) if not isinstance(error, PlanError) else f"not measured beside each other: {MEASURE}"
+        return replace(wishes, reasons=(*wishes.reasons, f"cuts begin in the middle ({said})"))
+    parts = ", ".join(f"{portion.kind} {portion.parts}/{portion.of}" for portion in found.portions if portion.of > 1)
+    why = f"cuts begin where measured products end soonest: {','.join(found.units)} {parts}"
+    return replace(wishes, begin=found.begin, reasons=(*wishes.reasons, why))

@@ -27,7 +27,7 @@ from coterie.fetch import resolve
 from coterie.hosts import check_host, open_host
 from coterie.models.header import ModelHeader
 from coterie.models.template import ChatTemplate
-from coterie.opening import check_together, open_to_run, preset_wishes
+from coterie.opening import begun_wishes, check_together, open_to_run, preset_wishes
 from coterie.part_engine import Front, PartEngine
 from coterie.sampling import SamplingOptions
 from coterie.scheduler.placement import parse_units
@@ -104,6 +104,7 @@ class LLM:
         path, told = resolve(model, progress), progress or (lambda label, done=0, total=0: None)
         if preset is not None:
             wanted = preset_wishes(path, preset, wanted, near=allow_near)
+        wanted = begun_wishes(path, wanted)
         opened = open_to_run(path, wanted, told, layers=None if cut is None else (cut, None))
         self._named, self._path, self._identity = str(model), str(path.absolute()), model_key(opened.file)
         _forget_vocabulary(opened.file.metadata)

@@ -128,6 +128,18 @@ def preset_wishes(path: Path, preset: str, wishes: Wishes, *, near: bool = False
         return resolve(found, file, read_spec(file), wishes, lacking)
 
 
+def begun_wishes(path: Path, wishes: Wishes) -> Wishes:
+    """Wishes in which units share products, with where cuts begin: by what was measured, unless a plan file or a preset
+    says so, or else in the middle."""
+    if wishes.split != "tensor" or len(wishes.units) == 1 or wishes.placement is not None or wishes.begin:
+        return wishes
+    from coterie.auto import begun
+
+    with open_file(path) as file:
+        spec = read_spec(file)
+        return wishes if spec.sparse or spec.part is not None else begun(file, spec, wishes)
+
+
 def flash_of(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> Flash | None:
     """How the weights of an open model would be streamed; for a GGUF that needs it, from a copy still to be made."""
     if isinstance(file, FlashFile):

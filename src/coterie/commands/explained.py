@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from coterie.scheduler.explain import Explanation, Line
     from coterie.scheduler.operators import Rows
+    from coterie.scheduler.sharing import Candidate, Portion
     from coterie.scheduler.simulate import Answer, Phase
 
 LEAST = 0.005  # of a step: operators that take less are added up
@@ -25,6 +26,35 @@ def explanation_lines(found: "Explanation", answer: "Answer") -> list[str]:
         said = ", ".join(f"{label} {ratio:.2f}" for label, ratio in parts if ratio is not None)
         lines.append(f"  {change.name:20}{said}")
     return lines
+
+
+def portion_lines(mine: "Candidate", others: "list[Candidate]") -> list[str]:
+    """For people: what products take on several units of this machine, and other ways to share them."""
+    from coterie.scheduler.sharing import PROMPT, TOKENS
+
+    lines = list[str]()
+    for phase, what in (("prefill", f"a prompt of {PROMPT} tokens"), ("decode", "a token")):
+        portions = [portion for portion in mine.portions if portion.phase == phase]
+        busy, total = mine.busy(phase), sum(portion.seconds for portion in portions)
+        lines += ["", f"{phase}, products of {what}: {1e3 * total:.1f} ms, bound by {max(busy, key=busy.__getitem__)}"]
+        lines.append(f"  {'products':12}{'ms':>10}{'%':>6}  where, and ms alone")
+        for each in sorted(portions, key=lambda portion: -portion.seconds):
+            numbers = f"{1e3 * each.seconds:10.3f}{100 * each.seconds / total:6.1f}"
+            lines.append(f"  {each.kind:12}{numbers}  {_shared(each)}")
+    if others:
+        lines += ["", f"other ways, in times of the speed over {PROMPT} + {TOKENS} tokens (predicted):"]
+    for other in sorted(others, key=lambda each: each.seconds):
+        cut = " cut" * (other.split == "tensor")
+        lines.append(f"  {','.join(other.units) + cut:20}{mine.seconds / other.seconds:.2f}")
+    return lines
+
+
+def _shared(portion: "Portion") -> str:
+    rest = portion.of - portion.parts
+    if not portion.parts or not rest:
+        return portion.unit if portion.parts else "cpu"
+    own, others = (f"{1e3 * seconds:.3f}" for seconds in (portion.there, portion.cpu))
+    return f"{portion.unit} {portion.parts}/{portion.of} {own}, cpu {rest}/{portion.of} {others}"
 
 
 def _what(name: str, rows: "Rows") -> str:

@@ -1,6 +1,6 @@
 """Measuring what the products of a model take on this machine's units, where that is not known."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import combinations
@@ -34,10 +34,12 @@ def measure_shapes(
     progress: Progress,
     *,
     again: bool = False,
+    cores: Collection[int] = (),
 ) -> tuple[Shapes, list[str]]:
     """`known` with all products of this model on the units that are there, and a line a unit about it; what was
-    measured with the same keys is reused, unless `again`. Raises UnitError where there is no unit, UsageError for a
-    sparse model, or a part of one."""
+    measured with the same keys is reused, unless `again`. `cores`: those that stand-ins keep to, when units compute
+    beside each other (none: all). Raises UnitError where there is no unit, UsageError for a sparse model, or a part of
+    one."""
     if spec.sparse or spec.part is not None:
         raise UsageError(f"{file.path.name} is sparse, or a part: only whole dense models are profiled by shapes")
     said = [f"{name}: not measured, {why}" for name, why in there.missing.items()]
@@ -58,7 +60,7 @@ def measure_shapes(
     if any(todo.values()):
         placement = Placement("gpu", "gpu") if "gpu" in todo else CPU_ONLY
         bench = ModelBench(spec, tensors, lanes, progress, placement=placement, variants=len(SHARES))
-        with bench, _meters(bench, there) as meters:
+        with bench, _meters(bench, there, cores) as meters:
             known = _measured(known, meters, there.keys, todo, progress, again)
     for name in there.keys:
         error = known_error(known.units[name])
@@ -89,13 +91,13 @@ def representative(spec: ModelSpec, tensors: Tensors) -> tuple[ModelSpec, Tensor
 
 
 @contextmanager
-def _meters(bench: ModelBench, there: There) -> Iterator[dict[str, Meter]]:
+def _meters(bench: ModelBench, there: There, cores: Collection[int]) -> Iterator[dict[str, Meter]]:
     with ExitStack() as stack:
         meters: dict[str, Meter] = {}
         if "cpu" in there.keys:
             meters["cpu"] = CpuMeter(bench)
         if "gpu" in there.keys:
-            device = open_device(bench.arena)
+            device = open_device(bench.arena, cores=cores)
             stack.callback(device.close)
             meters["gpu"] = GpuMeter(bench, device)
         if there.runtime is not None:

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coterie.commands import terminal
-from coterie.commands.explained import explanation_lines
+from coterie.commands.explained import explanation_lines, portion_lines
 from coterie.commands.options import (
     AllowNear,
     Context,
@@ -22,7 +22,7 @@ from coterie.commands.options import (
     pick_model,
     value_sources,
 )
-from coterie.errors import CoterieError, UsageError
+from coterie.errors import CoterieError
 
 if TYPE_CHECKING:
     from coterie.models.header import ModelHeader
@@ -55,7 +55,10 @@ def plan(
     ] = None,
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="Say where a step's time goes, predicted; needs profile --flash and --units."),
+        typer.Option(
+            "--explain",
+            help="Say where a step's time goes, predicted, by profile --flash and --units, or --shapes.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -64,7 +67,7 @@ def plan(
     with terminal.Progress() as progress:
         from coterie import fetch
         from coterie.models.load import read_spec
-        from coterie.opening import flash_of, open_file, open_to_run, plan_identity, preset_wishes
+        from coterie.opening import begun_wishes, flash_of, open_file, open_to_run, plan_identity, preset_wishes
         from coterie.scheduler.placement import parse_units
         from coterie.scheduler.plan import Wishes
         from coterie.scheduler.plan_file import format_plan, write_plan
@@ -84,6 +87,7 @@ def plan(
         path = fetch.resolve(name, progress)
         if preset is not None:
             wishes = preset_wishes(path, preset, wishes, near=allow_near)
+        wishes = begun_wishes(path, wishes)
         with open_file(path) if save is None else open_to_run(path, wishes, progress).file as file:
             spec = read_spec(file)
             if activations is not None:
@@ -92,24 +96,31 @@ def plan(
             reasons = _reasons(file, spec, wishes, made, needed=explain) if explain or save else None
             forecast = made.forecast(load_profile().memory_bandwidth)
             if save is not None:
-                notes = [made.forecast_line(forecast), *(explanation_lines(*reasons) if reasons else [])]
+                notes = [made.forecast_line(forecast), *(reasons[0] if reasons else [])]
                 write_plan(save, format_plan(Decisions.of(made, plan_identity(file), machine()), made, notes))
                 progress.say([f"wrote {save}"])
     reasons = reasons if explain else None  # what is saved has them wherever they are known
     if as_json:
-        more = {"explain": reasons[0].as_dict()} if reasons else {}
+        more = {"explain": reasons[1]} if reasons else {}
         terminal.write_json(made.as_dict() | {"forecast": forecast} | more)
     else:
-        lines = [*made.lines(), made.forecast_line(forecast), *(explanation_lines(*reasons) if reasons else [])]
+        lines = [*made.lines(), made.forecast_line(forecast), *(reasons[0] if reasons else [])]
         terminal.write("\n".join(lines) + "\n")
 
 
 def _reasons(
     file: "ModelHeader", spec: "ModelSpec", wishes: "Wishes", plan: "Plan", *, needed: bool
-) -> "tuple[Explanation, Answer] | None":
-    """The plan in virtual time, on this machine as it was measured; None where that cannot be and is not `needed`."""
+) -> tuple[list[str], dict[str, Any]] | None:
+    """Why the plan is as fast as it is, on this machine as it was measured, for people and as data: in virtual time, or
+    of several units what products take; None where that cannot be and is not `needed`."""
     try:
-        return _simulated(file, spec, wishes, plan)
+        if plan.placement.exact:
+            found, answer = _simulated(file, spec, wishes, plan)
+            return explanation_lines(found, answer), found.as_dict()
+        from coterie.auto import explained
+
+        mine, others = explained(file, spec, wishes, plan)
+        return portion_lines(mine, others), mine.as_dict() | {"others": [other.as_dict() for other in others]}
     except CoterieError:
         if needed:
             raise
@@ -122,8 +133,6 @@ def _simulated(file: "ModelHeader", spec: "ModelSpec", wishes: "Wishes", plan: "
     from coterie.scheduler.this_machine import this_machine
     from coterie.sizes import Share
 
-    if not plan.placement.exact:
-        raise UsageError("--explain knows only the CPU unit of this machine so far; drop --units")
     prompt = min(PROMPT, plan.context // 2)
     tokens = min(TOKENS, plan.context - prompt)
     device, memory = this_machine(lanes=plan.lanes), wishes.memory

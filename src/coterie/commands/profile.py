@@ -45,6 +45,10 @@ def profile(
     on: Annotated[
         str | None, typer.Option("--on", metavar="cpu,gpu,npu", help="Units that --shapes measures; by default all.")
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="tensor", help="Have --shapes measure units as they are beside each other."),
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Have --shapes measure what it has measured before.")] = False,
     formats: Annotated[
         str, typer.Option("--formats", metavar="FORMAT,...", help="Weight formats to measure units with.")
@@ -62,12 +66,15 @@ def profile(
 ) -> None:
     """Measure this machine for later plans (--flash, --units, --shapes), or count a sparse model's live neurons
     (--activations); without an option, show what has been measured."""
-    if (on is not None or again) and not shapes:
-        raise UsageError("--on and --again belong to --shapes")
+    if (on is not None or again or split is not None) and not shapes:
+        raise UsageError("--on, --split and --again belong to --shapes")
     if shapes:
         if flash or units or activations is not None or text is not None:
             raise UsageError("--shapes measures a model's products and nothing else: one at a time")
-        _profile_shapes(pick_model(None if file is None else str(file), model_option), on, threads, again, as_json)
+        if split not in (None, "layer", "tensor"):
+            raise UsageError(f"split is {split!r:.40}: there are layer and tensor")
+        name = pick_model(None if file is None else str(file), model_option)
+        _profile_shapes(name, on, split == "tensor", threads, again, as_json)
         return
     if activations is not None:
         if flash or units:
@@ -109,8 +116,9 @@ def profile(
         terminal.write("\n".join(_lines(known)) + "\n")
 
 
-def _profile_shapes(name: str, on: str | None, threads: int | None, again: bool, as_json: bool) -> None:
-    """Measure a model's products, as far as they are not known, and show them."""
+def _profile_shapes(name: str, on: str | None, beside: bool, threads: int | None, again: bool, as_json: bool) -> None:
+    """Measure a model's products, as far as they are not known, and show them; `beside`: on units that have products
+    to share."""
     with terminal.Progress() as progress:
         progress("looking at this machine")
         from coterie import fetch
@@ -118,22 +126,31 @@ def _profile_shapes(name: str, on: str | None, threads: int | None, again: bool,
         from coterie.commands.measure_shapes import measure_shapes
         from coterie.models.load import read_spec
         from coterie.opening import open_file
-        from coterie.scheduler.placement import UNITS
+        from coterie.scheduler.placement import UNITS, Placement
+        from coterie.scheduler.plan import Wishes
+        from coterie.scheduler.planner import lanes_and_kept
         from coterie.scheduler.profile import load_profile, profile_path, save_profile
 
         wanted = [unit.strip() for unit in on.split(",")] if on is not None else list(UNITS)
         if unknown := set(wanted) - set(UNITS):
             raise UsageError(f"unit is {min(unknown)!r:.40}: there are {', '.join(UNITS)}")
-        lanes, known = threads or len(os.sched_getaffinity(0)), load_profile()
+        units = tuple(unit for unit in UNITS if unit in wanted)
+        if beside and ("cpu" not in units or len(units) == 1):
+            raise UsageError("units beside each other are the CPU unit and another one: --on cpu,gpu or cpu,npu")
+        lanes, kept = lanes_and_kept(Wishes(threads, units=units, split="tensor" if beside else "layer"))
+        cores = Placement(kept=kept).own_cores() if beside else ()
+        known = load_profile()
+        measured = known.beside if beside else known.shapes
         with open_file(fetch.resolve(name, progress)) as file:
             spec = read_spec(file)
-            there = units_there([unit for unit in UNITS if unit in wanted], lanes)
-            known.shapes, said = measure_shapes(file, spec, there, lanes, known.shapes, progress, again=again)
+            there = units_there(units, lanes, cores)
+            measured, said = measure_shapes(file, spec, there, lanes, measured, progress, again=again, cores=cores)
+        known.beside, known.shapes = (measured, known.shapes) if beside else (known.beside, measured)
         progress.say([*said, f"wrote {save_profile(known)}"])
     if as_json:
-        terminal.write_json({"path": profile_path()} | shapes_dict(known.shapes))
+        terminal.write_json({"path": profile_path()} | shapes_dict(measured))
     else:
-        terminal.write("\n".join(shape_lines(known.shapes)) + "\n")
+        terminal.write("\n".join(shape_lines(measured)) + "\n")
 
 
 def _measured_units(
@@ -196,6 +213,8 @@ def _lines(known: "DeviceProfile") -> list[str]:
     for unit in known.units.values():
         lines += _unit_lines(unit)
     lines += shape_lines(known.shapes)
+    if known.beside.units:
+        lines += ["units that share products:", *shape_lines(known.beside)]
     if known.memory_bandwidth is not None:
         lines.append(f"memory: {known.memory_bandwidth / 1e9:.1f} GB/s read by all cores")
     return lines or ["nothing has been measured yet: coterie profile --flash"]

@@ -266,7 +266,7 @@ class GpuMeter:
     def _lengths(self, product: Product) -> list[tuple[str, tuple[int, ...]]]:
         """Programs that have the product, with the tokens for which they are run."""
         if product.operator == "head":
-            return [("head", (1, HEAD_TOKENS))]
+            return [("decode", TOKENS[:1]), ("head", (HEAD_TOKENS,))]
         return [("decode", TOKENS[:1]), ("prefill", TOKENS[1:])]
 
     def _part(self, found: list[Record], share: float) -> tuple[npt.NDArray[np.int64], int]:

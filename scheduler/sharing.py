@@ -1,0 +1,212 @@
+"""What a model's products take on the units that there are, and where cuts between two of them should begin: by what
+was measured of these very products (coterie profile --shapes), with the solver for one product (partition.py).
+
+What is not a product (norms, attention, sampling) is the CPU unit's in most placements, and left out.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+from coterie.models.spec import ModelSpec
+from coterie.scheduler.balance import Given
+from coterie.scheduler.bandwidth import until_all_end
+from coterie.scheduler.device_model import Cost
+from coterie.scheduler.estimate import Estimator, product_of
+from coterie.scheduler.operators import Reader, Rows
+from coterie.scheduler.partition import Costs, Worker, solve
+from coterie.scheduler.placement import DECODE, Placement
+from coterie.scheduler.profile import Product
+from coterie.scheduler.resident import Resident, Tensors
+from coterie.storage.npu_quantise import SCHEME
+
+PROMPT, TOKENS = 256, 64  # that plans are chosen and explained for
+FAMILIES = {"head": "head", "ffn_up": "up", "ffn_down": "down"}  # kinds by operator; other matrices by where they stand
+Kinds = dict[str, Counter[Product]]  # how often a step has each product, by kind
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Products of a kind in a phase, a prompt of PROMPT tokens or a token: of `of` equal parts `parts` are `unit`'s,
+    the rest the CPU unit's. Seconds that each takes for its own, and until both are done and have met."""
+
+    phase: str
+    kind: str
+    unit: str
+    parts: int
+    of: int
+    there: float
+    cpu: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Units, whether products are cut between them ("tensor") or not ("layer"), and what they are expected to take."""
+
+    units: tuple[str, ...]
+    split: str
+    portions: tuple[Portion, ...]
+
+    @property
+    def prefill(self) -> float:
+        """Seconds of a prompt."""
+        return sum(portion.seconds for portion in self.portions if portion.phase == "prefill")
+
+    @property
+    def decode(self) -> float:
+        """Seconds of TOKENS tokens."""
+        return TOKENS * sum(portion.seconds for portion in self.portions if portion.phase == "decode")
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill + self.decode
+
+    def busy(self, phase: str) -> dict[str, float]:
+        """Seconds that each unit computes in a phase, alone."""
+        found = dict.fromkeys(self.units, 0.0)
+        for portion in self.portions:
+            if portion.phase == phase:
+                found[portion.unit] += portion.there
+                found["cpu"] = found.get("cpu", 0.0) + portion.cpu
+        return found
+
+    @property
+    def begin(self) -> dict[str, int]:
+        """With how many parts each kind of cut begins."""
+        return {portion.kind: portion.parts for portion in self.portions if portion.of > 1}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "units": list(self.units),
+            "split": self.split,
+            "prefill_s": self.prefill,
+            "decode_s": self.decode,
+            "products": [vars(portion) for portion in self.portions],
+        }
+
+    def line(self) -> str:
+        """For people."""
+        cut = " cut" * (self.split == "tensor")
+        return f"{','.join(self.units)}{cut}: {1e3 * self.prefill:.0f} + {1e3 * self.decode:.0f} ms"
+
+
+def kinds_of(spec: ModelSpec, tensors: Tensors, lanes: int, tokens: int) -> Kinds:
+    """The products of a model, for a chunk of so many tokens, or for one. Of a chunk the last token's logits are
+    wanted."""
+    layout = Resident(spec, tensors, lanes).on_paper()
+    reader, found, behind = Reader(spec, layout), {kind: Counter[Product]() for kind in DECODE}, False
+    for name in ("decode",) if tokens == 1 else ("prefill", "head"):
+        for operator in reader.operators(layout.programs[name], Rows(tokens, 0)):
+            i = operator.instruction
+            behind = i.kind == "attention" or (behind and i.kind != "ffn")
+            if i.kind in ("matmul", "ffn"):
+                product = product_of(i)
+                found[FAMILIES.get(product.operator, "out" if behind else "qkv")][product] += 1
+    return found
+
+
+def graphs_of(spec: ModelSpec) -> Kinds:
+    """The same of a chunk on an NPU, whose graphs hold all projections, or a whole feed-forward network."""
+    layers, heads = len(spec.layers), spec.n_heads + 2 * spec.n_kv_heads
+    qkv = Product("matmul", heads * spec.head_dim, spec.dim, SCHEME)
+    out = Product("matmul", spec.dim, spec.n_heads * spec.head_dim, SCHEME)
+    ffn = Product("ffn", 2 * spec.ffn_dim, spec.dim, SCHEME)
+    return {"matmul": Counter({qkv: layers}) + Counter({out: layers}), "ffn": Counter({ffn: layers})}
+
+
+class Sharing:
+    """A model's products on measured units. Raises PlanError for what was not measured."""
+
+    def __init__(self, spec: ModelSpec, tensors: Tensors, lanes: int, estimator: Estimator) -> None:
+        self.spec, self.estimator, self._told = spec, estimator, False
+        self._prompt, self._token = (kinds_of(spec, tensors, lanes, tokens) for tokens in (PROMPT, 1))
+
+    def candidate(self, units: tuple[str, ...], placement: Placement, *, told: bool = False) -> Candidate:
+        """What a placement is expected to take, its cuts where they take least, or where it has them (`told`)."""
+        self._told = told
+        portions = [*self._prefill(placement), *self._decode(placement)]
+        return Candidate(units, placement.split, tuple(portions))
+
+    def _prefill(self, placement: Placement) -> Iterator[Portion]:
+        everything, head = Counter[Product](), self._prompt["head"]
+        for kind in ("qkv", "out", "up", "down"):
+            everything += self._prompt[kind]
+        if placement.prefill == "npu":
+            length = placement.lengths[-1]
+            steps, graphs = -(-PROMPT // length), graphs_of(self.spec)
+            halves = {"matmul": ("qkv", "out"), "ffn": ("up", "down")}
+            for kind, names in halves.items():
+                mine = sum((self._prompt[name] for name in names), Counter[Product]())
+                cut = placement.cuts[kind] if placement.split == "tensor" else None
+                portion = self._portion("prefill", kind, "npu", cut, (graphs[kind], mine), length)
+                yield replace(
+                    portion, there=steps * portion.there, cpu=steps * portion.cpu, seconds=steps * portion.seconds
+                )
+            yield self._portion("prefill", "head", "cpu", None, (head, head), 1)
+        elif "tokens" in placement.cuts:
+            yield self._tokens(placement.cuts["tokens"], everything)
+            yield self._portion("prefill", "head", "cpu", None, (head, head), 1)
+        else:
+            unit = placement.prefill
+            for kind, products in self._prompt.items():
+                tokens = 1 if kind == "head" else PROMPT
+                yield self._portion("prefill", kind, unit, None, (products, products), tokens)
+
+    def _decode(self, placement: Placement) -> Iterator[Portion]:
+        for kind, products in self._token.items():
+            cut = placement.cuts.get(kind)
+            unit = "gpu" if cut is not None else placement.decode
+            yield self._portion("decode", kind, unit, cut, (products, products), 1)
+
+    def _tokens(self, cut: Given, products: Counter[Product]) -> Portion:
+        """A chunk of PROMPT tokens, of which the GPU computes the first ones."""
+
+        def cost(unit: str, parts: int, tokens: int) -> Cost:
+            return self._cost(unit, products, 1.0, max(1, PROMPT * parts // cut.of))
+
+        return self._solved("prefill", "tokens", "gpu", cut, cost, len(self.spec.layers))
+
+    def _portion(
+        self,
+        phase: str,
+        kind: str,
+        unit: str,
+        cut: Given | None,
+        products: tuple[Counter[Product], Counter[Product]],
+        tokens: int,
+    ) -> Portion:
+        """Products of a kind, `products` as the unit and as the CPU unit have them: of one unit, or cut by rows."""
+        there, here = products
+        if cut is None:
+            seconds = self._cost(unit, there, 1.0, tokens).seconds
+            return Portion(phase, kind, unit, 1, 1, seconds, 0.0, seconds)
+
+        def cost(name: str, parts: int, _: int) -> Cost:
+            return self._cost(name, here if name == "cpu" else there, parts / cut.of, tokens)
+
+        return self._solved(phase, kind, unit, cut, cost, sum(there.values()))
+
+    def _solved(self, phase: str, kind: str, unit: str, cut: Given, cost: Costs, meetings: int) -> Portion:
+        """Products that a cut divides; the units meet so often."""
+        shapes = self.estimator.shapes
+        join, together = 2 * shapes.sync * meetings, shapes.together.get(f"cpu+{unit}", inf)
+        parts = cut.parts
+        if not self._told:
+            workers, shares = (Worker(unit, join=join), Worker("cpu")), [n / cut.of for n in range(1, cut.of)]
+            pieces = solve(cut.of, 1, workers, cost, together=together, shares=shares).pieces
+            parts = sum(piece.rows for piece in pieces if piece.unit == unit)
+        own = cost(unit, parts, 1) if parts else Cost(0.0, 0.0)
+        rest = cost("cpu", cut.of - parts, 1) if parts < cut.of else Cost(0.0, 0.0)
+        both = until_all_end([(each.seconds, each.nbytes) for each in (own, rest)], together)
+        return Portion(phase, kind, unit, parts, cut.of, own.seconds, rest.seconds, both + join * (parts > 0))
+
+    def _cost(self, unit: str, products: Mapping[Product, int], share: float, tokens: int) -> Cost:
+        """Of a share of these products' rows, one after the other."""
+        launch = work = nbytes = 0.0
+        for product, count in products.items():
+            one = self.estimator.cost(product, unit, max(1, round(share * product.rows)), tokens)
+            launch, work, nbytes = launch + count * one.launch, work + count * one.work, nbytes + count * one.nbytes
+        return Cost(launch, work, nbytes, "measured")
