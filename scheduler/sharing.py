@@ -1,11 +1,12 @@
 """What a model's products take on the units that there are, and where cuts between two of them should begin: by what
 was measured of these very products (coterie profile --shapes), with the solver for one product (partition.py).
 
-What is not a product (norms, attention, sampling) is the CPU unit's in most placements, and left out.
+What is not a product (norms, attention) is counted where the CPU unit's kernels have been measured too (coterie profile
+--units); on a GPU it is thought to take as much longer or shorter as products do.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.balance import Given
 from coterie.scheduler.bandwidth import until_all_end
-from coterie.scheduler.device_model import Cost
+from coterie.scheduler.device_model import Cost, time
 from coterie.scheduler.estimate import Estimator, product_of
 from coterie.scheduler.operators import Reader, Rows
 from coterie.scheduler.partition import Costs, Worker, solve
 from coterie.scheduler.placement import DECODE, Placement
 from coterie.scheduler.profile import Product
 from coterie.scheduler.resident import Resident, Tensors
+from coterie.scheduler.soc import Device
 from coterie.storage.npu_quantise import SCHEME
 
 PROMPT, TOKENS = 256, 64  # that plans are chosen and explained for
@@ -56,9 +58,14 @@ class Candidate:
         return sum(portion.seconds for portion in self.portions if portion.phase == "prefill")
 
     @property
+    def token(self) -> float:
+        """Seconds of a token behind it."""
+        return sum(portion.seconds for portion in self.portions if portion.phase == "decode")
+
+    @property
     def decode(self) -> float:
         """Seconds of TOKENS tokens."""
-        return TOKENS * sum(portion.seconds for portion in self.portions if portion.phase == "decode")
+        return TOKENS * self.token
 
     @property
     def seconds(self) -> float:
@@ -117,12 +124,41 @@ def graphs_of(spec: ModelSpec) -> Kinds:
     return {"matmul": Counter({qkv: layers}) + Counter({out: layers}), "ffn": Counter({ffn: layers})}
 
 
-class Sharing:
-    """A model's products on measured units. Raises PlanError for what was not measured."""
+def rest_of(spec: ModelSpec, tensors: Tensors, lanes: int, device: Device) -> Callable[[int], float]:
+    """Seconds that the CPU unit of `device`, this machine as measured, takes for all but products, for a chunk of so
+    many tokens, or for one behind a prompt."""
+    layout = Resident(spec, tensors, lanes).on_paper()
+    reader = Reader(spec, layout)
 
-    def __init__(self, spec: ModelSpec, tensors: Tensors, lanes: int, estimator: Estimator) -> None:
-        self.spec, self.estimator, self._told = spec, estimator, False
-        self._prompt, self._token = (kinds_of(spec, tensors, lanes, tokens) for tokens in (PROMPT, 1))
+    def seconds(tokens: int) -> float:
+        rows, total = Rows(tokens, 0 if tokens > 1 else PROMPT), device.between
+        for name in ("decode",) if tokens == 1 else ("prefill", "head"):
+            for operator in reader.operators(layout.programs[name], rows):
+                others = [operator.instruction] if operator.instruction.kind not in ("matmul", "ffn") else []
+                for i in (*others, *operator.prepares):
+                    total += time(replace(i, unit="cpu"), device)
+        return total
+
+    return seconds
+
+
+class Sharing:
+    """A model's products on measured units, for prompts of so many tokens; `rest`: seconds of all else on the CPU unit
+    (rest_of). Raises PlanError for what was not measured."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tensors: Tensors,
+        lanes: int,
+        estimator: Estimator,
+        *,
+        prompt: int = PROMPT,
+        rest: Callable[[int], float] | None = None,
+    ) -> None:
+        self.spec, self.estimator, self.prompt, self._told = spec, estimator, prompt, False
+        self._prompt, self._token = (kinds_of(spec, tensors, lanes, tokens) for tokens in (prompt, 1))
+        self._rest = rest
 
     def candidate(self, units: tuple[str, ...], placement: Placement, *, told: bool = False) -> Candidate:
         """What a placement is expected to take, its cuts where they take least, or where it has them (`told`)."""
@@ -134,9 +170,12 @@ class Sharing:
         everything, head = Counter[Product](), self._prompt["head"]
         for kind in ("qkv", "out", "up", "down"):
             everything += self._prompt[kind]
+        if self._rest is not None and "tokens" not in placement.cuts:
+            unit = "gpu" if placement.prefill == "gpu" else "cpu"
+            yield self._others("prefill", unit, everything, self.prompt)
         if placement.prefill == "npu":
             length = placement.lengths[-1]
-            steps, graphs = -(-PROMPT // length), graphs_of(self.spec)
+            steps, graphs = -(-self.prompt // length), graphs_of(self.spec)
             halves = {"matmul": ("qkv", "out"), "ffn": ("up", "down")}
             for kind, names in halves.items():
                 mine = sum((self._prompt[name] for name in names), Counter[Product]())
@@ -152,20 +191,37 @@ class Sharing:
         else:
             unit = placement.prefill
             for kind, products in self._prompt.items():
-                tokens = 1 if kind == "head" else PROMPT
+                tokens = 1 if kind == "head" else self.prompt
                 yield self._portion("prefill", kind, unit, None, (products, products), tokens)
 
+    def _others(self, phase: str, unit: str, products: Counter[Product], tokens: int) -> Portion:
+        """What is no product, on one unit."""
+        seconds = self._rest_on(unit, products, tokens)
+        return Portion(phase, "others", unit, 1, 1, seconds, 0.0, seconds)
+
+    def _rest_on(self, unit: str, products: Counter[Product], tokens: int) -> float:
+        if self._rest is None:
+            return 0.0
+        slower = 1.0 if unit == "cpu" else self._cost(unit, products, 1.0, tokens).seconds
+        slower /= 1.0 if unit == "cpu" else self._cost("cpu", products, 1.0, tokens).seconds
+        return slower * self._rest(tokens)
+
     def _decode(self, placement: Placement) -> Iterator[Portion]:
+        if self._rest is not None:
+            unit = "cpu" if placement.shares_decode else placement.decode
+            yield self._others("decode", unit, sum(self._token.values(), Counter[Product]()), 1)
         for kind, products in self._token.items():
             cut = placement.cuts.get(kind)
             unit = "gpu" if cut is not None else placement.decode
             yield self._portion("decode", kind, unit, cut, (products, products), 1)
 
     def _tokens(self, cut: Given, products: Counter[Product]) -> Portion:
-        """A chunk of PROMPT tokens, of which the GPU computes the first ones."""
+        """A chunk of which the GPU computes the first tokens, with all that belongs to them."""
+        rest = {unit: self._rest_on(unit, products, self.prompt) for unit in ("gpu", "cpu")}
 
         def cost(unit: str, parts: int, tokens: int) -> Cost:
-            return self._cost(unit, products, 1.0, max(1, PROMPT * parts // cut.of))
+            own = self._cost(unit, products, 1.0, max(1, self.prompt * parts // cut.of))
+            return replace(own, work=own.work + rest[unit] * parts / cut.of)
 
         return self._solved("prefill", "tokens", "gpu", cut, cost, len(self.spec.layers))
 

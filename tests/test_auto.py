@@ -85,7 +85,7 @@ def test_it_takes_what_is_expected_to_be_fastest(slow: str, model: Path, monkeyp
     rates = {name: (1.0, 9.0) if name in slow else pair for name, pair in RATES.items()}
     measured(monkeypatch, model, rates)
     with open_file(model) as file:
-        found = auto.candidates(file, read_spec(file), Wishes())
+        found = auto.Here(file, read_spec(file), Wishes()).all()
     wishes = preset_wishes(model, "auto", Wishes(), near=True)
     chosen = next(each for each in found if each.units == wishes.units)
     assert len(found) == len(auto.APART)
@@ -98,7 +98,7 @@ def test_units_that_share_products_are_weighed_where_they_were_measured_so(
 ) -> None:
     measured(monkeypatch, model, RATES, {"cpu": (1.0, 1.0), "gpu": (1.0, 3.0)})
     with open_file(model) as file:
-        found = auto.candidates(file, read_spec(file), Wishes())
+        found = auto.Here(file, read_spec(file), Wishes()).all()
     (shared,) = (each for each in found if each.split == "tensor")
     assert len(found) == len(auto.APART) + 1
     parts = shared.begin
@@ -137,7 +137,7 @@ def test_a_plan_of_several_units_explains_itself(model: Path, monkeypatch: pytes
         spec = read_spec(file)
         made = make_plan(file, spec, told)[0]
         mine, others = auto.explained(file, spec, told, made)
-        best = auto.beside(file, spec, told)
+        best = auto.Here(file, spec, told).beside(told.units)
     assert mine.begin == told.begin  # what the plan says, not what would be best
     assert mine.seconds > best.seconds
     parts = {portion.kind: portion for portion in mine.portions if portion.phase == "decode"}
@@ -148,7 +148,7 @@ def test_a_plan_of_several_units_explains_itself(model: Path, monkeypatch: pytes
     lines = "\n".join(portion_lines(mine, others))
     assert "up           " in lines
     assert f"gpu 4/32 {1e3 * layers * 3 / 8:.3f}, cpu 28/32 {1e3 * layers * 7 / 8:.3f}" in lines
-    assert re.search(r"decode, products of a token: [0-9.]+ ms, bound by cpu", lines)
+    assert re.search(r"decode, a token: [0-9.]+ ms, bound by cpu", lines)
     assert re.search(r"qkv .*  cpu\n", lines)
     assert all(f"  {','.join(other.units):20}{mine.seconds / other.seconds:.2f}" in lines for other in others)
 

@@ -445,7 +445,7 @@ def test_units_that_share_products_are_measured_as_they_are_then(short: None, mo
     assert begun.reasons[0].startswith("cuts begin where measured products end soonest: cpu,gpu tokens ")
     explained = coterie("plan", str(model), "--units", "cpu,gpu", "--split", "tensor", "--explain")
     assert explained.exit_code == 0, explained.stderr
-    assert "decode, products of a token: " in explained.stdout
+    assert "decode, a token: " in explained.stdout
     other = coterie("plan", str(model), "--units", "gpu", "--explain")
     refused(other, "gpu has not been measured as it is now: coterie profile --shapes MODEL", code=PlanError.exit_code)
 

@@ -36,7 +36,7 @@ def portion_lines(mine: "Candidate", others: "list[Candidate]") -> list[str]:
     for phase, what in (("prefill", f"a prompt of {PROMPT} tokens"), ("decode", "a token")):
         portions = [portion for portion in mine.portions if portion.phase == phase]
         busy, total = mine.busy(phase), sum(portion.seconds for portion in portions)
-        lines += ["", f"{phase}, products of {what}: {1e3 * total:.1f} ms, bound by {max(busy, key=busy.__getitem__)}"]
+        lines += ["", f"{phase}, {what}: {1e3 * total:.1f} ms, bound by {max(busy, key=busy.__getitem__)}"]
         lines.append(f"  {'products':12}{'ms':>10}{'%':>6}  where, and ms alone")
         for each in sorted(portions, key=lambda portion: -portion.seconds):
             numbers = f"{1e3 * each.seconds:10.3f}{100 * each.seconds / total:6.1f}"
