@@ -1,7 +1,8 @@
 """Whether `--preset auto --allow-near` takes the best: its choice against every plan that it could have taken, in
 alternation.
 
-    coterie profile --shapes MODEL.gguf; python benchmarks/auto.py MODEL.gguf [--rounds 5] [--json FILE]
+    coterie profile --shapes MODEL.gguf; coterie profile --shapes MODEL.gguf --split tensor --on cpu,npu
+    python benchmarks/auto.py MODEL.gguf [--rounds 5] [--json FILE]
 
 A round is a prompt of 256 tokens and an answer of 64 with each. Quoted: the medians, and the best plan's over that of
 auto's choice; the bar is 0.98.
@@ -16,16 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from coterie.auto import APART
+from coterie.auto import APART, BESIDE
 from coterie.engine import Engine
 from coterie.errors import CoterieError
-from coterie.opening import open_to_run, preset_wishes
+from coterie.opening import begun_wishes, open_to_run, preset_wishes
 from coterie.scheduler.plan import Wishes
 from coterie.scheduler.sharing import PROMPT, TOKENS
 
 
 def opened(path: Path, wishes: Wishes) -> Engine:
     return Engine(open_to_run(path, wishes, lambda *a: None), wishes)
+
+
+def named(units: tuple[str, ...], split: str) -> str:
+    return ",".join(units) + " cut" * (split == "tensor")
 
 
 def timed(engine: Engine, rng: np.random.Generator) -> float:
@@ -50,18 +55,22 @@ def main() -> None:
     wishes = Wishes(context=PROMPT + TOKENS + 1)
     chosen = preset_wishes(given.model, "auto", wishes, near=True)
     engines = dict[str, Engine]()
-    for units in APART:
+    for units, split in (*((units, "layer") for units in APART), *((units, "tensor") for units in BESIDE)):
+        if split == "tensor" and "gpu" in units:  # a stand-in has one number of threads a process
+            continue
+        asked = begun_wishes(given.model, Wishes(context=wishes.context, units=units, split=split))
         try:
-            engines[",".join(units)] = opened(given.model, Wishes(context=wishes.context, units=units))
+            engines[named(units, split)] = opened(given.model, asked)
         except CoterieError as error:
-            print(f"{','.join(units)}: {error}")
+            print(f"{named(units, split)}: {error}")
     rng, times = np.random.default_rng(0), {name: list[float]() for name in engines}
     for turn in range(given.rounds + 1):
         for name, engine in engines.items():
             taken = timed(engine, rng)
             if turn:  # the first one warms up
                 times[name].append(taken)
-    found: dict[str, Any] = {"choice": ",".join(chosen.units), "reasons": chosen.reasons, "seconds": times}
+    choice = named(chosen.units, chosen.split)
+    found: dict[str, Any] = {"choice": choice, "reasons": chosen.reasons, "seconds": times}
     medians = {name: statistics.median(each) for name, each in times.items()}
     found |= {"medians": medians, "ratio": min(medians.values()) / medians[found["choice"]]}
     print(json.dumps(found, indent=1))
