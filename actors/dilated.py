@@ -96,7 +96,7 @@ class DilatedClock(Clock):
         totals = [0] * len(self.units)  # tasks of all steps before, by unit
         for number, step in enumerate(self.steps):
             places = self._places(step, totals)
-            begin = self._step_begins(number, flags)
+            begin, done = self._step_begins(number, flags), 0
             for at, task in enumerate(step.tasks):
                 if task.unit != name:
                     continue
@@ -108,12 +108,11 @@ class DilatedClock(Clock):
                     ready = max(ready, self._stamps[self.units[other], place] + says)
                 if task.needs:
                     ready = max(ready, self._await(flags, "arrived", self._bases[number] + task.needs))
-                alone, queued, drained = task.launch
                 waited = (ready - idle) / self.factor
-                launch = queued if waited <= NEVER * 1e3 else min(alone, drained)
+                launch = self._launch(unit, task, waited > NEVER * 1e3, done == 0)
                 start = self._not_long_ago(ready)
                 end = self._take(unit, Running(start, launch, task.work, task.bytes_per_s, task, at, waited))
-                finished, idle = finished + 1, end
+                finished, done, idle = finished + 1, done + 1, end
                 self._worked(name, start, end)
                 self._note_real(name, task.name, task.layer, number, start, end, 0)
                 with self._state:

@@ -68,6 +68,8 @@ class Clock:
         models = [device.units[name] for name in self.units]
         # From a unit to another one: a flag and shared buffers, or a call of the runtime and a copy.
         self._says = [[a.fence + b.copy if fence else a.sync for b in models] for a in models]
+        # A GPU's queue has all of a step ahead, and waits for flags itself: it never runs empty in it.
+        self._ahead = [model.kind == "gpu" and not fence for model in models]
         self._cores = [device.core_of(name) for name in self.units]
         self._beside = [device.units[name].beside_flash for name in self.units]
         self._place(requests)
@@ -175,10 +177,14 @@ class Clock:
             self._why[unit] = WEIGHTS
             return
         waited = self.now - self._idle_since[unit]
-        alone, queued, drained = task.launch
-        launch = queued if waited <= NEVER else min(alone, drained)
+        launch = self._launch(unit, task, waited > NEVER, self._next[unit] == 0)
         self._running[unit] = Running(self.now, launch, task.work, task.bytes_per_s, task, number, waited)
         self._next[unit] += 1
+
+    def _launch(self, unit: int, task: Task, waited: bool, first: bool) -> float:
+        """Seconds that it takes to launch a task, which the unit has waited for, or which is its first in a step."""
+        alone, queued, drained = task.launch
+        return queued if not waited or (self._ahead[unit] and not first) else min(alone, drained)
 
     def _start_read(self) -> None:
         if self._read >= len(self._reads):

@@ -128,7 +128,8 @@ class Cutter:
         if name == self.home:
             return Worker(name, unit.step, lengths)
         meeting = home.fence + unit.copy + unit.fence + home.copy if self.fence else home.sync + unit.sync
-        idle = (home.drained or 0.0) - (home.queued or 0.0)  # what comes next starts on a queue that has run empty
+        ahead = home.kind == "gpu" and not self.fence  # its queue holds what comes next, and waits for flags itself
+        idle = 0.0 if ahead else (home.drained or 0.0) - (home.queued or 0.0)
         return Worker(name, unit.step, lengths, meeting + max(0.0, idle))
 
     def part(self, i: Instruction, unit: str, rows: int, tokens: int) -> Cost:

@@ -6,7 +6,7 @@ What is not a product (norms, attention) is counted where the CPU unit's kernels
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -143,8 +143,9 @@ def rest_of(spec: ModelSpec, tensors: Tensors, lanes: int, device: Device) -> Ca
 
 
 class Sharing:
-    """A model's products on measured units, for prompts of so many tokens; `rest`: seconds of all else on the CPU unit
-    (rest_of). Raises PlanError for what was not measured."""
+    """A model's products on measured units, for prompts of so many tokens, with cuts where they take least, or where a
+    placement has them (`told`); `rest`: seconds of all else on the CPU unit (rest_of). Raises PlanError for what was
+    not measured."""
 
     def __init__(
         self,
@@ -154,15 +155,14 @@ class Sharing:
         estimator: Estimator,
         *,
         prompt: int = PROMPT,
+        told: bool = False,
         rest: Callable[[int], float] | None = None,
     ) -> None:
-        self.spec, self.estimator, self.prompt, self._told = spec, estimator, prompt, False
+        self.spec, self.estimator, self.prompt, self.told, self._rest = spec, estimator, prompt, told, rest
         self._prompt, self._token = (kinds_of(spec, tensors, lanes, tokens) for tokens in (prompt, 1))
-        self._rest = rest
 
-    def candidate(self, units: tuple[str, ...], placement: Placement, *, told: bool = False) -> Candidate:
-        """What a placement is expected to take, its cuts where they take least, or where it has them (`told`)."""
-        self._told = told
+    def candidate(self, units: tuple[str, ...], placement: Placement) -> Candidate:
+        """What a placement is expected to take."""
         portions = [*self._prefill(placement), *self._decode(placement)]
         return Candidate(units, placement.split, tuple(portions))
 
@@ -202,9 +202,8 @@ class Sharing:
     def _rest_on(self, unit: str, products: Counter[Product], tokens: int) -> float:
         if self._rest is None:
             return 0.0
-        slower = 1.0 if unit == "cpu" else self._cost(unit, products, 1.0, tokens).seconds
-        slower /= 1.0 if unit == "cpu" else self._cost("cpu", products, 1.0, tokens).seconds
-        return slower * self._rest(tokens)
+        own, here = (self._cost(name, products, 1.0, tokens).seconds for name in (unit, "cpu"))
+        return self._rest(tokens) * own / here
 
     def _decode(self, placement: Placement) -> Iterator[Portion]:
         if self._rest is not None:
@@ -241,7 +240,12 @@ class Sharing:
             return Portion(phase, kind, unit, 1, 1, seconds, 0.0, seconds)
 
         def cost(name: str, parts: int, _: int) -> Cost:
-            return self._cost(name, here if name == "cpu" else there, parts / cut.of, tokens)
+            if name != "npu":
+                return self._cost(name, here if name == "cpu" else there, parts / cut.of, tokens)
+            # As many graphs as there are pieces, of which each costs more than its share.
+            points = cut.points if self.told else Given.around(parts, cut.of).points
+            pieces = Given(parts, cut.of, tuple(sorted({min(point, parts) for point in points}))).pieces()
+            return added([self._cost(name, there, (last - first) / cut.of, tokens) for first, last in pieces])
 
         return self._solved(phase, kind, unit, cut, cost, sum(there.values()))
 
@@ -250,7 +254,7 @@ class Sharing:
         shapes = self.estimator.shapes
         join, together = 2 * shapes.sync * meetings, shapes.together.get(f"cpu+{unit}", inf)
         parts = cut.parts
-        if not self._told:
+        if not self.told:
             workers, shares = (Worker(unit, join=join), Worker("cpu")), [n / cut.of for n in range(1, cut.of)]
             pieces = solve(cut.of, 1, workers, cost, together=together, shares=shares).pieces
             parts = sum(piece.rows for piece in pieces if piece.unit == unit)
@@ -261,8 +265,14 @@ class Sharing:
 
     def _cost(self, unit: str, products: Mapping[Product, int], share: float, tokens: int) -> Cost:
         """Of a share of these products' rows, one after the other."""
-        launch = work = nbytes = 0.0
-        for product, count in products.items():
-            one = self.estimator.cost(product, unit, max(1, round(share * product.rows)), tokens)
-            launch, work, nbytes = launch + count * one.launch, work + count * one.work, nbytes + count * one.nbytes
-        return Cost(launch, work, nbytes, "measured")
+        found = [
+            (count, self.estimator.cost(product, unit, max(1, round(share * product.rows)), tokens))
+            for product, count in products.items()
+        ]
+        return added([Cost(n * one.launch, n * one.work, n * one.nbytes) for n, one in found])
+
+
+def added(costs: Sequence[Cost]) -> Cost:
+    """Of work one after the other."""
+    launch, work, nbytes = (sum(getattr(one, name) for one in costs) for name in ("launch", "work", "nbytes"))
+    return Cost(launch, work, nbytes, "measured")

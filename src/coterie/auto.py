@@ -87,15 +87,15 @@ class Here:
         """What a placement is expected to take; its cuts as it has them (`told`), or where they are best."""
         tensor = placement.split == "tensor"
         there = units_there(("cpu", *(unit for unit in units if unit != "cpu")), lanes, placement.own_cores())
-        sharing = self._sharing(lanes, self.known.beside if tensor else self.known.shapes, there)
+        sharing = self._sharing(lanes, self.known.beside if tensor else self.known.shapes, there, told=told)
         try:
-            return sharing.candidate(units, placement, told=told)
+            return sharing.candidate(units, placement)
         except PlanError as error:
             raise PlanError(f"{error}{' --split tensor' * tensor}") from None
 
-    def _sharing(self, lanes: int, shapes: Shapes, there: There) -> Sharing:
+    def _sharing(self, lanes: int, shapes: Shapes, there: There, *, told: bool = False) -> Sharing:
         estimator, rest = Estimator(shapes, there.keys), self._rests.get(lanes)
-        return Sharing(self.spec, self.file.tensors, lanes, estimator, prompt=self.prompt, rest=rest)
+        return Sharing(self.spec, self.file.tensors, lanes, estimator, prompt=self.prompt, told=told, rest=rest)
 
 
 def explained(file: ModelHeader, spec: ModelSpec, wishes: Wishes, plan: Plan) -> tuple[Candidate, list[Candidate]]:
