@@ -2,8 +2,8 @@
 
     python benchmarks/expected.py MODEL.gguf ... [--rounds 3] [--json FILE]
 
-A round measures the machine as `coterie profile` does (the model's products on each unit, alone and beside each other;
-the CPU unit's kernels), and then times steps: prompts of 128 and 256 tokens, and tokens behind the longer one, medians
+A round measures the machine as `coterie profile` does (the model's products on each unit, alone and beside each other),
+and then times steps: prompts of 128 and 256 tokens, and tokens behind the longer one, medians
 of a few, with cuts where they begin, which do not move. Each way runs in a process of its own, since a GPU stand-in has
 one number of threads in each. Quoted: the median over rounds of expected / timed - 1.
 """
@@ -28,14 +28,12 @@ from coterie.scheduler.plan import Wishes
 
 WAYS = (("gpu", "layer"), ("cpu,npu", "layer"), ("cpu,gpu", "tensor"), ("cpu,npu", "tensor"))
 PROMPTS, TOKENS, TURNS = (128, 256), 24, 5
-FORMATS = "Q4_0,Q4_1,Q8_0,Q6_K"
 
 
 def measured(model: str) -> None:
     """Have the machine measured anew for this model."""
-    own = [["--units", "-t", lanes, "--formats", FORMATS] for lanes in ("1", "2")]
     beside = [["--shapes", model, "--again", "--split", "tensor", "--on", units] for units in ("cpu,gpu", "cpu,npu")]
-    for words in (*own, ["--shapes", model, "--again"], *beside):
+    for words in (["--shapes", model, "--again"], *beside):
         subprocess.run(["coterie", "profile", *words], check=True, capture_output=True)
 
 

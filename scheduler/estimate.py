@@ -54,6 +54,11 @@ class Estimator:
         runs = len(graphs(known.lengths, tokens)) if known.lengths else 1
         return Cost(launch, seconds - launch, runs * times.nbytes * rows / times.product.rows, "measured")
 
+    def others(self, unit: str, tokens: int) -> float | None:
+        """Seconds a layer of all but products, for so many tokens; None: not measured."""
+        known = self._unit(unit)
+        return linear(sorted(known.others), tokens, known.queued) if known.others else None
+
     def costs(self, product: Product) -> Costs:
         """Costs of a product's parts, for partition.solve."""
         return partial(self.cost, product)

@@ -110,7 +110,8 @@ class ProductTimes:
 class UnitTimes:
     """A unit's products. `key`: what they were measured with (actors/identity.py); `format`: what the unit has all
     weights in ("": as they are); `lengths`: tokens of its graphs (none: it takes any number); seconds to `launch` an
-    empty kernel and be told of its end, and of one `queued` behind another; bytes/s of weights that it reads alone."""
+    empty kernel and be told of its end, and of one `queued` behind another; bytes/s of weights that it reads alone;
+    seconds a layer of all but products (`others`), by tokens (1: behind a prompt; none: it computes only products)."""
 
     key: str
     format: str
@@ -119,6 +120,7 @@ class UnitTimes:
     queued: float
     bandwidth: float
     products: tuple[ProductTimes, ...]
+    others: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,7 @@ def _unit_times(values: dict[str, Any]) -> UnitTimes:
         _rate(values["queued"]),
         _rate(values["bandwidth"]),
         tuple(_product_times(each) for each in values["products"]),
+        tuple((_whole(n, 1, LARGEST), _rate(s)) for n, s in (_items(each, 2) for each in values.get("others", []))),
     )
 
 

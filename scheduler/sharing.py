@@ -1,12 +1,11 @@
 """What a model's products take on the units that there are, and where cuts between two of them should begin: by what
 was measured of these very products (coterie profile --shapes), with the solver for one product (partition.py).
 
-What is not a product (norms, attention) is counted where the CPU unit's kernels have been measured too (coterie profile
---units); on a GPU it is thought to take as much longer or shorter as products do.
+What is no product (norms, attention) was measured a layer at a time.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -14,14 +13,13 @@ from typing import Any
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.balance import Given
 from coterie.scheduler.bandwidth import until_all_end
-from coterie.scheduler.device_model import Cost, time
+from coterie.scheduler.device_model import Cost
 from coterie.scheduler.estimate import Estimator, product_of
 from coterie.scheduler.operators import Reader, Rows
 from coterie.scheduler.partition import Costs, Worker, solve
 from coterie.scheduler.placement import DECODE, Placement
 from coterie.scheduler.profile import Product
 from coterie.scheduler.resident import Resident, Tensors
-from coterie.scheduler.soc import Device
 from coterie.storage.npu_quantise import SCHEME
 
 PROMPT, TOKENS = 256, 64  # that plans are chosen and explained for
@@ -124,28 +122,9 @@ def graphs_of(spec: ModelSpec) -> Kinds:
     return {"matmul": Counter({qkv: layers}) + Counter({out: layers}), "ffn": Counter({ffn: layers})}
 
 
-def rest_of(spec: ModelSpec, tensors: Tensors, lanes: int, device: Device) -> Callable[[int], float]:
-    """Seconds that the CPU unit of `device`, this machine as measured, takes for all but products, for a chunk of so
-    many tokens, or for one behind a prompt."""
-    layout = Resident(spec, tensors, lanes).on_paper()
-    reader = Reader(spec, layout)
-
-    def seconds(tokens: int) -> float:
-        rows, total = Rows(tokens, 0 if tokens > 1 else PROMPT), device.between
-        for name in ("decode",) if tokens == 1 else ("prefill", "head"):
-            for operator in reader.operators(layout.programs[name], rows):
-                others = [operator.instruction] if operator.instruction.kind not in ("matmul", "ffn") else []
-                for i in (*others, *operator.prepares):
-                    total += time(replace(i, unit="cpu"), device)
-        return total
-
-    return seconds
-
-
 class Sharing:
-    """A model's products on measured units, for prompts of so many tokens, with cuts where they take least, or where a
-    placement has them (`told`); `rest`: seconds of all else on the CPU unit (rest_of). Raises PlanError for what was
-    not measured."""
+    """A model on measured units, for prompts of so many tokens, with cuts where they take least, or where a placement
+    has them (`told`). Raises PlanError for what was not measured."""
 
     def __init__(
         self,
@@ -156,9 +135,8 @@ class Sharing:
         *,
         prompt: int = PROMPT,
         told: bool = False,
-        rest: Callable[[int], float] | None = None,
     ) -> None:
-        self.spec, self.estimator, self.prompt, self.told, self._rest = spec, estimator, prompt, told, rest
+        self.spec, self.estimator, self.prompt, self.told = spec, estimator, prompt, told
         self._prompt, self._token = (kinds_of(spec, tensors, lanes, tokens) for tokens in (prompt, 1))
 
     def candidate(self, units: tuple[str, ...], placement: Placement) -> Candidate:
@@ -170,9 +148,8 @@ class Sharing:
         everything, head = Counter[Product](), self._prompt["head"]
         for kind in ("qkv", "out", "up", "down"):
             everything += self._prompt[kind]
-        if self._rest is not None and "tokens" not in placement.cuts:
-            unit = "gpu" if placement.prefill == "gpu" else "cpu"
-            yield self._others("prefill", unit, everything, self.prompt)
+        if "tokens" not in placement.cuts:
+            yield from self._others("prefill", "gpu" if placement.prefill == "gpu" else "cpu", self.prompt)
         if placement.prefill == "npu":
             length = placement.lengths[-1]
             steps, graphs = -(-self.prompt // length), graphs_of(self.spec)
@@ -194,21 +171,16 @@ class Sharing:
                 tokens = 1 if kind == "head" else self.prompt
                 yield self._portion("prefill", kind, unit, None, (products, products), tokens)
 
-    def _others(self, phase: str, unit: str, products: Counter[Product], tokens: int) -> Portion:
-        """What is no product, on one unit."""
-        seconds = self._rest_on(unit, products, tokens)
-        return Portion(phase, "others", unit, 1, 1, seconds, 0.0, seconds)
+    def _others(self, phase: str, unit: str, tokens: int) -> Iterator[Portion]:
+        """What is no product, on one unit, where that was measured."""
+        if seconds := self._rest(unit, tokens):
+            yield Portion(phase, "others", unit, 1, 1, seconds, 0.0, seconds)
 
-    def _rest_on(self, unit: str, products: Counter[Product], tokens: int) -> float:
-        if self._rest is None:
-            return 0.0
-        own, here = (self._cost(name, products, 1.0, tokens).seconds for name in (unit, "cpu"))
-        return self._rest(tokens) * own / here
+    def _rest(self, unit: str, tokens: int) -> float:
+        return (self.estimator.others(unit, tokens) or 0.0) * len(self.spec.layers)
 
     def _decode(self, placement: Placement) -> Iterator[Portion]:
-        if self._rest is not None:
-            unit = "cpu" if placement.shares_decode else placement.decode
-            yield self._others("decode", unit, sum(self._token.values(), Counter[Product]()), 1)
+        yield from self._others("decode", "cpu" if placement.shares_decode else placement.decode, 1)
         for kind, products in self._token.items():
             cut = placement.cuts.get(kind)
             unit = "gpu" if cut is not None else placement.decode
@@ -216,11 +188,10 @@ class Sharing:
 
     def _tokens(self, cut: Given, products: Counter[Product]) -> Portion:
         """A chunk of which the GPU computes the first tokens, with all that belongs to them."""
-        rest = {unit: self._rest_on(unit, products, self.prompt) for unit in ("gpu", "cpu")}
 
         def cost(unit: str, parts: int, tokens: int) -> Cost:
             own = self._cost(unit, products, 1.0, max(1, self.prompt * parts // cut.of))
-            return replace(own, work=own.work + rest[unit] * parts / cut.of)
+            return replace(own, work=own.work + self._rest(unit, self.prompt) * parts / cut.of)
 
         return self._solved("prefill", "tokens", "gpu", cut, cost, len(self.spec.layers))
 

@@ -6,12 +6,11 @@ unit's, and pairs that share products, where units were measured beside each oth
 only where that is allowed. A GPU stand-in that shares products is none: it has one number of threads a process.
 """
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
 from coterie.actors.identity import There, units_there
-from coterie.errors import CoterieError, PlanError, UsageError
+from coterie.errors import CoterieError, PlanError
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.estimate import Estimator
@@ -20,8 +19,7 @@ from coterie.scheduler.plan import Plan, Wishes
 from coterie.scheduler.planner import lanes_and_kept
 from coterie.scheduler.profile import Shapes, load_profile
 from coterie.scheduler.resident import CHUNK
-from coterie.scheduler.sharing import PROMPT, TOKENS, Candidate, Sharing, rest_of
-from coterie.scheduler.this_machine import this_machine
+from coterie.scheduler.sharing import PROMPT, TOKENS, Candidate, Sharing
 
 APART: tuple[tuple[str, ...], ...] = (("cpu",), ("gpu",), ("cpu", "gpu"), ("cpu", "npu"))
 BESIDE: tuple[tuple[str, ...], ...] = (("cpu", "gpu"), ("cpu", "npu"), ("cpu", "gpu", "npu"))
@@ -54,13 +52,6 @@ class Here:
     def __init__(self, file: ModelHeader, spec: ModelSpec, wishes: Wishes, prompt: int = PROMPT) -> None:
         self.file, self.spec, self.wishes, self.prompt = file, spec, wishes, prompt
         self.known = load_profile()
-        apart, beside = (
-            lanes_and_kept(replace(wishes, units=("cpu", "gpu"), split=split))[0] for split in ("layer", "tensor")
-        )
-        self._rests = dict[int, Callable[[int], float]]()
-        with suppress(UsageError):  # not measured with so many lanes: then for none, so that ways can be compared
-            made = {lanes: this_machine(self.known, lanes=lanes) for lanes in (apart, beside)}
-            self._rests = {lanes: rest_of(spec, file.tensors, lanes, device) for lanes, device in made.items()}
 
     def all(self) -> list[Candidate]:
         """All that can be had, with times by what was measured. Raises PlanError for what was not, but for units that
@@ -94,8 +85,8 @@ class Here:
             raise PlanError(f"{error}{' --split tensor' * tensor}") from None
 
     def _sharing(self, lanes: int, shapes: Shapes, there: There, *, told: bool = False) -> Sharing:
-        estimator, rest = Estimator(shapes, there.keys), self._rests.get(lanes)
-        return Sharing(self.spec, self.file.tensors, lanes, estimator, prompt=self.prompt, told=told, rest=rest)
+        estimator = Estimator(shapes, there.keys)
+        return Sharing(self.spec, self.file.tensors, lanes, estimator, prompt=self.prompt, told=told)
 
 
 def explained(file: ModelHeader, spec: ModelSpec, wishes: Wishes, plan: Plan) -> tuple[Candidate, list[Candidate]]:

@@ -123,7 +123,7 @@ def _measured(
             new.add(name)
             launch, queued = meter.launches()
             rate = reading([meter.reader()])
-            before = UnitTimes(keys[name], meter.format, meter.lengths, launch, queued, rate, ())
+            before = UnitTimes(keys[name], meter.format, meter.lengths, launch, queued, rate, (), meter.others())
         found: list[ProductTimes] = list(meter.times(todo[name], progress)) if todo[name] else []
         units[name] = replace(before, products=(*others, *found)[-MOST:])
     together = {pair: rate for pair, rate in together.items() if not new & set(pair.split("+"))}

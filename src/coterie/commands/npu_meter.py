@@ -58,6 +58,9 @@ class NpuMeter:
         seconds = min(self._seconds(graph) for _ in range(ROUNDS + 1))
         return seconds, seconds
 
+    def others(self) -> tuple[tuple[int, float], ...]:
+        return ()
+
     def reader(self) -> Callable[[], int]:
         block, _ = self._block(Product("matmul", *READS, SCHEME), 1.0)
         graph, nbytes = self._graph(block, 1), block.nbytes

@@ -30,7 +30,7 @@ from coterie.scheduler.layout import OUTPUT_ROWS, ModelLayout
 from coterie.scheduler.lower import PIECES
 from coterie.scheduler.operators import Reader, Rows
 from coterie.scheduler.profile import Point, Product, ProductTimes
-from coterie.scheduler.program import Program
+from coterie.scheduler.program import NO_LAYER, Program
 from coterie.scheduler.resident import CHUNK
 from coterie.storage.arena import BufferRef
 from coterie.storage.weights import FFN
@@ -56,6 +56,9 @@ class Meter(Protocol):
 
     def launches(self) -> tuple[float, float]:
         """Seconds of an empty kernel, on an empty queue until its end is known, and behind another one."""
+
+    def others(self) -> tuple[tuple[int, float], ...]:
+        """Seconds a layer of all but products, by tokens; one token behind a chunk."""
 
     def reader(self) -> Callable[[], int]:
         """A call that reads weights from memory as the unit does for one token; it returns how many bytes."""
@@ -108,6 +111,20 @@ def gathered(product: Product, nbytes: float, points: Points) -> ProductTimes:
     return ProductTimes(product, int(nbytes), tuple(Point(*key, best(times)) for key, times in sorted(points.items())))
 
 
+def behind(bench: ModelBench) -> list[Step]:
+    """Steps whose layers are measured beside products: a token behind a chunk, and chunks."""
+    programs = bench.layout.programs
+    chunks = [Step(programs["prefill"], Rows(tokens, 0), tokens) for tokens in TOKENS[1:]]
+    return [Step(programs["decode"], Rows(1, CHUNK), 1), *chunks]
+
+
+def rest_of(program: Program) -> list[int]:
+    """Records of layers that compute no products."""
+    opcodes = program.words[: program.length, r.OPCODE]
+    layered, products = opcodes >> 16 & 0xFFFF != NO_LAYER, np.isin(opcodes & 0xFFFF, PRODUCTS)
+    return np.flatnonzero(layered & ~products).tolist()
+
+
 class CpuMeter:
     """Whole steps of the CPU unit, in which every product computes a share of its rows; times are the trace's."""
 
@@ -146,6 +163,19 @@ class CpuMeter:
         """Lanes that wait for a flag start at once."""
         each = float(np.median(self.bench.seconds(self.bench.empty, Rows(1, 0), ROUNDS)[1:]))
         return each, each
+
+    def others(self) -> tuple[tuple[int, float], ...]:
+        bench, found = self.bench, list[tuple[int, float]]()
+        for step in behind(bench):
+            program, times = step.program, list[float]()
+            rows = rest_of(program)
+            for _ in range(ROUNDS + 1):
+                seconds = bench.spans(program, step.rows)
+                times += [float(seconds[rows].sum())] if seconds is not None else []
+            if len(times) < 2:
+                raise UsageError(BUSY)
+            found.append((step.tokens, best(times[1:]) / len(bench.spec.layers)))
+        return tuple(found)
 
     def reader(self) -> Callable[[], int]:
         bench = self.bench
@@ -252,6 +282,21 @@ class GpuMeter:
         alone, all_of_them = (min(self._seconds(each, 1) for _ in range(ROUNDS + 1)) for each in (one, many))
         return alone, max(0.0, all_of_them - alone) / (LAUNCHES - 1)
 
+    def others(self) -> tuple[tuple[int, float], ...]:
+        bench, arena, found = self.bench, self.bench.arena, list[tuple[int, float]]()
+        for step in behind(bench):
+            program = bench.layout.gpu[step.program.name]
+            rows = rest_of(program)
+            loaded = self.device.load(program.words[rows], [program.kernels[i] for i in rows])
+            for word, values in (
+                (r.POSITIONS, step.rows.position + np.arange(step.tokens)),
+                (r.TABLES, np.full(step.tokens, bench.sequence.table_address)),
+            ):
+                arena.numpy(self.buffers.rows[word])[: step.tokens] = values
+            times = [self._seconds(loaded, step.tokens) for _ in range(ROUNDS + 1)]
+            found.append((step.tokens, best(times[1:]) / len(bench.spec.layers)))
+        return tuple(found)
+
     def reader(self) -> Callable[[], int]:
         found = self._records["decode"]
         loaded = self.device.load(np.array([each.words for each in found]), [each.kernel for each in found])
@@ -289,6 +334,6 @@ class GpuMeter:
     def _run(self, loaded: Loaded, tokens: int) -> None:
         header = self.bench.arena.numpy(self.buffers.header)
         header[[r.EPOCH, r.TOKENS, r.OUTPUTS]] = header[r.EPOCH] + 1, tokens, tokens
-        self.device.before_step([self.buffers.header])
+        self.device.before_step([self.buffers.header, *self.buffers.rows.values()])
         loaded.run(tokens, tokens)
         self.device.finish()
