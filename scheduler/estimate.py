@@ -15,6 +15,7 @@ from statistics import median
 from typing import NamedTuple
 
 from coterie.errors import PlanError
+from coterie.models.spec import ModelSpec
 from coterie.scheduler.device_model import Cost, Instruction
 from coterie.scheduler.partition import Costs
 from coterie.scheduler.profile import Point, Product, ProductTimes, Shapes, UnitTimes
@@ -54,11 +55,6 @@ class Estimator:
         runs = len(graphs(known.lengths, tokens)) if known.lengths else 1
         return Cost(launch, seconds - launch, runs * times.nbytes * rows / times.product.rows, "measured")
 
-    def others(self, unit: str, tokens: int) -> float | None:
-        """Seconds a layer of all but products, for so many tokens; None: not measured."""
-        known = self._unit(unit)
-        return linear(sorted(known.others), tokens, known.queued) if known.others else None
-
     def costs(self, product: Product) -> Costs:
         """Costs of a product's parts, for partition.solve."""
         return partial(self.cost, product)
@@ -90,6 +86,11 @@ def product_of(i: Instruction) -> Product:
     """The product that an instruction of a compiled program computes (operators.Reader)."""
     operator = i.kernel.partition(":")[0]
     return Product("head" if operator == "matmul" and i.layer < 0 else operator, i.rows, i.columns, i.format)
+
+
+def others_of(spec: ModelSpec) -> Product:
+    """All of a layer that is no product, measured as if it were one."""
+    return Product("others", (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim, spec.dim, "")
 
 
 def estimate(points: Sequence[Point], rows: int, tokens: int, unit: UnitTimes) -> float:

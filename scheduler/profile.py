@@ -24,7 +24,7 @@ MACHINES = 8  # kept in a profile, which several machines may share
 ENGINES = ("io_uring", "preadv")
 SINGLE = 8192  # bytes at most of a read that is like a single neuron's
 BLOCKS, DEPTHS = (4096, 1 << 30), (1, 1 << 10)  # least and largest
-OPERATORS = ("matmul", "ffn_up", "ffn_down", "head", "ffn")
+OPERATORS = ("matmul", "ffn_up", "ffn_down", "head", "ffn", "others")
 LONGEST = 200  # characters of a name
 LARGEST = 1 << 31  # rows, columns and tokens
 
@@ -81,7 +81,8 @@ class UnitProfile:
 class Product(NamedTuple):
     """A matrix product of weights, `rows` x `columns` in `format`. `operator`: "matmul" (projections, attention's
     output), "ffn_up" (Gate and Up, whose rows count both), "ffn_down", "head" (logits), or "ffn" (all of an FFN as one
-    graph, with the rows and columns of "ffn_up")."""
+    graph, with the rows and columns of "ffn_up"); "others" is no product, but all else of a layer, measured as if it
+    were one (estimate.others_of)."""
 
     operator: str
     rows: int
@@ -110,8 +111,7 @@ class ProductTimes:
 class UnitTimes:
     """A unit's products. `key`: what they were measured with (actors/identity.py); `format`: what the unit has all
     weights in ("": as they are); `lengths`: tokens of its graphs (none: it takes any number); seconds to `launch` an
-    empty kernel and be told of its end, and of one `queued` behind another; bytes/s of weights that it reads alone;
-    seconds a layer of all but products (`others`), by tokens (1: behind a prompt; none: it computes only products)."""
+    empty kernel and be told of its end, and of one `queued` behind another; bytes/s of weights that it reads alone."""
 
     key: str
     format: str
@@ -120,7 +120,6 @@ class UnitTimes:
     queued: float
     bandwidth: float
     products: tuple[ProductTimes, ...]
-    others: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -329,7 +328,6 @@ def _unit_times(values: dict[str, Any]) -> UnitTimes:
         _rate(values["queued"]),
         _rate(values["bandwidth"]),
         tuple(_product_times(each) for each in values["products"]),
-        tuple((_whole(n, 1, LARGEST), _rate(s)) for n, s in (_items(each, 2) for each in values.get("others", []))),
     )
 
 

@@ -14,7 +14,7 @@ from coterie.models.spec import ModelSpec
 from coterie.scheduler.balance import Given
 from coterie.scheduler.bandwidth import until_all_end
 from coterie.scheduler.device_model import Cost
-from coterie.scheduler.estimate import Estimator, product_of
+from coterie.scheduler.estimate import Estimator, others_of, product_of
 from coterie.scheduler.operators import Reader, Rows
 from coterie.scheduler.partition import Costs, Worker, solve
 from coterie.scheduler.placement import DECODE, Placement
@@ -172,12 +172,13 @@ class Sharing:
                 yield self._portion("prefill", kind, unit, None, (products, products), tokens)
 
     def _others(self, phase: str, unit: str, tokens: int) -> Iterator[Portion]:
-        """What is no product, on one unit, where that was measured."""
-        if seconds := self._rest(unit, tokens):
-            yield Portion(phase, "others", unit, 1, 1, seconds, 0.0, seconds)
+        """What is no product, on one unit."""
+        seconds = self._rest(unit, tokens)
+        yield Portion(phase, "others", unit, 1, 1, seconds, 0.0, seconds)
 
     def _rest(self, unit: str, tokens: int) -> float:
-        return (self.estimator.others(unit, tokens) or 0.0) * len(self.spec.layers)
+        rest = others_of(self.spec)
+        return len(self.spec.layers) * self.estimator.seconds(unit, rest, rest.rows, tokens)
 
     def _decode(self, placement: Placement) -> Iterator[Portion]:
         yield from self._others("decode", "cpu" if placement.shares_decode else placement.decode, 1)

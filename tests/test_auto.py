@@ -14,11 +14,12 @@ from coterie.errors import PlanError, UsageError
 from coterie.models.load import read_spec
 from coterie.opening import begun_wishes, open_file, preset_wishes
 from coterie.scheduler.balance import Given
+from coterie.scheduler.estimate import others_of
 from coterie.scheduler.placement import DECODE, PARTS, Placement
 from coterie.scheduler.plan import Wishes
 from coterie.scheduler.planner import make_plan
 from coterie.scheduler.profile import DeviceProfile, Point, ProductTimes, Shapes, UnitTimes
-from coterie.scheduler.sharing import PROMPT, graphs_of, kinds_of
+from coterie.scheduler.sharing import PROMPT, TOKENS, graphs_of, kinds_of
 
 KEYS = {"cpu": "c", "gpu": "g", "npu": "n"}
 REST = ("qkv", "out", "down")  # of decode's products
@@ -55,7 +56,7 @@ def times_of(model: Path, rates: dict[str, tuple[float, float]]) -> dict[str, Un
     graphs = {each for own in graphs_of(spec).values() for each in own}
     units = dict[str, UnitTimes]()
     for name, (prompt, token) in rates.items():
-        own, is_npu = (graphs, True) if name == "npu" else (found, False)
+        own, is_npu = (graphs, True) if name == "npu" else (found | {others_of(spec)}, False)
         tokens = {1: token, 128: prompt / 2, 256: prompt}
         times = tuple(
             ProductTimes(
@@ -106,7 +107,8 @@ def test_units_that_share_products_are_weighed_where_they_were_measured_so(
     assert {parts[kind] for kind in DECODE} == {8}  # the GPU takes three times as long
     alone = next(each for each in found if each.units == ("cpu",))
     assert shared.prefill < 0.6 * alone.prefill  # all but the head
-    assert shared.decode == pytest.approx(0.75 * alone.decode)
+    rest = TOKENS * sum(each.seconds for each in alone.portions if (each.phase, each.kind) == ("decode", "others"))
+    assert shared.decode == pytest.approx(0.75 * (alone.decode - rest) + rest)
     wishes = preset_wishes(model, "auto", Wishes(), near=True)
     assert (wishes.split, wishes.begin) == (("tensor", parts) if shared.seconds < alone.seconds else ("layer", {}))
     assert shared.line() in wishes.reasons[0]

@@ -316,7 +316,7 @@ ROLES = ("token_embd", "attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up", 
 MIXED = dict.fromkeys(ROLES, "Q4_0") | {"attn_v": "Q8_0"}
 OF_THE_MODEL = {
     ("matmul", 96, 64, "Q4_0"), ("matmul", 32, 64, "Q8_0"), ("matmul", 64, 64, "Q4_0"),
-    ("ffn_up", 192, 64, "Q4_0"), ("ffn_down", 64, 96, "Q4_0"), ("head", 304, 64, "Q4_0"),
+    ("ffn_up", 192, 64, "Q4_0"), ("ffn_down", 64, 96, "Q4_0"), ("head", 304, 64, "Q4_0"), ("others", 128, 64, ""),
 }  # fmt: skip
 
 
@@ -329,7 +329,7 @@ def shown(*arguments: str) -> dict[str, Any]:
 def test_the_cpu_units_products_are_measured_and_reused(short: None, model: Path) -> None:
     first = coterie("profile", "--shapes", str(model), "--on", "cpu", "-t", "1")
     assert first.exit_code == 0, first.stderr
-    assert "cpu: 6 products measured\n" in first.stderr
+    assert "cpu: 7 products measured\n" in first.stderr
     assert "  matmul 96 x 64 Q4_0 " in first.stdout
     assert "together" not in first.stdout
     found = load_profile().shapes
@@ -338,14 +338,14 @@ def test_the_cpu_units_products_are_measured_and_reused(short: None, model: Path
         wanted = (1, 8) if times.product.operator == "head" else (1, 8, 32)
         assert {p.tokens for p in times.points} == set(wanted)
         assert max(p.rows for p in times.points) == times.product.rows
-        assert len(times.points) == 2 * len(wanted) or times.product.rows <= 32
+        assert len(times.points) == 2 * len(wanted) or times.product.rows <= 32 or times.product.operator == "others"
     second = shown("-m", str(model), "--on", "cpu", "-t", "1")
     assert load_profile().shapes == found
     assert second["path"] == str(profile_path())
     assert second["shapes"]["units"]["cpu"]["key"] == identity.cpu_key(1)
     assert second["errors"].keys() == {"cpu"}
     again = coterie("profile", "--shapes", str(model), "--on", "cpu", "-t", "1")
-    assert "cpu: 0 products measured, 6 reused\n" in again.stderr
+    assert "cpu: 0 products measured, 7 reused\n" in again.stderr
     assert again.stdout == first.stdout
     assert again.stdout in coterie("profile").stdout
 
@@ -356,12 +356,12 @@ def test_other_lanes_and_other_kernels_are_measured_again(
     coterie("profile", "--shapes", str(model), "--on", "cpu", "-t", "1")
     again = coterie("profile", "--shapes", str(model), "--on", "cpu", "-t", "2")
     before, now = identity.cpu_key(1), identity.cpu_key(2)
-    assert f"cpu: 6 products measured (those known were measured with {before}, not with {now})\n" in again.stderr
+    assert f"cpu: 7 products measured (those known were measured with {before}, not with {now})\n" in again.stderr
     monkeypatch.setattr(identity, "cpu_key", lambda lanes: "other kernels")
     again = coterie("profile", "--shapes", str(model), "--on", "cpu", "-t", "2")
     assert f"(those known were measured with {now}, not with other kernels)\n" in again.stderr
     assert load_profile().shapes.units["cpu"].key == "other kernels"
-    assert len(load_profile().shapes.units["cpu"].products) == 6
+    assert len(load_profile().shapes.units["cpu"].products) == 7
 
 
 def test_another_model_adds_its_products(short: None, model: Path, tmp_path: Path) -> None:
@@ -369,8 +369,8 @@ def test_another_model_adds_its_products(short: None, model: Path, tmp_path: Pat
     known = load_profile().shapes.units["cpu"].products
     other = write_tiny(tmp_path / "other.gguf", ffn=128, formats=MIXED)
     result = coterie("profile", "--shapes", str(other), "--on", "cpu", "-t", "1")
-    assert "cpu: 2 products measured, 4 reused\n" in result.stderr
-    assert load_profile().shapes.units["cpu"].products[:6] == known
+    assert "cpu: 2 products measured, 5 reused\n" in result.stderr
+    assert load_profile().shapes.units["cpu"].products[:7] == known
 
 
 def test_again_replaces_this_models_points(short: None, model: Path, tmp_path: Path) -> None:
@@ -379,9 +379,9 @@ def test_again_replaces_this_models_points(short: None, model: Path, tmp_path: P
         shown(str(path), "--on", "cpu", "-t", "1")
     before = load_profile().shapes.units["cpu"].products
     result = coterie("profile", "--shapes", str(model), "--on", "cpu", "-t", "1", "--again")
-    assert "cpu: 6 products measured\n" in result.stderr
+    assert "cpu: 7 products measured\n" in result.stderr
     after = load_profile().shapes.units["cpu"].products
-    assert len(after) == len(before) == 8
+    assert len(after) == len(before) == 9
     assert after[:2] == tuple(times for times in before if tuple(times.product) not in OF_THE_MODEL)
     assert {times.product for times in after} == {times.product for times in before}
 
@@ -410,7 +410,11 @@ def test_all_units_are_measured_alone_and_together(short: None, model: Path) -> 
     assert found["copy"] > 0
     products = {name: {tuple(t["product"]) for t in each["products"]} for name, each in found["units"].items()}
     assert products["cpu"] == products["gpu"] == OF_THE_MODEL
-    on_npu = {(operator, rows, columns, "w8a8") for operator, rows, columns, _ in OF_THE_MODEL if operator != "head"}
+    on_npu = {
+        (operator, rows, columns, "w8a8")
+        for operator, rows, columns, form in OF_THE_MODEL
+        if form and operator != "head"
+    }
     assert products["npu"] == on_npu | {("matmul", 128, 64, "w8a8"), ("ffn", 192, 64, "w8a8")}
     for name, each in found["units"].items():
         assert each["launch"] > 0

@@ -14,9 +14,9 @@ from coterie.commands.shape_meters import SHARES, CpuMeter, GpuMeter, Meter, mod
 from coterie.errors import UnitError, UsageError
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
-from coterie.scheduler.estimate import known_error
+from coterie.scheduler.estimate import known_error, others_of
 from coterie.scheduler.placement import CPU_ONLY, Placement
-from coterie.scheduler.profile import Product, ProductTimes, Shapes, UnitTimes
+from coterie.scheduler.profile import Point, Product, ProductTimes, Shapes, UnitTimes
 from coterie.scheduler.resident import CHUNK, Resident, Tensors
 
 COLD = 256 << 20  # bytes of layers that no cache holds: of a larger model, the first ones of each kind
@@ -49,7 +49,7 @@ def measure_shapes(
     products = model_products(Resident(spec, tensors, lanes).on_paper(), spec)
     todo = {}
     for name, key in there.keys.items():
-        own = graph_products(products, spec) if name == "npu" else products
+        own = graph_products(products, spec) if name == "npu" else [*products, others_of(spec)]
         before = known.units.get(name)
         same = before is not None and before.key == key
         reused = {times.product for times in before.products} if before and same and not again else set()
@@ -123,8 +123,12 @@ def _measured(
             new.add(name)
             launch, queued = meter.launches()
             rate = reading([meter.reader()])
-            before = UnitTimes(keys[name], meter.format, meter.lengths, launch, queued, rate, (), meter.others())
-        found: list[ProductTimes] = list(meter.times(todo[name], progress)) if todo[name] else []
+            before = UnitTimes(keys[name], meter.format, meter.lengths, launch, queued, rate, ())
+        products = [product for product in todo[name] if product.operator != "others"]
+        found: list[ProductTimes] = list(meter.times(products, progress)) if products else []
+        for rest in set(todo[name]) - set(products):
+            points = tuple(Point(rest.rows, tokens, seconds) for tokens, seconds in meter.others())
+            found.append(ProductTimes(rest, 1, points))
         units[name] = replace(before, products=(*others, *found)[-MOST:])
     together = {pair: rate for pair, rate in together.items() if not new & set(pair.split("+"))}
     for one, other in combinations(meters, 2):
