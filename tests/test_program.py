@@ -331,6 +331,21 @@ def test_a_flag_that_was_reached_is_not_waited_for() -> None:
             assert results == [1]
 
 
+def test_a_wait_for_another_unit_that_is_over_at_once_is_expected_to_take_half_as_long() -> None:
+    """Else one long wait would be slept through long after waits have become short."""
+    arena = Arena({"state": 1 << 12})
+    lines = arena.allocate("state", (4, r.LINE // 8), np.int64)
+    words, flag = arena.numpy(lines), arena.address(lines)
+    wait, usual, expected = library.function("lane_await", 6), r.USUAL // 8, 1000
+    for epoch in range(1, 13):
+        words[0, 0], words[0, usual] = epoch, expected
+        assert wait(flag, epoch, flag + r.LINE, 1000, flag + 2 * r.LINE, 1 << 40)
+        expected //= 2
+        assert words[0, usual] == expected
+    assert expected == 0
+    arena.close()
+
+
 def test_an_abandoned_wait_ends() -> None:
     with machine() as m:
         flag, abort, nap = flag_and_naps(m, 0)
