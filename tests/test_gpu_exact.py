@@ -27,7 +27,7 @@ except UnitError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
 LENGTHS = (1, 2, 7, 9, 38, 129)  # of prompts; chunks have 37 rows
-NARROW = ("gemma3 Q6_K", "floats and integers", "integers and floats")
+NARROW = ("gemma3 Q6_K", "floats and integers")
 
 
 def logits(engine: Engine) -> Iterator[tuple[str, Floats]]:
