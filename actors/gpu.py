@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,10 +134,11 @@ class GpuUnit:
         self._off_word[0] = 0
         self._share(name, words)
         enqueued: Future[None] | None = None
+        serve = partial(self._serve, name, rows, epoch)
         if self._fast and self.device.share >= 1:
-            self._pending = lambda: self._serve(name, rows, epoch)
+            self._pending = serve
         else:
-            enqueued = self._in_thread(lambda: self._serve(name, rows, epoch), abort)
+            enqueued = self._in_thread(serve, abort)
         try:
             yield
         except BaseException:
@@ -183,11 +185,11 @@ class GpuUnit:
         """Have records that compute a part compute this one."""
         program, loaded = self._programs[name]
         known = self._given.get(name, {})
-        changed = {word for word, share in words.items() if known.get(word) != share}
-        for record, share in program.shares.items() if changed else ():
-            if share.word in changed:
-                loaded.limit(record, *share.launched(words, loaded.units(record)))
-        self._given[name] = dict(words)
+        if changed := {word for word, share in words.items() if known.get(word) != share}:
+            for record, share in program.shares.items():
+                if share.word in changed:
+                    loaded.limit(record, *share.launched(words, loaded.units(record)))
+            self._given[name] = dict(words)
 
     def run(self, name: str, rows: Rows, results: Sequence[BufferRef] = ()) -> None:
         """Run a loaded program for one step, and come back when its flag is posted; `results`: what this process reads

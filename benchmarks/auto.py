@@ -22,15 +22,11 @@ from coterie.engine import Engine
 from coterie.errors import CoterieError
 from coterie.opening import begun_wishes, open_to_run, preset_wishes
 from coterie.scheduler.plan import Wishes
-from coterie.scheduler.sharing import PROMPT, TOKENS
+from coterie.scheduler.sharing import PROMPT, TOKENS, way
 
 
 def opened(path: Path, wishes: Wishes) -> Engine:
     return Engine(open_to_run(path, wishes, lambda *a: None), wishes)
-
-
-def named(units: tuple[str, ...], split: str) -> str:
-    return ",".join(units) + " cut" * (split == "tensor")
 
 
 def timed(engine: Engine, rng: np.random.Generator) -> float:
@@ -60,16 +56,16 @@ def main() -> None:
             continue
         asked = begun_wishes(given.model, Wishes(context=wishes.context, units=units, split=split))
         try:
-            engines[named(units, split)] = opened(given.model, asked)
+            engines[way(units, split)] = opened(given.model, asked)
         except CoterieError as error:
-            print(f"{named(units, split)}: {error}")
+            print(f"{way(units, split)}: {error}")
     rng, times = np.random.default_rng(0), {name: list[float]() for name in engines}
     for turn in range(given.rounds + 1):
         for name, engine in engines.items():
             taken = timed(engine, rng)
             if turn:  # the first one warms up
                 times[name].append(taken)
-    choice = named(chosen.units, chosen.split)
+    choice = way(chosen.units, chosen.split)
     found: dict[str, Any] = {"choice": choice, "reasons": chosen.reasons, "seconds": times}
     medians = {name: statistics.median(each) for name, each in times.items()}
     found |= {"medians": medians, "ratio": min(medians.values()) / medians[found["choice"]]}

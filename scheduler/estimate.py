@@ -8,7 +8,6 @@ How wrong that is, is known: points that lie between others are left out, and es
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from math import ceil
 from statistics import median
@@ -17,7 +16,6 @@ from typing import NamedTuple
 from coterie.errors import PlanError
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.device_model import Cost, Instruction
-from coterie.scheduler.partition import Costs
 from coterie.scheduler.profile import Point, Product, ProductTimes, Shapes, UnitTimes
 
 P90 = 0.9
@@ -55,15 +53,10 @@ class Estimator:
         runs = len(graphs(known.lengths, tokens)) if known.lengths else 1
         return Cost(launch, seconds - launch, runs * times.nbytes * rows / times.product.rows, "measured")
 
-    def costs(self, product: Product) -> Costs:
-        """Costs of a product's parts, for partition.solve."""
-        return partial(self.cost, product)
-
-    def join(self, unit: str) -> float:
-        """Seconds by which another unit has a product's part later than `unit` would behind other work: it starts on an
-        empty queue, and both wait for a flag (partition.Worker)."""
-        known = self._unit(unit)
-        return max(0.0, known.launch - known.queued) + 2 * self.shapes.sync
+    @property
+    def meeting(self) -> float:
+        """Seconds by which two units have a product later than each its part: both wait for a flag."""
+        return 2 * self.shapes.sync
 
     def known_error(self, unit: str) -> KnownError | None:
         """How far estimates of a unit's points are from them; None where none lies between others."""
@@ -90,7 +83,7 @@ def product_of(i: Instruction) -> Product:
 
 def others_of(spec: ModelSpec) -> Product:
     """All of a layer that is no product, measured as if it were one."""
-    return Product("others", (spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim, spec.dim, "")
+    return Product("others", spec.qkv_rows, spec.dim, "")
 
 
 def estimate(points: Sequence[Point], rows: int, tokens: int, unit: UnitTimes) -> float:

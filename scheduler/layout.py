@@ -184,7 +184,7 @@ def _with_gpu(
         meetings = Meetings.of(laid.ledger, len(laid.spec.layers))
         gpu = GpuRows(laid, unit, meetings=meetings)
         cpu = CpuRows(laid, meetings=meetings, taken=gpu.hidden)
-        for kinds in placement.decode_kinds():
+        for kinds in placement.decode_kinds:
             name = decode_name(kinds)
             on_cpu.append(cpu.whole_of(kinds, name))
             on_gpu.append(gpu.beside(name, cpu))

@@ -32,6 +32,7 @@ class Lowering(Workspace):
     given  of products in which other units take part, the header word that says how much is theirs
     again  what another unit sums up of each FFN, to be added to `z`
     plain  where norms leave their rows for units with graphs
+    residuals  what each norm of the last body reads, and of the head behind it
     """
 
     given: Mapping[str, int] = MappingProxyType({})
@@ -68,6 +69,7 @@ class Lowering(Workspace):
 
     def _body(self, b: ProgramBuilder) -> ProgramBuilder:
         self._at = 0  # which of the two residual buffers is current
+        self.residuals = list[BufferRef]()
         if self.spec.has_embedding:
             self._embed(b)
         for i, layer in enumerate(self.weights.layers):
@@ -131,6 +133,7 @@ class Lowering(Workspace):
         for the instructions that read it, which writes the new residual into the other of two buffers; in prefill an
         instruction."""
         source, alone = self.x[self._at], woven is not None and not self.spec.predictor
+        self.residuals.append(source)
         if self.mode == "decode" and add is not None:
             self._at = 1 - self._at
         operands: dict[int, Operand] = {

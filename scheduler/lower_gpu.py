@@ -39,7 +39,7 @@ class GpuLowering:
         self.rows, self.kv = round_up(rows, self.tokens), KVLayout.of(spec)
         self.width = round_up(spec.dim, COLUMNS)
         self.heads_width = round_up(spec.n_heads * spec.head_dim, COLUMNS)
-        self.qkv_width = round_up((spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim, COLUMNS)
+        self.qkv_width = round_up(spec.qkv_rows, COLUMNS)
         self._allocate()
 
     def _floats(self, width: int, rows: int | None = None) -> BufferRef:

@@ -21,10 +21,9 @@ from coterie.kernels import record as r
 from coterie.kernels.formats import COLUMNS, ROWS
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
-from coterie.scheduler.buffers import Laid, Tiles
+from coterie.scheduler.buffers import Laid
 from coterie.scheduler.lower import Lowering
 from coterie.scheduler.lower_gpu import GpuLowering
-from coterie.scheduler.lower_sparse import Woven
 from coterie.scheduler.placement import DECODE
 from coterie.scheduler.program import NO_LAYER, Draft, Operand, Program, ProgramBuilder, Share
 from coterie.storage.arena import BufferRef, Ledger, round_up
@@ -87,7 +86,7 @@ class Meetings:
 class CpuRows(Lowering):
     """The CPU unit's rows of decode steps of one token, of which products of these `kinds` are cut. `embedded`,
     `attention_done`, `out`, `up`, `down`: its flags, behind the embedding, and one a layer, behind attention, the
-    matrix that follows, Gate and Up, and Down; `residuals`: what each norm reads."""
+    matrix that follows, Gate and Up, and Down."""
 
     kinds: Collection[str] = ()
 
@@ -101,7 +100,7 @@ class CpuRows(Lowering):
         shared = replace(self._own_attended, int_lane=0, float_lane=0)  # one for all, as the other unit reads it too
         self.attended = shared if "out" in kinds else self._own_attended
         self.attention_done, self.out, self.up, self.down = (list[BufferRef]() for _ in range(4))
-        self.residuals, self._alone = list[BufferRef](), True
+        self._alone = True
         b = self._head(self._body(self._builder(name)))
         if "head" in kinds:
             b.meet(self.meetings.done.offset, r.GIVEN_HEAD)
@@ -111,21 +110,6 @@ class CpuRows(Lowering):
     def _embed(self, b: ProgramBuilder) -> None:
         super()._embed(b)
         self.embedded = _posted(b)
-
-    def _norm(
-        self,
-        b: ProgramBuilder,
-        layer: int,
-        weight: BufferRef,
-        out: Tiles,
-        add: BufferRef | None,
-        post: BufferRef | None,
-        *,
-        select: bool = False,
-        woven: Woven | None = None,
-    ) -> Draft | None:
-        self.residuals.append(self.leaving)
-        return super()._norm(b, layer, weight, out, add, post, select=select, woven=woven)
 
     def _project(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> list[int]:
         numbers = super()._project(b, i, layer, ready)

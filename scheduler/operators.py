@@ -139,7 +139,7 @@ class Reader:
         return self._values(kernel, rows, self.spec.dim)
 
     def _rope(self, row: list[int], kernel: str, rows: Rows) -> Instruction:
-        return self._values(kernel, rows, (self.spec.n_heads + 2 * self.spec.n_kv_heads) * self.spec.head_dim)
+        return self._values(kernel, rows, self.spec.qkv_rows)
 
     def _merge(self, row: list[int], kernel: str, rows: Rows) -> Instruction:
         return self._values(kernel, rows, self.spec.n_heads * self.spec.head_dim)

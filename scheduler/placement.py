@@ -5,6 +5,7 @@ otherwise."""
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 from coterie.errors import UsageError
@@ -95,6 +96,7 @@ class Placement:
         """Whether CPU and GPU unit may decode a token together."""
         return not DECODE.keys().isdisjoint(self.cuts)
 
+    @cached_property
     def decode_kinds(self) -> list[tuple[str, ...]]:
         """Kinds of products that may be cut in one decode step, fewest first: meetings cost most where layers are
         small, and least for what is large, the head above all."""

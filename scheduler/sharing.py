@@ -94,8 +94,12 @@ class Candidate:
 
     def line(self) -> str:
         """For people."""
-        cut = " cut" * (self.split == "tensor")
-        return f"{','.join(self.units)}{cut}: {1e3 * self.prefill:.0f} + {1e3 * self.decode:.0f} ms"
+        return f"{way(self.units, self.split)}: {1e3 * self.prefill:.0f} + {1e3 * self.decode:.0f} ms"
+
+
+def way(units: Sequence[str], split: str) -> str:
+    """What people call units that compute together, or share products."""
+    return ",".join(units) + " cut" * (split == "tensor")
 
 
 def kinds_of(spec: ModelSpec, tensors: Tensors, lanes: int, tokens: int) -> Kinds:
@@ -115,8 +119,7 @@ def kinds_of(spec: ModelSpec, tensors: Tensors, lanes: int, tokens: int) -> Kind
 
 def graphs_of(spec: ModelSpec) -> Kinds:
     """The same of a chunk on an NPU, whose graphs hold all projections, or a whole feed-forward network."""
-    layers, heads = len(spec.layers), spec.n_heads + 2 * spec.n_kv_heads
-    qkv = Product("matmul", heads * spec.head_dim, spec.dim, SCHEME)
+    layers, qkv = len(spec.layers), Product("matmul", spec.qkv_rows, spec.dim, SCHEME)
     out = Product("matmul", spec.dim, spec.n_heads * spec.head_dim, SCHEME)
     ffn = Product("ffn", 2 * spec.ffn_dim, spec.dim, SCHEME)
     return {"matmul": Counter({qkv: layers}) + Counter({out: layers}), "ffn": Counter({ffn: layers})}
@@ -223,8 +226,7 @@ class Sharing:
 
     def _solved(self, phase: str, kind: str, unit: str, cut: Given, cost: Costs, meetings: int) -> Portion:
         """Products that a cut divides; the units meet so often."""
-        shapes = self.estimator.shapes
-        join, together = 2 * shapes.sync * meetings, shapes.together.get(f"cpu+{unit}", inf)
+        join, together = meetings * self.estimator.meeting, self.estimator.shapes.together.get(f"cpu+{unit}", inf)
         parts = cut.parts
         if not self.told:
             workers, shares = (Worker(unit, join=join), Worker("cpu")), [n / cut.of for n in range(1, cut.of)]

@@ -27,7 +27,7 @@ class Workspace:
         self.rows, self.tile, self.lanes = round_up(rows, tile), tile, self.shared.lanes
         self.width = round_up(spec.dim, COLUMNS)
         self.heads_width = round_up(spec.n_heads * spec.head_dim, COLUMNS)
-        self.qkv_width = round_up((spec.n_heads + 2 * spec.n_kv_heads) * spec.head_dim, COLUMNS)
+        self.qkv_width = round_up(spec.qkv_rows, COLUMNS)
         self.kv = KVLayout.of(spec)
         self._allocate()
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_costs_have_the_bytes_and_the_launch() -> None:
     assert cost.seconds == pytest.approx(flat(480, 8))
     assert (cost.launch, cost.nbytes) == (1e-6, 480 * 576)
     assert made.cost(QKV, "npu", 480, 200).nbytes == 2 * 480 * 576
-    assert made.join("cpu") == pytest.approx(2e-4 - 1e-6 + 2e-5)
+    assert made.meeting == 2e-5
 
 
 def test_what_is_linear_is_known_without_error() -> None:
@@ -148,7 +149,6 @@ def test_a_wrong_point_is_known_as_an_error() -> None:
         (lambda e: e.seconds("cpu", QKV, 961, 1), "no part of 961 rows for 1 tokens"),
         (lambda e: e.seconds("cpu", QKV, 0, 1), "no part of 0 rows"),
         (lambda e: e.seconds("cpu", QKV, 960, 0), "for 0 tokens"),
-        (lambda e: e.join("npu"), "npu has not been measured"),
         (lambda e: e.known_error("npu"), "npu has not been measured"),
     ],
 )
@@ -169,12 +169,12 @@ def test_the_solver_takes_its_costs() -> None:
         cpu=unit(lambda rows, tokens: 1e-6 * rows * tokens),
         npu=unit(lambda rows, tokens: 1e-6 * rows * tokens, LENGTHS, QKV._replace(format="w8a8")),
     )
-    workers = [Worker("cpu", 16), Worker("npu", 32, LENGTHS, made.join("npu"))]
-    cut = solve(960, 128, workers, made.costs(QKV))
+    workers = [Worker("cpu", 16), Worker("npu", 32, LENGTHS, made.meeting)]
+    cut = solve(960, 128, workers, partial(made.cost, QKV))
     assert cut.strategy == "rows"
     assert sorted(piece.rows for piece in cut.pieces) == [480, 480]
-    assert cut.seconds == pytest.approx(0.5 * 960 * 128e-6 + made.join("npu"))
-    assert solve(960, 1, workers, made.costs(QKV)).units == ("cpu",)
+    assert cut.seconds == pytest.approx(0.5 * 960 * 128e-6 + made.meeting)
+    assert solve(960, 1, workers, partial(made.cost, QKV)).units == ("cpu",)
 
 
 def test_an_instruction_names_its_product() -> None:
@@ -423,8 +423,8 @@ def test_all_units_are_measured_alone_and_together(short: None, model: Path) -> 
     there = units_there(["cpu", "gpu", "npu"], 2)
     made = Estimator(load_profile().shapes, there.keys)
     product = Product("matmul", 96, 64, "Q4_0")
-    workers = [Worker("cpu", 16), Worker("gpu", 16, (), made.join("gpu")), Worker("npu", 32, (1, 32), made.join("npu"))]
-    cut = solve(96, 32, workers, made.costs(product))
+    workers = [Worker("cpu", 16), Worker("gpu", 16, (), made.meeting), Worker("npu", 32, (1, 32), made.meeting)]
+    cut = solve(96, 32, workers, partial(made.cost, product))
     assert sum(piece.rows * piece.tokens for piece in cut.pieces) == 96 * 32
     assert all(a.row <= b.row for a, b in pairwise(cut.pieces))
     again = coterie("profile", "--shapes", str(model), "-t", "2")

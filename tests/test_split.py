@@ -168,7 +168,7 @@ def test_a_unit_that_was_given_nothing_is_tried_again(tmp_path: Path) -> None:
         for kind in DECODE:
             both.others.balance.parts[kind] = 1
             both.others.balance.observe({kind: (0.1, 0.1)})
-        assert not both.others.shares_decode
+        assert not both.others.decode_program()
         for _ in range(80):
             assert same_bits(wanted, logits(both, (5,)))
         assert both.others.gpu is not None
@@ -183,7 +183,7 @@ def test_work_groups_and_parts_of_products_are_the_same_numbers(name: str, tmp_p
     with closing(engine(path, "cpu", "gpu")) as both:
         assert both.others is not None
         assert both.others.gpu is not None
-        for kinds in both.others.placement.decode_kinds():
+        for kinds in both.others.placement.decode_kinds:
             program, loaded = both.others.gpu._programs[decode_name(kinds)]
             assert {share.word for share in program.shares.values()} == {DECODE[kind] for kind in kinds}
             for record, share in program.shares.items():

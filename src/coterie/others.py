@@ -111,11 +111,6 @@ class OtherUnits:
             self._first = self.placement.first_tokens(tokens, self.parts["tokens"])
         return self._first
 
-    @property
-    def shares_decode(self) -> bool:
-        """Whether CPU and GPU unit decode the next token together."""
-        return self.placement.shares_decode and any(self._decode_words().values())
-
     def _decode_words(self) -> dict[int, int]:
         """How much of decode's products is the GPU unit's, by header word."""
         rest = WHOLE if self.placement.decode == "gpu" else 0  # of products that are not cut
@@ -123,10 +118,14 @@ class OtherUnits:
         return dict.fromkeys(PRODUCTS, rest) | shares(parts, self.placement.cuts)
 
     def decode_program(self) -> str:
-        """The program of a decode step of both: the one with the fewest meetings."""
+        """The program of a decode step that CPU and GPU unit compute together, the one with the fewest meetings; "":
+        one of them does."""
+        if not self.placement.shares_decode:
+            return ""
         words = self._decode_words()
         wanted = {kind for kind, word in DECODE.items() if words[word]}
-        return decode_name(next(kinds for kinds in self.placement.decode_kinds() if wanted <= set(kinds)))
+        found = next(kinds for kinds in self.placement.decode_kinds if wanted <= set(kinds))
+        return decode_name(found) if wanted else ""
 
     def run_on_gpu(self, name: str, rows: Rows) -> None:
         """See GpuUnit.run."""
@@ -145,9 +144,7 @@ class OtherUnits:
         """While the CPU unit runs its part of a step, the GPU unit runs its own, of these rows; how much of products is
         given to it, by header word. Raises UnitLost."""
         assert self.gpu is not None
-        cpu = self._cpu
-        parts = {kind: count for kind, count in self.parts.items() if kind in DECODE}
-        words = self._decode_words()
+        cpu, words = self._cpu, self._decode_words()
         epoch = max(cpu.next_epoch, self.gpu.next_epoch)
         cpu.skip_to(epoch)
         before, started = cpu.seconds(), time.perf_counter()
@@ -160,7 +157,8 @@ class OtherUnits:
         took = (cpu.seconds() - before).tolist()
         if name.startswith("decode"):
             both = zip(took[LINE_PART:LINE_REST], took[LINE_REST:], strict=True)
-            self.balance.observe_waits({k: times for k, times in zip(DECODE, both, strict=True) if k in parts})
+            seconds = dict(zip(DECODE, both, strict=True))
+            self.balance.observe_waits({kind: seconds[kind] for kind in DECODE if kind in self.balance.parts})
         else:
             waited = took[LINE_SLEPT] + took[LINE_POLLED]
             self.balance.observe_waits({"tokens": (ours - waited, waited + late)})
@@ -182,11 +180,10 @@ class OtherUnits:
             with self.graphs.unit.beside(program.name, self._cpu.next_epoch, pieces):
                 yield shares(parts, self.placement.cuts)
             if self.balance is not None and self.adapts:
-                took = dict(zip(PRODUCTS, (self._cpu.seconds() - before)[LINE_PART:LINE_REST].tolist(), strict=True))
-                busy = self.graphs.unit.busy_seconds()
-                self.balance.observe(
-                    {kind: (busy[OPCODES[kind]], sum(took[w] for w in SHARES[kind])) for kind in parts}
-                )
+                took, busy = self._cpu.seconds() - before, self.graphs.unit.busy_seconds()
+                ours = {kind: [LINE_PART + PRODUCTS.index(word) for word in SHARES[kind]] for kind in parts}
+                seconds = {kind: (busy[OPCODES[kind]], float(took[ours[kind]].sum())) for kind in parts}
+                self.balance.observe(seconds)
 
     def watch(self) -> None:
         """While the CPU unit runs. Raises UnitLost where a unit that it may be waiting for does not answer."""

@@ -77,7 +77,10 @@ class Stepping:
         """A step, on whichever units it is placed."""
         if self.others is None:
             self._on_cpu(name, rows, more)
-        elif name.endswith(WITH_GPU) or (name == "decode" and self.others.shares_decode):
+        elif name == "decode" and (shared := self.others.decode_program()):
+            with self.others.gpu_beside(shared, rows) as given:
+                self._on_cpu(shared, rows, more, given)
+        elif name.endswith(WITH_GPU):
             self._on_both(self.others, name.removesuffix(WITH_GPU), rows, more)
         elif self.others.on_gpu(name):
             self.others.run_on_gpu(name, rows)
@@ -86,11 +89,7 @@ class Stepping:
                 self._on_cpu(name, rows, more, given)
 
     def _on_both(self, others: OtherUnits, name: str, rows: Rows, more: bool) -> None:
-        """A step that CPU and GPU unit compute together; logits are all of rows that one of them has."""
-        if name == "decode":
-            name = others.decode_program()
-            with others.gpu_beside(name, rows) as given:
-                return self._on_cpu(name, rows, more, given)
+        """A step of a chunk that CPU and GPU unit compute together; logits are all of rows that one of them has."""
         first = others.first_tokens(name, len(rows.ids))
         ours, theirs = parts_of(rows, first)
         if name == "prefill":

@@ -30,7 +30,7 @@ def explanation_lines(found: "Explanation", answer: "Answer") -> list[str]:
 
 def portion_lines(mine: "Candidate", others: "list[Candidate]") -> list[str]:
     """For people: what products take on several units of this machine, and other ways to share them."""
-    from coterie.scheduler.sharing import PROMPT, TOKENS
+    from coterie.scheduler.sharing import PROMPT, TOKENS, way
 
     lines = list[str]()
     for phase, what in (("prefill", f"a prompt of {PROMPT} tokens"), ("decode", "a token")):
@@ -44,8 +44,7 @@ def portion_lines(mine: "Candidate", others: "list[Candidate]") -> list[str]:
     if others:
         lines += ["", f"other ways, in times of the speed over {PROMPT} + {TOKENS} tokens (predicted):"]
     for other in sorted(others, key=lambda each: each.seconds):
-        cut = " cut" * (other.split == "tensor")
-        lines.append(f"  {','.join(other.units) + cut:20}{mine.seconds / other.seconds:.2f}")
+        lines.append(f"  {way(other.units, other.split):20}{mine.seconds / other.seconds:.2f}")
     return lines
 
 

@@ -124,11 +124,13 @@ def _measured(
             launch, queued = meter.launches()
             rate = reading([meter.reader()])
             before = UnitTimes(keys[name], meter.format, meter.lengths, launch, queued, rate, ())
-        products = [product for product in todo[name] if product.operator != "others"]
+        rest = [product for product in todo[name] if product.operator == "others"]
+        products = [product for product in todo[name] if product not in rest]
         found: list[ProductTimes] = list(meter.times(products, progress)) if products else []
-        for rest in set(todo[name]) - set(products):
-            points = tuple(Point(rest.rows, tokens, seconds) for tokens, seconds in meter.others())
-            found.append(ProductTimes(rest, 1, points))
+        for each in rest:
+            progress(f"measuring what {name} takes beside products")
+            points = tuple(Point(each.rows, tokens, seconds) for tokens, seconds in meter.others())
+            found.append(ProductTimes(each, 1, points))
         units[name] = replace(before, products=(*others, *found)[-MOST:])
     together = {pair: rate for pair, rate in together.items() if not new & set(pair.split("+"))}
     for one, other in combinations(meters, 2):

@@ -22,8 +22,7 @@ def graph_products(products: Sequence[Product], spec: ModelSpec) -> list[Product
     graph."""
     found = [each._replace(format=SCHEME) for each in products if each.operator != "head"]
     columns = next(each.columns for each in found if each.operator == "matmul")
-    heads = spec.n_heads + 2 * spec.n_kv_heads
-    found.append(Product("matmul", heads * spec.head_dim, columns, SCHEME))
+    found.append(Product("matmul", spec.qkv_rows, columns, SCHEME))
     found += [each._replace(operator="ffn") for each in found if each.operator == "ffn_up"]
     return list(dict.fromkeys(found))
 

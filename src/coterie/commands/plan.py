@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from coterie.scheduler.plan import Plan, Wishes
     from coterie.scheduler.simulate import Answer
 
-PROMPT, TOKENS = 256, 64  # that --explain looks at
-
 
 def plan(
     command: typer.Context,
@@ -129,6 +127,7 @@ def _reasons(
 
 def _simulated(file: "ModelHeader", spec: "ModelSpec", wishes: "Wishes", plan: "Plan") -> "tuple[Explanation, Answer]":
     from coterie.scheduler.explain import explain
+    from coterie.scheduler.sharing import PROMPT, TOKENS
     from coterie.scheduler.simulate import Question, Simulation
     from coterie.scheduler.this_machine import this_machine
     from coterie.sizes import Share

@@ -50,7 +50,7 @@ AMOUNTS = OWNERS + MOST  # its work-groups
 CONTROL_WORDS = AMOUNTS + MOST
 
 PROFILING_START, PROFILING_END = 0x1282, 0x1283
-EARLY = 8  # the entry behind which the device may begin, while others are still put into the queue
+EARLY = 8  # entries behind which the device may begin, while others are still put into the queue
 FIRST_SLICE = 64  # of a kernel whose time is not known, this part
 
 
@@ -156,6 +156,8 @@ def opencl_run() -> Callable[..., Any]:
     def run(control, table, count, tokens, outputs):
         shared = word(control, SHARE) < 1000
         for i in range(count):
+            if i == EARLY:
+                call_driver(word(control, FLUSH), word(control, QUEUE), 0, 0, 0, 0, 0, 0, 0, 0)
             entry = table + i * 8 * ENTRY_WORDS
             which, together = word(entry, COUNT), word(entry, TOGETHER)
             rows = tokens if which == TOKENS else outputs if which == OUTPUTS else together
@@ -166,8 +168,6 @@ def opencl_run() -> Callable[..., Any]:
                 code = enqueue_slices(control, entry, tiles)
             else:
                 code = enqueue(control, entry, tiles, word(entry, FIRST), word(entry, UNITS), 0)
-            if i == EARLY and code == 0:
-                code = call_driver(word(control, FLUSH), word(control, QUEUE), 0, 0, 0, 0, 0, 0, 0, 0)
             if code != 0:
                 return (i << 32) - code
         code = call_driver(word(control, FLUSH), word(control, QUEUE), 0, 0, 0, 0, 0, 0, 0, 0)

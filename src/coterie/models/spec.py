@@ -72,6 +72,11 @@ class ModelSpec:
     part: Part | None = None  # what part of a model this is; None: all of it
 
     @property
+    def qkv_rows(self) -> int:
+        """Rows of a layer's queries, keys and values together."""
+        return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+
+    @property
     def has_embedding(self) -> bool:
         """Whether token ids come in; else hidden states, float32[rows][dim]."""
         return self.part is None or self.part.first == 0
