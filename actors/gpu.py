@@ -223,11 +223,14 @@ class GpuUnit:
                 self._run_parts(program, loaded, count, wanted)
         except UnitLost:
             raise
-        except UnitError as error:
-            with suppress(UnitError):  # what was enqueued before it failed may still be running
+        except BaseException as error:
+            self._off_word[0] = 1  # what was put there before it failed may still be running, and waits for nobody
+            with suppress(UnitError):
                 self.device.finish()
             self._under_way = None
-            raise UnitLost("gpu", str(error)) from None
+            if isinstance(error, UnitError):
+                raise UnitLost("gpu", str(error)) from None
+            raise
 
     def _run_parts(self, program: Program, loaded: Loaded, count: int, wanted: int) -> None:
         """Enqueue what lies between meetings with other units; at each wait for the device, and post or look here."""

@@ -194,17 +194,18 @@ def test_work_groups_and_parts_of_products_are_the_same_numbers(name: str, tmp_p
 
 
 class Faulty:
-    """A program that refuses, or is swallowed, from its `last`-th step on."""
+    """A program that fails half-way, or is swallowed, from its `last`-th step on."""
 
-    def __init__(self, loaded: Loaded, last: int, silent: bool) -> None:
-        self.loaded, self.left, self.silent = loaded, last, silent
+    def __init__(self, loaded: Loaded, last: int, error: BaseException | None, half: range) -> None:
+        self.loaded, self.left, self.error, self.half = loaded, last, error, half
 
     def run(self, tokens: int, outputs: int, records: range | None = None) -> None:
         self.left -= 1
         if self.left >= 0:
             self.loaded.run(tokens, outputs, records)
-        elif not self.silent:
-            raise UnitError("OpenCL device failed at kernel norm: DEVICE_NOT_AVAILABLE (-2)")
+        elif self.error is not None:
+            self.loaded.run(tokens, outputs, self.half)  # with waits that nobody would answer
+            raise self.error
 
     def units(self, record: int) -> int:
         return self.loaded.units(record)
@@ -218,10 +219,29 @@ class Faulty:
 def test_a_gpu_that_vanishes_in_a_step_of_both(phase: str, tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="Q4_0")
     with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu")) as both:
-        put_in(both, phase, silent=False)
+        put_in(both, phase, UnitError("OpenCL device failed at kernel norm: DEVICE_NOT_AVAILABLE (-2)"))
         assert same_bits(logits(alone), logits(both))
         (loss,) = both.supervisor.losses
         assert (loss.unit, loss.by) == ("gpu", "cpu")
+
+
+@needs_gpu
+@pytest.mark.parametrize("phase", ["prefill+gpu", decode_name(DECODE)])
+def test_an_interrupt_while_a_step_is_put_into_the_queue(phase: str, tmp_path: Path) -> None:
+    """What is in the queue already waits for nobody; nothing is waited for that was never put there."""
+    path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="Q4_0")
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "gpu")) as both:
+        put_in(both, phase, KeyboardInterrupt())
+        assert both.others is not None
+        assert both.others.gpu is not None
+        programs = both.others.gpu._programs
+        program, faulty = programs[phase]
+        assert isinstance(faulty, Faulty)
+        with pytest.raises(KeyboardInterrupt):
+            logits(both)
+        programs[phase] = program, faulty.loaded
+        assert same_bits(logits(alone), logits(both))
+        assert not both.supervisor.losses
 
 
 @needs_gpu
@@ -233,7 +253,7 @@ def test_a_gpu_that_never_answers_is_not_waited_for(
     path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="Q4_0")
     with closing(engine(path, "cpu", "gpu")) as both:
         monkeypatch.setattr(gpu_unit, "PATIENCE", 0.5)
-        put_in(both, phase, silent=True)
+        put_in(both, phase, None)
         with pytest.raises(UnitError, match=r"a step has not ended in .* seconds; end this process"):
             logits(both)
 
@@ -271,13 +291,13 @@ def interrupted(*arguments: object) -> None:
     raise KeyboardInterrupt
 
 
-def put_in(both: Engine, phase: str, *, silent: bool) -> None:
+def put_in(both: Engine, phase: str, error: BaseException | None) -> None:
     """Have the GPU unit fail in its third step of that program."""
     assert both.others is not None
     assert both.others.gpu is not None
     programs = both.others.gpu._programs
     program, loaded = programs[phase]
-    programs[phase] = program, Faulty(loaded, 2, silent)
+    programs[phase] = program, Faulty(loaded, 2, error, range(program.length // 2))
     cuts(both, tokens=8, rows=8)
 
 
