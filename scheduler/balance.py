@@ -112,7 +112,8 @@ class Balance:
 
     def rest(self, kinds: Iterable[str]) -> None:
         """A step in which one unit alone computed these."""
-        self.observe({kind: (0.0, 0.0) for kind in kinds if kind in self.parts})
+        if idle := {kind: (0.0, 0.0) for kind in kinds if kind in self.parts}:
+            self.observe(idle)
 
     def _learn(self, kind: str, unit: str, seconds: float, parts: int) -> None:
         if parts and seconds > 0:

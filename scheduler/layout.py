@@ -16,7 +16,7 @@ from coterie.models.spec import ModelSpec, Rope
 from coterie.scheduler.buffers import Laid, Shared
 from coterie.scheduler.lower import Lowering
 from coterie.scheduler.lower_gpu import GpuLowering
-from coterie.scheduler.lower_gpu_cut import CpuRows, FirstTokens, GpuRows, Meetings, OtherTokens, flags
+from coterie.scheduler.lower_gpu_cut import CpuRows, FirstTokens, GpuRows, Meetings, flags
 from coterie.scheduler.lower_npu import NpuLowering
 from coterie.scheduler.placement import CPU_ONLY, Placement
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
@@ -44,7 +44,8 @@ class ModelLayout:
     `neurons`: buffers of the neuron cache, where there is one. `hidden`: by program, where hidden states enter and
     leave a part of a model, float32[rows][dim, padded with zeros]. `gpu`: the GPU unit's programs, by the names of
     those they stand for; `npu`: the NPU unit's, by the name of the CPU unit's that runs beside it (`prefill@64`, whose
-    head is `head@64`); `prefill+gpu`, `head+gpu` and `decode+gpu:...` (decode_name) are computed by both."""
+    head is `head@64`); `prefill+gpu`, `head+gpu` and `decode+gpu:...` (decode_name) are computed by both, and
+    `prefill@64+gpu` by three."""
 
     weights: Weights
     whole: Weights
@@ -119,15 +120,12 @@ def lay_out_model(
         programs.append(prefill.head("head"))
     programs.append(_probe(ledger, weights, shared))
     on_gpu = _on_gpu(laid, placement, gpu, chunk)
+    written = flags(ledger, len(spec.layers)) if "tokens" in placement.cuts else []
     if gpu is not None:
-        own, its = _with_gpu(laid, placement, gpu, chunk=chunk, tile=tile)
+        own, its = _with_gpu(laid, placement, gpu, written, chunk=chunk, tile=tile)
         programs, on_gpu = programs + own, on_gpu | {program.name: program for program in its}
-    on_npu: dict[str, Program] = {}
-    for length in placement.lengths:
-        beside = NpuLowering(laid, rows=length, tile=tile)
-        name = f"prefill@{length}"
-        body, on_npu[name] = beside.both(name, f"graphs@{length}")
-        programs += [body, beside.head(f"head@{length}")]
+    beside, on_npu = _with_npu(laid, placement, written, tile)
+    programs += beside
     lookups = bounce = None
     embedding = weights.embedding
     if embedding and sum(part.count for part in embedding.slices) < embedding.run.extents:
@@ -170,15 +168,17 @@ def _on_gpu(laid: Laid, placement: Placement, unit: UnitBuffers | None, chunk: i
 
 
 def _with_gpu(
-    laid: Laid, placement: Placement, unit: UnitBuffers, *, chunk: int, tile: int
+    laid: Laid, placement: Placement, unit: UnitBuffers, written: list[BufferRef], *, chunk: int, tile: int
 ) -> tuple[list[Program], list[Program]]:
-    """Programs of steps that CPU and GPU unit compute together: the CPU unit's, and the GPU unit's."""
+    """Programs of steps that CPU and GPU unit compute together: the CPU unit's, and the GPU unit's; `written`: the
+    flags of a prompt's first tokens, whose CPU programs are others where there are graphs too."""
     on_cpu, on_gpu = list[Program](), list[Program]()
-    if "tokens" in placement.cuts:
-        written = flags(laid.ledger, len(laid.spec.layers))
-        first = FirstTokens(laid, unit, rows=chunk, written=written)
-        other = OtherTokens(laid, rows=chunk, tile=tile, written=written)
+    if written:
+        first = FirstTokens(laid, unit, rows=chunk - max(placement.lengths, default=0), written=written)
         on_gpu += [first.body(f"prefill{WITH_GPU}"), first.head(f"head{WITH_GPU}")]
+    if written and not placement.lengths:
+        other = Lowering(laid, mode="prefill", rows=chunk, tile=tile)
+        other.written = written
         on_cpu += [other.body(f"prefill{WITH_GPU}"), other.head(f"head{WITH_GPU}")]
     if placement.shares_decode:
         meetings = Meetings.of(laid.ledger, len(laid.spec.layers))
@@ -189,6 +189,23 @@ def _with_gpu(
             on_cpu.append(cpu.whole_of(kinds, name))
             on_gpu.append(gpu.beside(name, cpu))
     return on_cpu, on_gpu
+
+
+def _with_npu(
+    laid: Laid, placement: Placement, written: list[BufferRef], tile: int
+) -> tuple[list[Program], dict[str, Program]]:
+    """Programs of prompts' steps with graphs: the CPU unit's, and the NPU unit's. Those behind a GPU unit's tokens
+    (`written`: its flags) have the same buffers, and so the same graphs."""
+    on_cpu, on_npu = list[Program](), dict[str, Program]()
+    for length in placement.lengths:
+        lowered = NpuLowering(laid, rows=length, tile=tile)
+        behind = written and length == placement.lengths[-1]
+        for more in ("", WITH_GPU) if behind else ("",):
+            lowered.written = written if more else ()
+            name = f"prefill@{length}{more}"
+            body, on_npu[name] = lowered.both(name, f"graphs@{length}{more}")
+            on_cpu += [body, lowered.head(f"head@{length}{more}")]
+    return on_cpu, on_npu
 
 
 def decode_name(kinds: Collection[str]) -> str:

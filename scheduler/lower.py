@@ -5,7 +5,7 @@ preparation that each lane runs for itself, so that a layer costs five hand-over
 over rows and claimed like the rest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TypedDict
 
@@ -33,11 +33,13 @@ class Lowering(Workspace):
     again  what another unit sums up of each FFN, to be added to `z`
     plain  where norms leave their rows for units with graphs
     residuals  what each norm of the last body reads, and of the head behind it
+    written  a layer's flag that another unit posts once keys and values of the tokens before are in the KV cache
     """
 
     given: Mapping[str, int] = MappingProxyType({})
     again: BufferRef | None = None
     plain: BufferRef | None = None
+    written: Sequence[BufferRef] = ()
 
     # --- programs ---------------------------------------------------------------------------------
 
@@ -313,12 +315,10 @@ class Lowering(Workspace):
             b.add(kernel_name("attend_one"), Opcode.ATTEND, operands, layer=i, waits=waits)
         else:
             b.add(kernel_name("rope"), Opcode.ROPE, operands, layer=i, waits=waits)
-            self._before_attention(b, i)
+            if self.written:
+                b.meet(self.written[i].offset)
             b.add(kernel_name("attend"), Opcode.ATTEND, operands, layer=i)
         self._mix(b, i, layer, self._row_wise(b, kernel_name("merge"), Opcode.MERGE, merge, i))
-
-    def _before_attention(self, b: ProgramBuilder, i: int) -> None:
-        """Keys and values of a chunk are written."""
 
     def _mix(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> None:
         """Attention's output matrix."""

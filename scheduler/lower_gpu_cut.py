@@ -1,8 +1,8 @@
 """Compile steps for a CPU unit and a GPU unit that shares its memory together, in class `exact`.
 
 Prompts are cut by tokens (HeteroInfer's activation-centric cut, arXiv 2501.14794, section 4.2): the GPU unit computes a
-chunk's first tokens, the CPU unit the rest; since tokens see only those before them, the CPU unit waits once a layer,
-for the GPU unit's keys and values, and the GPU unit never.
+chunk's first tokens, the CPU unit the rest, maybe with an NPU unit; since tokens see only those before them, the CPU
+unit waits once a layer, for the GPU unit's keys and values, and the GPU unit never.
 
 Decode is cut by rows of weights (its weight-centric cut): of queries, keys and values, of attention's output matrix, of
 Gate and Up by neuron clusters, of Down and of the head each unit computes some, into one output; attention and the
@@ -49,17 +49,6 @@ class FirstTokens(GpuLowering):
 
     def _keys_written(self, b: ProgramBuilder, i: int) -> None:
         self._add(b, "post", Opcode.POST, i, flag=self.written[i])
-
-
-class OtherTokens(Lowering):
-    """The CPU unit's part: the other tokens, which also see the first ones."""
-
-    def __init__(self, laid: Laid, *, rows: int, tile: int, written: list[BufferRef]) -> None:
-        super().__init__(laid, mode="prefill", rows=rows, tile=tile)
-        self.written = written
-
-    def _before_attention(self, b: ProgramBuilder, i: int) -> None:
-        b.meet(self.written[i].offset)
 
 
 # --- decode, cut by rows ----------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ class Placement:
 
     split  "layer": an operator is one unit's; "tensor": the CPU unit computes a part of other units' products
     cuts   between the CPU unit and another one: of prompts' products with the NPU ("matmul", "ffn"), of prompts'
-           chunks by tokens ("tokens") and of decode's products by rows (DECODE) with the GPU
+           chunks by tokens ("tokens") and of decode's products by rows (DECODE) with the GPU; with both, the GPU has a
+           chunk's first tokens, and CPU and NPU share products of as many others as the longest graphs take
     kept   cores, the last ones, that the CPU unit leaves to units which compute on cores
     fast   units in one step meet by flags alone; else by their runtimes' own calls
     """
@@ -76,6 +77,8 @@ class Placement:
         if split == "tensor" and "gpu" in units:
             kinds, points = [*["tokens"] * (prefill == "gpu"), *DECODE], tuple(range(1, GPU_PARTS + 1))
             cuts |= {kind: Given(begin.get(kind, GPU_PARTS // 2), GPU_PARTS, points) for kind in kinds}
+            if lengths:  # prompts' products are shared by all three
+                cuts |= fitting(Given(begin.get("tokens", GPU_PARTS // 3), GPU_PARTS, points), lengths, chunk)
         return cls(prefill, decode, lengths, split, cuts, kept)
 
     def own_cores(self) -> tuple[int, ...]:
@@ -110,9 +113,13 @@ class Placement:
 
     def first_tokens(self, tokens: int, parts: int) -> int:
         """How many of a chunk's tokens, the first ones, are the GPU unit's, when it computes so many parts of chunks: a
-        multiple of 8; none of a short chunk, all of which are the CPU unit's."""
+        multiple of 8; none of a short chunk, all of which are the CPU unit's. Where there are graphs, all but those
+        that the longest take."""
         if "tokens" not in self.cuts or tokens < SHORT:
             return 0
+        if self.prefill == "npu":
+            first = max(0, tokens - self.lengths[-1])
+            return first if first % 8 == 0 else 0
         return min(tokens, round(tokens * parts / self.cuts["tokens"].of / 8) * 8)
 
     def describe(self) -> dict[str, str]:
@@ -121,6 +128,7 @@ class Placement:
         if self.prefill == "npu":
             some = "a part of " * (self.split == "tensor")
             parts["npu"].append(f"{some}prompts' matrix products")
+            parts["gpu"] += ["prompts' first tokens"] * ("tokens" in self.cuts)
             parts["cpu"].append("the rest of prompts")
         else:
             parts[self.prefill].append("prompts")
@@ -128,10 +136,15 @@ class Placement:
         said = {unit: " and ".join(work) for unit, work in parts.items() if work}
         return {unit: "everything" if work == "prompts and decode" else work for unit, work in said.items()}
 
-    def piece(self, tokens: int, chunk: int) -> int:
+    def piece(self, tokens: int, chunk: int, parts: int = 0) -> int:
         """How many of a prompt's tokens make the next step: a chunk of at most `chunk`; where there are graphs, as many
-        as one of them takes."""
+        as one of them takes, and those before them of which a GPU unit computes so many parts of chunks."""
         piece = min(tokens, chunk)
+        if self.prefill == "npu" and "tokens" in self.cuts:  # padding costs as much as tokens, so a graph is full
+            longest, others = self.lengths[-1], max(1, self.cuts["tokens"].of - parts)
+            first = min(piece - longest, max(8, longest * parts // others)) // 8 * 8
+            if parts and first > 0:
+                return first + longest
         if self.lengths and self.length_for(piece) is None:
             piece = max((length for length in self.lengths if length <= piece), default=piece)
         return piece
@@ -144,6 +157,18 @@ class Placement:
 
 
 CPU_ONLY = Placement()
+
+
+def most_first(lengths: Sequence[int], chunk: int, of: int) -> int:
+    """How many of so many parts of a chunk may be the GPU unit's, where graphs of these lengths take the rest."""
+    return max(0, chunk - lengths[-1]) * of // chunk
+
+
+def fitting(cut: Given, lengths: Sequence[int], chunk: int) -> dict[str, Given]:
+    """A cut of chunks by tokens that leaves graphs of these lengths full; none where chunks have no more tokens."""
+    most = most_first(lengths, chunk, cut.of)
+    points = tuple(point for point in cut.points if point <= most)
+    return {"tokens": Given(min(cut.parts, points[-1]), cut.of, points)} if points else {}
 
 
 def check_units(units: Sequence[str]) -> tuple[str, ...]:

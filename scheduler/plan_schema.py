@@ -11,7 +11,7 @@ from typing import Any
 from coterie.errors import CoterieError, PlanError
 from coterie.scheduler.balance import Given
 from coterie.scheduler.layout import BATCH
-from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, SPLITS, UNITS, Placement, check_units
+from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, SPLITS, UNITS, Placement, check_units, most_first
 from coterie.scheduler.plan import MAX_LANES, VERSION, Plan, Wishes
 from coterie.scheduler.tables import Table, printable, shown
 from coterie.sizes import MOST
@@ -195,9 +195,15 @@ def parse_placement(top: Table, chunk: int) -> tuple[tuple[str, ...], Placement]
         lengths = phases["prefill"].wholes("lengths", BATCH, chunk, MOST_LENGTHS, BATCH)
     cuts = dict[str, Given]()
     for phase, table in phases.items():
-        sharing = [roles[phase]] if phase == "prefill" else names
+        sharing = [roles[phase]] if phase == "prefill" and roles[phase] != "npu" else names
         cuts |= _cuts(table, [kind for kind in KINDS[phase] if OTHER[kind] in sharing], split)
         table.done()
+    cut = cuts.get("tokens") if lengths else None
+    if cut is not None and most_first(lengths, chunk, cut.of) < max(1, cut.parts):
+        text = (
+            f"leaves fewer of a chunk's {chunk} tokens than the {lengths[-1]} of a graph; give the gpu less, or drop it"
+        )
+        raise phases["prefill"].wrong("cuts.tokens", text)
     if idle := [name for name in names if name not in ("cpu", *roles.values(), *(OTHER[kind] for kind in cuts))]:
         raise units.wrong("names", f"has {idle[0]}, which neither computes prompts nor decodes; drop it")
     return names, Placement(roles["prefill"], roles["decode"], lengths, split, cuts, fast=fast)

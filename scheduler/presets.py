@@ -15,7 +15,7 @@ from coterie.models.header import ModelHeader
 from coterie.models.source import WeightSource
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.layout import BATCH
-from coterie.scheduler.placement import Placement
+from coterie.scheduler.placement import Placement, fitting
 from coterie.scheduler.plan import VERSION, Wishes
 from coterie.scheduler.plan_file import read_toml
 from coterie.scheduler.plan_schema import parse_placement
@@ -105,7 +105,10 @@ def resolve(preset: Preset, file: ModelHeader, spec: ModelSpec, wishes: Wishes, 
         reasons=(f"preset {preset.name}: {way.because}",),
         sources={**wishes.sources, **dict.fromkeys(("units", "split", "chunk"), "preset")},
     )
-    return replace(made, placement=replace(way.placement, lengths=lengths, kept=lanes_and_kept(made)[1]))
+    cuts = dict(way.placement.cuts)
+    if lengths and "tokens" in cuts:
+        cuts |= fitting(cuts.pop("tokens"), lengths, chunk)
+    return replace(made, placement=replace(way.placement, lengths=lengths, cuts=cuts, kept=lanes_and_kept(made)[1]))
 
 
 def chosen_way(preset: Preset, spec: ModelSpec, lacking: Lacking, name: str) -> Way:

@@ -30,7 +30,8 @@ Kinds = dict[str, Counter[Product]]  # how often a step has each product, by kin
 @dataclass(frozen=True)
 class Portion:
     """Products of a kind in a phase, a prompt of PROMPT tokens or a token: of `of` equal parts `parts` are `unit`'s,
-    the rest the CPU unit's. Seconds that each takes for its own, and until both are done and have met."""
+    the rest the CPU unit's. Seconds that each takes for its own, and until both are done and have met; of a GPU's
+    tokens beside products of CPU and NPU (which are other portions), by how much it ends later."""
 
     phase: str
     kind: str
@@ -148,31 +149,57 @@ class Sharing:
         return Candidate(units, placement.split, tuple(portions))
 
     def _prefill(self, placement: Placement) -> Iterator[Portion]:
-        everything, head = Counter[Product](), self._prompt["head"]
-        for kind in ("qkv", "out", "up", "down"):
-            everything += self._prompt[kind]
-        if "tokens" not in placement.cuts:
-            yield from self._others("prefill", "gpu" if placement.prefill == "gpu" else "cpu", self.prompt)
-        if placement.prefill == "npu":
-            length = placement.lengths[-1]
-            steps, graphs = -(-self.prompt // length), graphs_of(self.spec)
-            halves = {"matmul": ("qkv", "out"), "ffn": ("up", "down")}
-            for kind, names in halves.items():
-                mine = sum((self._prompt[name] for name in names), Counter[Product]())
-                cut = placement.cuts[kind] if placement.split == "tensor" else None
-                portion = self._portion("prefill", kind, "npu", cut, (graphs[kind], mine), length)
-                yield replace(
-                    portion, there=steps * portion.there, cpu=steps * portion.cpu, seconds=steps * portion.seconds
-                )
-            yield self._portion("prefill", "head", "cpu", None, (head, head), 1)
-        elif "tokens" in placement.cuts:
-            yield self._tokens(placement.cuts["tokens"], everything)
-            yield self._portion("prefill", "head", "cpu", None, (head, head), 1)
-        else:
+        head, cut = self._prompt["head"], placement.cuts.get("tokens")
+        if placement.prefill != "npu" and cut is None:
             unit = placement.prefill
+            yield from self._others("prefill", unit, self.prompt)
             for kind, products in self._prompt.items():
                 tokens = 1 if kind == "head" else self.prompt
                 yield self._portion("prefill", kind, unit, None, (products, products), tokens)
+            return
+        if cut is None:
+            yield from self._others("prefill", "cpu", self.prompt)
+            yield from (times(-(-self.prompt // placement.lengths[-1]), one) for one in self._graphs(placement))
+        elif placement.prefill == "npu":
+            yield from self._by_three(placement, cut)
+        else:
+            yield self._tokens(cut)
+        yield self._portion("prefill", "head", "cpu", None, (head, head), 1)
+
+    def _graphs(self, placement: Placement) -> Iterator[Portion]:
+        """A chunk that fills the longest graphs, and what CPU and NPU have of its products."""
+        graphs = graphs_of(self.spec)
+        for kind, names in {"matmul": ("qkv", "out"), "ffn": ("up", "down")}.items():
+            mine = sum((self._prompt[name] for name in names), Counter[Product]())
+            cut = placement.cuts[kind] if placement.split == "tensor" else None
+            yield self._portion("prefill", kind, "npu", cut, (graphs[kind], mine), placement.lengths[-1])
+
+    def _by_three(self, placement: Placement, cut: Given) -> Iterator[Portion]:
+        """Chunks of which a GPU computes the first tokens, and CPU and NPU as many others as graphs take. GPU and CPU
+        meet once a layer, and at the end."""
+        length, products = placement.lengths[-1], self._layers()
+        chunk = [*self._graphs(placement), *self._others("prefill", "cpu", length)]
+        rest = sum(portion.seconds for portion in chunk)
+
+        def first(parts: int) -> tuple[float, float]:
+            """The GPU's seconds of a chunk, and how many such chunks a prompt has."""
+            tokens = length * parts // (cut.of - parts)
+            own = self._cost("gpu", products, 1.0, tokens).seconds + self._rest("gpu", tokens) if tokens else 0.0
+            return own, self.prompt / (tokens + length)
+
+        def seconds(parts: int) -> float:
+            own, chunks = first(parts)
+            return chunks * max(own, rest)
+
+        parts = cut.parts if self.told else min((0, *cut.points), key=seconds)
+        own, chunks = first(parts)
+        yield from (times(chunks, portion) for portion in chunk)
+        late = max(0.0, own - rest) + len(self.spec.layers) * self.estimator.meeting * (parts > 0)
+        yield times(chunks, Portion("prefill", "tokens", "gpu", parts, cut.of, own, 0.0, late))
+
+    def _layers(self) -> Counter[Product]:
+        """All products of a chunk but the head."""
+        return sum((self._prompt[kind] for kind in ("qkv", "out", "up", "down")), Counter[Product]())
 
     def _others(self, phase: str, unit: str, tokens: int) -> Iterator[Portion]:
         """What is no product, on one unit."""
@@ -190,8 +217,9 @@ class Sharing:
             unit = "gpu" if cut is not None else placement.decode
             yield self._portion("decode", kind, unit, cut, (products, products), 1)
 
-    def _tokens(self, cut: Given, products: Counter[Product]) -> Portion:
+    def _tokens(self, cut: Given) -> Portion:
         """A chunk of which the GPU computes the first tokens, with all that belongs to them."""
+        products = self._layers()
 
         def cost(unit: str, parts: int, tokens: int) -> Cost:
             own = self._cost(unit, products, 1.0, max(1, self.prompt * parts // cut.of))
@@ -244,6 +272,12 @@ class Sharing:
             for product, count in products.items()
         ]
         return added([Cost(n * one.launch, n * one.work, n * one.nbytes) for n, one in found])
+
+
+def times(count: float, portion: Portion) -> Portion:
+    """As often."""
+    there, cpu, seconds = (count * getattr(portion, name) for name in ("there", "cpu", "seconds"))
+    return replace(portion, there=there, cpu=cpu, seconds=seconds)
 
 
 def added(costs: Sequence[Cost]) -> Cost:

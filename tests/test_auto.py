@@ -15,7 +15,7 @@ from coterie.models.load import read_spec
 from coterie.opening import begun_wishes, open_file, preset_wishes
 from coterie.scheduler.balance import Given
 from coterie.scheduler.estimate import others_of
-from coterie.scheduler.placement import DECODE, PARTS, Placement
+from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, Placement
 from coterie.scheduler.plan import Wishes
 from coterie.scheduler.planner import make_plan
 from coterie.scheduler.profile import DeviceProfile, Point, ProductTimes, Shapes, UnitTimes
@@ -112,6 +112,31 @@ def test_units_that_share_products_are_weighed_where_they_were_measured_so(
     wishes = preset_wishes(model, "auto", Wishes(), near=True)
     assert (wishes.split, wishes.begin) == (("tensor", parts) if shared.seconds < alone.seconds else ("layer", {}))
     assert shared.line() in wishes.reasons[0]
+
+
+def test_three_units_share_a_prompt(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Wishes(units=("cpu", "gpu", "npu"), split="tensor")
+    found = dict[float, auto.Candidate]()
+    for gpu in (0.1, 3.0, 1000.0):  # seconds that its products take
+        measured(monkeypatch, model, RATES, {"cpu": (1.0, 1.0), "gpu": (gpu, gpu / 256), "npu": (1.0, 1.0)})
+        wishes = begun_wishes(model, asked)
+        with open_file(model) as file:
+            spec = read_spec(file)
+            found[gpu] = auto.Here(file, spec, asked).beside(asked.units)
+            made = make_plan(file, spec, wishes)[0]
+            told, _ = auto.explained(file, spec, wishes, made)
+        assert told.begin == wishes.begin == found[gpu].begin
+        assert told.prefill == pytest.approx(found[gpu].prefill)
+    parts = {gpu: each.begin["tokens"] for gpu, each in found.items()}
+    assert parts[0.1] == GPU_PARTS // 2  # all that is not a graph's
+    assert parts[1000.0] == 0
+    assert 0 < parts[3.0] < parts[0.1]
+    two = found[1000.0].prefill
+    assert found[0.1].prefill < found[3.0].prefill < two
+    shares = {portion.kind: portion for portion in found[3.0].portions if portion.phase == "prefill"}
+    rest = shares["matmul"].seconds + shares["ffn"].seconds + shares["others"].seconds
+    assert shares["tokens"].there == pytest.approx(rest, rel=0.3)  # as near as a 32nd comes
+    assert f"gpu {parts[3.0]}/32 {1e3 * shares['tokens'].there:.3f}\n" in "\n".join(portion_lines(found[3.0], []))
 
 
 def test_where_cuts_begin(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from coterie.engine import Engine
 from coterie.errors import PlanError
 from coterie.opening import flash_of, open_model, open_to_run, plan_identity
 from coterie.scheduler.balance import Given
-from coterie.scheduler.placement import Placement
+from coterie.scheduler.placement import Placement, most_first
 from coterie.scheduler.plan import MAX_LANES, Wishes
 from coterie.scheduler.plan_file import (
     MAX_BYTES,
@@ -66,6 +66,9 @@ def decisions(draw: st.DrawFn) -> Decisions:
     given = {kind: Given.whole() for kind in shared if OTHER[kind] == "npu"}
     if split == "tensor":
         given |= {kind: draw(cuts()) for kind in shared}
+        first = draw(cuts())
+        if prefill == "npu" and "gpu" in units and most_first(lengths, chunk, first.of) >= max(1, first.parts):
+            given["tokens"] = first  # three units share a prompt
     if units == ("cpu", "gpu") and prefill == decode == "gpu" and split == "layer":
         units = ("gpu",)
     placement = Placement(prefill, decode, lengths, split, given, draw(st.integers(0, MAX_LANES)), draw(st.booleans()))
@@ -183,6 +186,19 @@ WRONG = [
     ([("batch", "splits", "[{size = 1, hot = 2, cold = 1}, {size = 2, hot = 1, cold = 2}]")], r"fewer than the 2"),
     ([("residency", "ring", "4096")], r"residency streams weights, but there is no table flash"),
 ]
+
+
+def test_a_gpu_leaves_as_many_tokens_as_graphs_take(sound: str) -> None:
+    values = tomllib.loads(sound)
+    values["units"]["names"], values["cpu"]["chunk"] = ["cpu", "gpu", "npu"], 192
+    cuts = values["prefill"]["cuts"]
+    for first in (10, 11):
+        pieces = [{"unit": "gpu", "first": 0, "last": first}, {"unit": "cpu", "first": first, "last": 32}]
+        cuts["tokens"] = {"of": 32, "pieces": pieces}
+        if first == 10:
+            assert parse(values, "it").placement.cuts["tokens"].parts == first
+    with pytest.raises(PlanError, match=r"it: prefill.cuts.tokens leaves fewer of a chunk's 192 tokens than the 128"):
+        parse(values, "it")
 
 
 def edited(text: str, table: str, key: str, value: str) -> str:

@@ -64,9 +64,14 @@ def test_presets_are_what_the_papers_do(dense: Path, sparse: Path, there: set[st
     assert hetero.units == ("cpu", "gpu", "npu")
     assert hetero.placement is not None
     assert hetero.placement.decode == "gpu"
-    assert hetero.placement.cuts == {"matmul": HALF, "ffn": HALF} | dict.fromkeys(
-        DECODE, Given(24, 32, tuple(range(1, 33)))
-    )
+    rows, tokens = Given(24, 32, tuple(range(1, 33))), Given(8, 32, tuple(range(1, 17)))
+    assert hetero.placement.cuts == {"matmul": HALF, "ffn": HALF, "tokens": tokens} | dict.fromkeys(DECODE, rows)
+    small = preset_wishes(dense, "heteroinfer", Wishes(threads=2, context=130)).placement
+    assert small is not None
+    assert small.cuts["tokens"] == Given(1, 32, (1,))  # a chunk of 136
+    small = preset_wishes(dense, "heteroinfer", Wishes(threads=2, context=128)).placement
+    assert small is not None
+    assert "tokens" not in small.cuts
     assert preset_wishes(sparse, "powerinfer2", asked).units == ("cpu",)
 
 
@@ -118,7 +123,7 @@ unit = "npu"
 lengths = [64]
 cuts.ffn.pieces = [{unit = "npu", share = 0.3}, {unit = "cpu", share = 0.7}]
 """
-OWN = f'version = 6\nabout = "mine"\n{WAY}'
+OWN = f'version = 7\nabout = "mine"\n{WAY}'
 
 
 def test_a_preset_may_be_one_s_own(dense: Path, there: set[str], tmp_path: Path) -> None:
@@ -135,7 +140,7 @@ def test_a_preset_may_be_one_s_own(dense: Path, there: set[str], tmp_path: Path)
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("version = 6", "version = 5", "preset version 5"),
+        ("version = 7", "version = 6", "preset version 6"),
         ("share = 0.7", "share = 0.6", r"ways\[0\].prefill.cuts.ffn.pieces have shares that add up to 0.9"),
         ("share = 0.7", "share = nan", "share is nan"),
         ("share = 0.7", "first = 4, last = 8", r"share is missing"),

@@ -15,7 +15,7 @@ from coterie.actors.npu_graphs import WINDOW, Graph, choose_blocks, open_runtime
 from coterie.actors.npu_product import BoundGraph, Product
 from coterie.errors import PlanError
 from coterie.kernels import operands as o
-from coterie.kernels.record import OPCODE
+from coterie.kernels.record import OPCODE, OPERANDS, WORDS
 from coterie.models.part import model_identity
 from coterie.models.ranges import Ranges
 from coterie.scheduler.balance import Given
@@ -61,21 +61,21 @@ class Graphs:
 
     def load(self, layout: ModelLayout) -> None:
         """Have every graph, and give it its buffers. Raises PlanError where an NPU cannot address them all."""
-        forms = {
-            (name, i): self._forms(program, i) for name, program in layout.npu.items() for i in range(program.length)
-        }
+        records = {name: [_computed(p, i) for i in range(p.length)] for name, p in layout.npu.items()}
+        firsts = {record: (p, i) for name, p in layout.npu.items() for i, record in enumerate(records[name])}
+        forms = {record: self._forms(program, i) for record, (program, i) in firsts.items()}
         if not self.runtime.stand_in:
             sizes = [(form, self._nbytes(form)) for each in forms.values() for form in each if form is not None]
             if len(choose_blocks(sizes)) < len(sizes):
                 raise PlanError(f"the graphs are more than the {WINDOW >> 30} GiB that an NPU addresses; drop npu")
         before = _private_bytes()
+        products = dict[tuple[str, bytes], Product]()
         with only_on(self._cores):
-            for done, (name, program) in enumerate(layout.npu.items()):
-                products = []
-                for i in range(program.length):
-                    self._progress("graphs for the NPU", done * program.length + i, len(forms))
-                    products.append(self._product(program, i, forms[name, i]))
-                self.unit.load(program, products)
+            for done, (record, (program, i)) in enumerate(firsts.items()):
+                self._progress("graphs for the NPU", done, len(firsts))
+                products[record] = self._product(program, i, forms[record])
+        for name, program in layout.npu.items():
+            self.unit.load(program, [products[record] for record in records[name]])
         self._ranges = None
         self.nbytes = max(_private_bytes() - before, self.cache.nbytes)  # others may have given memory back meanwhile
         self.cache.drop_pages()
@@ -174,6 +174,11 @@ class Graphs:
             heads = len(found) // spec.head_dim
             found = found[half_split_rows(spec.head_dim, spec.layers[layer].rope.dims, heads)]
         return found
+
+
+def _computed(program: Program, i: int) -> tuple[str, bytes]:
+    """What a record computes, from what into what, whichever flags it waits for."""
+    return program.kernels[i], program.words[i, [OPCODE, *range(OPERANDS, WORDS)]].tobytes()
 
 
 _KINDS: dict[str, Kind] = {"qkv": "qkv", "out": "out", "ffn": "ffn"}

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from coterie.actors.cpu import CpuUnit
 from coterie.actors.gpu import GpuUnit
 from coterie.actors.gpus import open_device
+from coterie.actors.host import UnitLost
 from coterie.actors.unit import Rows
 from coterie.errors import UnitError
 from coterie.graphs import Graphs
@@ -92,22 +93,21 @@ class OtherUnits:
             return False
         if name in ("decode", "batch"):
             return placement.decode == "gpu"
-        if "tokens" in placement.cuts:  # all of a chunk, or none of it
+        if "tokens" in placement.cuts and placement.prefill == "gpu":  # all of a chunk, or none of it
             return self.parts["tokens"] == placement.cuts["tokens"].of
         return placement.prefill == "gpu"
 
     def program_for(self, tokens: int) -> str:
         """What follows the name of a program for a chunk of so many tokens: "@" and the graphs' length, "+gpu" where
-        CPU and GPU unit compute it together, nothing where one of them does."""
-        length, parts = self.placement.length_for(tokens), self.parts
-        if length is not None:
-            return f"@{length}"
-        first = self.placement.first_tokens(tokens, parts["tokens"]) if "tokens" in parts else 0
-        return WITH_GPU if 0 < first < tokens else ""
+        the GPU unit computes the first tokens, nothing where one unit does everything."""
+        first = self.placement.first_tokens(tokens, self.parts.get("tokens", 0))
+        length = self.placement.length_for(tokens - first)
+        return f"@{length}" * (length is not None) + WITH_GPU * (0 < first < tokens)
 
     def first_tokens(self, name: str, tokens: int) -> int:
-        """How many of a chunk's tokens the GPU unit computes in a step that both do; in a head's, as when it began."""
-        if name == "prefill":
+        """How many of a chunk's tokens the GPU unit computes in a step that others do too; in a head's, as when it
+        began."""
+        if name.startswith("prefill"):
             self._first = self.placement.first_tokens(tokens, self.parts["tokens"])
         return self._first
 
@@ -135,9 +135,10 @@ class OtherUnits:
         self.gpu.run(name, rows, [self._layout.shared.logits])
 
     def _alone_in(self, name: str) -> None:
-        """One unit computes a step of that program alone, which two might: the other's chance comes in time."""
+        """A step of that program without the GPU unit, which might take part: its chance comes in time."""
         if self.balance is not None and self.adapts:
-            self.balance.rest(DECODE if name == "decode" else ("tokens",) if name == "prefill" else ())
+            tokens = name.startswith("prefill") and not name.endswith(WITH_GPU)
+            self.balance.rest(DECODE if name == "decode" else ("tokens",) * tokens)
 
     @contextmanager
     def gpu_beside(self, name: str, rows: Rows) -> Iterator[dict[int, int]]:
@@ -160,18 +161,18 @@ class OtherUnits:
             seconds = dict(zip(DECODE, both, strict=True))
             self.balance.observe_waits({kind: seconds[kind] for kind in DECODE if kind in self.balance.parts})
         else:
-            waited = took[LINE_SLEPT] + took[LINE_POLLED]
+            waited = took[LINE_SLEPT] + took[LINE_POLLED] - sum(took[LINE_REST:])  # that for keys, and not for an NPU
             self.balance.observe_waits({"tokens": (ours - waited, waited + late)})
 
     @contextmanager
     def beside(self, name: str) -> Iterator[dict[int, int]]:
         """While the CPU unit runs a step of that program, the NPU unit runs the graphs in it, if it has any; how much
         of products is given to it, by header word. Raises UnitLost where one of them fails."""
-        if self.gpu is not None and self.placement.gpu:
+        if self.gpu is not None and self.placement.gpu and not name.endswith(WITH_GPU):
             self.gpu.settle()  # after an interrupt its queue may still be at KV blocks
+        self._alone_in(name)
         program = self._layout.npu.get(name) if self._layout else None
         if program is None or self.graphs is None:
-            self._alone_in(name)
             yield {}
         else:
             parts = {kind: self.parts[kind] for kind in SHARES}
@@ -205,8 +206,11 @@ class OtherUnits:
         finally:
             self.placement = placement
 
-    def give_up(self) -> None:
-        """From now on the CPU unit does everything. Raises UnitError where it has no weights."""
+    def give_up(self, lost: str) -> None:
+        """A unit is lost, and from now on the CPU unit does everything. Raises UnitError where it has no weights."""
+        if self.gpu is not None and lost != "gpu":
+            with suppress(UnitLost):  # no step of its own comes to wait for what it may still write
+                self.gpu.settle()
         if self._alone:
             raise UnitError("the GPU that has the weights is gone; open the model again")
         self.placement = CPU_ONLY

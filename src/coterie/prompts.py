@@ -109,7 +109,8 @@ class Prompting(Stepping):
         """The chunks from that number and token on, as they would be computed now; `keep`: tokens of the first one."""
         chunks, tokens = list[Chunk](), len(prompt.ids)
         while first < tokens:
-            count = keep or self._placement.piece(tokens - first, self.plan.chunk)
+            parts = 0 if self.others is None else self.others.parts.get("tokens", 0)
+            count = keep or self._placement.piece(tokens - first, self.plan.chunk, parts)
             chunks.append(self._subgraphs(number + len(chunks), range(first, first + count), prompt.wanted))
             first, keep = first + count, 0
         return tuple(chunks)
@@ -120,9 +121,10 @@ class Prompting(Stepping):
         if self.others is not None:
             which = self.others.program_for(len(tokens))
             alone = "gpu" if self.others.on_gpu("prefill") and not which else "cpu"
-            if which == WITH_GPU:
+            if which.endswith(WITH_GPU):
                 whose = self._placement.first_tokens(len(tokens), self.others.parts["tokens"])
-        units = {"": (alone,), WITH_GPU: ("cpu", "gpu")}.get(which, ("cpu", "npu"))
+        shared = "cpu", *["gpu"] * which.endswith(WITH_GPU), *["npu"] * which.startswith("@")
+        units = shared if which else (alone,)
         layers = Subgraph("layers", f"prefill{which}", tokens, units, (Task(number - 1, 0),) if number else ())
         low, middle, high = np.searchsorted(wanted, [tokens.start, tokens.start + whose, tokens.stop]).tolist()
         heads = list[Subgraph]()

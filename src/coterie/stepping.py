@@ -89,16 +89,18 @@ class Stepping:
                 self._on_cpu(name, rows, more, given)
 
     def _on_both(self, others: OtherUnits, name: str, rows: Rows, more: bool) -> None:
-        """A step of a chunk that CPU and GPU unit compute together; logits are all of rows that one of them has."""
+        """A step of a chunk of which the GPU unit computes the first tokens, and the CPU unit, maybe with an NPU unit
+        beside it, the others; logits are all of rows that one of them has."""
         first = others.first_tokens(name, len(rows.ids))
         ours, theirs = parts_of(rows, first)
-        if name == "prefill":
-            with others.gpu_beside(f"prefill{WITH_GPU}", theirs):
-                self._on_cpu(f"prefill{WITH_GPU}", ours, more)
+        shared = f"{name}{WITH_GPU}"
+        if name.startswith("prefill"):
+            with others.gpu_beside(f"prefill{WITH_GPU}", theirs), others.beside(shared) as given:
+                self._on_cpu(shared, ours, more, given)
         elif np.size(theirs.outputs):
             others.run_on_gpu(f"head{WITH_GPU}", theirs)
         else:
-            self._on_cpu(f"head{WITH_GPU}", ours, more)
+            self._on_cpu(shared, ours, more)
 
     def _on_cpu(self, name: str, rows: Rows, more: bool, given: Mapping[int, int] = NOTHING) -> None:
         self.ready(name)
@@ -135,7 +137,7 @@ class Stepping:
         """Replace what was lost, and what is lost meanwhile; other units by the CPU unit."""
         if self.others is not None and loss.unit in self.others.names:
             self.supervisor.give_up(loss)
-            return self.others.give_up()
+            return self.others.give_up(loss.unit)
         while True:
             try:
                 return self.supervisor.recover(loss, self.unit, self.stream)

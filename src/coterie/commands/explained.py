@@ -53,7 +53,8 @@ def _shared(portion: "Portion") -> str:
     if not portion.parts or not rest:
         return portion.unit if portion.parts else "cpu"
     own, others = (f"{1e3 * seconds:.3f}" for seconds in (portion.there, portion.cpu))
-    return f"{portion.unit} {portion.parts}/{portion.of} {own}, cpu {rest}/{portion.of} {others}"
+    mine = f"{portion.unit} {portion.parts}/{portion.of} {own}"
+    return f"{mine}, cpu {rest}/{portion.of} {others}" if portion.cpu else mine
 
 
 def _what(name: str, rows: "Rows") -> str:
