@@ -19,7 +19,7 @@ from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, Placement
 from coterie.scheduler.plan import Wishes
 from coterie.scheduler.planner import make_plan
 from coterie.scheduler.profile import DeviceProfile, Point, ProductTimes, Shapes, UnitTimes
-from coterie.scheduler.sharing import PROMPT, TOKENS, graphs_of, kinds_of
+from coterie.scheduler.sharing import PROMPT, TOKENS, Candidate, graphs_of, kinds_of
 
 KEYS = {"cpu": "c", "gpu": "g", "npu": "n"}
 REST = ("qkv", "out", "down")  # of decode's products
@@ -116,7 +116,7 @@ def test_units_that_share_products_are_weighed_where_they_were_measured_so(
 
 def test_three_units_share_a_prompt(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Wishes(units=("cpu", "gpu", "npu"), split="tensor")
-    found = dict[float, auto.Candidate]()
+    found = dict[float, Candidate]()
     for gpu in (0.1, 3.0, 1000.0):  # seconds that its products take
         measured(monkeypatch, model, RATES, {"cpu": (1.0, 1.0), "gpu": (gpu, gpu / 256), "npu": (1.0, 1.0)})
         wishes = begun_wishes(model, asked)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from coterie.errors import UnitError
-from coterie.kernels import library, target
+from coterie.kernels import apart, library, target
 from coterie.kernels.apart import CompilerProcess
 
 
@@ -84,6 +84,42 @@ def test_the_compiler_is_started_again_when_it_has_ended() -> None:
     compiler.end()
     assert compiler._process is None
     compiler.end()
+
+
+NAMES = ["lane_cycles", "lane_post", "lane_pulse", "lane_event", "lane_await", "lane_watch"]
+
+
+def test_many_kernels_are_compiled_by_two_processes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, start = list[int](), apart._start
+
+    def counted() -> Any:
+        process = start()
+        started.append(process.pid)
+        return process
+
+    library.COMPILER.end()
+    monkeypatch.setattr(apart, "_start", counted)
+    monkeypatch.setattr(library, "available_memory", lambda: 1 << 40)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    said = list[int]()
+    library.compile_missing(NAMES, lambda label, done, total: said.append(done))
+    assert all(map(library.is_cached, NAMES))
+    assert said == sorted(said)
+    assert len(started) == 2
+    assert library.COMPILER._process is None
+    for path in cache.iterdir():
+        path.unlink()
+    monkeypatch.setattr(library, "available_memory", lambda: 1 << 29)
+    library.compile_missing(NAMES, lambda label, done, total: None)
+    assert len(started) == 3
+
+
+def test_an_error_in_the_second_process_is_everybody_s(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "available_memory", lambda: 1 << 40)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(UnitError, match="cannot compile kernel no_such_family: KeyError"):
+        library.compile_missing([*NAMES, "no_such_family"], lambda label, done, total: None)
+    assert library.COMPILER._process is None
 
 
 def test_functions_within_kernels_have_symbols_of_their_own() -> None:

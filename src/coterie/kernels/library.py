@@ -7,8 +7,11 @@ linker: this process never loads the compiler, which saves it half a second and 
 
 import ctypes
 import hashlib
+import os
 import platform
 import shutil
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
@@ -16,12 +19,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from coterie.errors import UnitError
 from coterie.kernels import target
 from coterie.kernels.apart import CompilerProcess
 from coterie.paths import kernels_dir, replace_file
+from coterie.storage.available import available_memory
 
 KEPT_FOLDERS = 7  # of earlier versions, when a new one is made
 COMPILER = CompilerProcess()
+MANY = 4  # kernels for which a second compiler is started; it takes three quarters of a second to begin
+PLENTY = 1 << 30  # bytes of memory that must be available then
 
 
 def kernel_name(family: str, *parameters: str | int) -> str:
@@ -68,12 +75,36 @@ def address(name: str) -> int:
 
 
 def compile_missing(names: Iterable[str], progress: Callable[[str, int, int], None]) -> None:
-    """Have the machine code of these kernels, and the compiler gone. `progress` gets (label, kernels done, in all)."""
+    """Have the machine code of these kernels, and the compiler gone. `progress` gets (label, kernels done, in all).
+    Where there are cores and memory for it, a second compiler begins at the other end."""
     missing = [name for name in dict.fromkeys(names) if not is_cached(name)]
-    for done, name in enumerate(missing):
-        progress("compiling", done, len(missing))
-        address(name)
-    COMPILER.end()
+    left, helper = deque(missing), None
+    if len(missing) >= MANY and len(os.sched_getaffinity(0)) > 1 and available_memory() > PLENTY:
+        helper = threading.Thread(target=_help, args=(left,), name="coterie-compiler", daemon=True)
+        helper.start()
+    try:
+        while left:
+            name = left.popleft()
+            progress("compiling", len(missing) - len(left) - 1, len(missing))
+            address(name)
+        if helper is not None:
+            helper.join()
+            for name in missing:  # where it failed, the error is ours
+                if not is_cached(name):
+                    address(name)
+    finally:
+        left.clear()  # after an interrupt the second one ends by itself
+        COMPILER.end()
+
+
+def _help(left: deque[str]) -> None:
+    """Compile kernels from the end, and leave errors to who needs these."""
+    compiler = CompilerProcess()
+    with suppress(IndexError, UnitError):
+        while True:
+            name = left.pop()
+            _write(name, *compiler.compile(name))
+    compiler.end()
 
 
 def function(name: str, arguments: int) -> Callable[..., int]:
