@@ -18,7 +18,7 @@ from coterie.errors import UsageError
 from coterie.kernels import target
 from coterie.paths import cache_dir, replace_file
 
-VERSION = 1
+VERSION = 2
 LARGEST_FILE = 4 << 20  # bytes of a profile
 MACHINES = 8  # kept in a profile, which several machines may share
 ENGINES = ("io_uring", "preadv")

@@ -54,19 +54,19 @@ def _cpu(unit: UnitProfile, bandwidth: float, flash: FlashProfile | None) -> Uni
         cost.kernel: Rates(cost.rate, cost.fill, bandwidth=cost.bandwidth or UNBOUND, launch=cost.launch)
         for cost in unit.kernels
     }
-    left = _beside_flash(flash, unit.lanes, bandwidth) if flash else 1.0
+    left = _beside_flash(flash, unit.lanes) if flash else 1.0
     return UnitModel("cpu", "cpu", bandwidth, rates, next(iter(rates)), beside_flash=left, measured=True)
 
 
-def _beside_flash(flash: FlashProfile, lanes: int, bandwidth: float) -> float:
+def _beside_flash(flash: FlashProfile, lanes: int) -> float:
     """What share of their time is left to lanes on all cores while flash is read at its full rate: the flash unit takes
-    the processor to ask for reads, and to go through what came for its checksum, as fast as one core reads memory."""
+    the processor to ask for reads, and to go through what came for its checksum."""
     cores = available_cores()
     rows = [r for r in flash.rows if (r.engine, r.block, r.depth) == (flash.engine, flash.block, flash.depth)]
     if lanes < cores or not rows:
         return 1.0
-    asking = statistics.median(1e-6 * row.cpu_us / row.block for row in rows)
-    return max(LEAST_LEFT, 1 - (asking + cores / bandwidth) * flash.bytes_per_s / lanes)
+    busy = statistics.median(1e-6 * row.cpu_us / row.block for row in rows)
+    return max(LEAST_LEFT, 1 - busy * flash.bytes_per_s / lanes)
 
 
 def _flashes(found: FlashProfile) -> dict[int, FlashModel]:

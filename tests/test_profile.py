@@ -91,11 +91,11 @@ def test_machines_that_share_a_folder_keep_their_profiles(home: Path, monkeypatc
         (b"\xff\xfe", "is damaged"),
         (b"[]", "is damaged"),
         (b"[" * 100_000, "is damaged"),
-        (b'{"version": 1}', "is damaged"),
-        (b'{"version": 2, "machines": {}}', "is of version 2, and this Coterie knows 1"),
+        (b'{"version": 2}', "is damaged"),
+        (b'{"version": 1, "machines": {}}', "is of version 1, and this Coterie knows 2"),
         (b" " * (profile.LARGEST_FILE + 1), "is too large for a device profile"),
     ],
-    ids=["empty", "cut", "binary", "a list", "nested", "no machines", "newer", "large"],
+    ids=["empty", "cut", "binary", "a list", "nested", "no machines", "older", "large"],
 )
 def test_a_damaged_profile_is_named_and_not_used(
     home: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str

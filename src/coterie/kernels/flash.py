@@ -321,7 +321,9 @@ def flash_lane(engine: str) -> Callable[..., Any]:
     def check(control, request):
         """Compare checksums; what is wrong is read again."""
         slot, began = slot_at(control, request), cycles()
-        wrong = np.int64(-1) if word(control, t.UNCHECKED) != 0 else first_wrong(control, slot)
+        wrong = first_wrong(control, slot)
+        if word(control, t.UNCHECKED) != 0:
+            wrong = np.int64(-1)
         count_up(control, t.CHECKING, cycles() - began)
         if wrong < 0:
             put(slot, t.STATE, t.RIGHT)
