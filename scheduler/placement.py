@@ -143,7 +143,7 @@ class Placement:
         if self.prefill == "npu" and "tokens" in self.cuts:  # padding costs as much as tokens, so a graph is full
             longest, others = self.lengths[-1], max(1, self.cuts["tokens"].of - parts)
             first = min(piece - longest, max(8, longest * parts // others)) // 8 * 8
-            if parts and first > 0:
+            if parts and first > 0 and first + longest >= SHORT:
                 return first + longest
         if self.lengths and self.length_for(piece) is None:
             piece = max((length for length in self.lengths if length <= piece), default=piece)

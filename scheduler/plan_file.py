@@ -30,7 +30,7 @@ COMMENTS = {
     "cpu.lanes": "threads that compute",
     "cpu.chunk": "prompt tokens computed together",
     "cpu.left": "cores left to other units",
-    "units.split": "layer: an operator is one unit's; tensor: cut between two",
+    "units.split": "layer: an operator is one unit's; tensor: cut between units",
     "units.flags": "units meet at flags; false: by calls of their runtimes",
     "prefill.unit": "computes prompts",
     "prefill.lengths": "rows of its graphs; the CPU unit computes what fills none",

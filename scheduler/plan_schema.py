@@ -11,7 +11,17 @@ from typing import Any
 from coterie.errors import CoterieError, PlanError
 from coterie.scheduler.balance import Given
 from coterie.scheduler.layout import BATCH
-from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, SPLITS, UNITS, Placement, check_units, most_first
+from coterie.scheduler.placement import (
+    DECODE,
+    GPU_PARTS,
+    PARTS,
+    SPLITS,
+    UNITS,
+    Placement,
+    check_units,
+    fitting,
+    most_first,
+)
 from coterie.scheduler.plan import MAX_LANES, VERSION, Plan, Wishes
 from coterie.scheduler.tables import Table, printable, shown
 from coterie.sizes import MOST
@@ -199,11 +209,12 @@ def parse_placement(top: Table, chunk: int) -> tuple[tuple[str, ...], Placement]
         cuts |= _cuts(table, [kind for kind in KINDS[phase] if OTHER[kind] in sharing], split)
         table.done()
     cut = cuts.get("tokens") if lengths else None
-    if cut is not None and most_first(lengths, chunk, cut.of) < max(1, cut.parts):
-        text = (
-            f"leaves fewer of a chunk's {chunk} tokens than the {lengths[-1]} of a graph; give the gpu less, or drop it"
-        )
-        raise phases["prefill"].wrong("cuts.tokens", text)
+    if cut is not None:
+        most = most_first(lengths, chunk, cut.of)
+        if most < max(1, cut.parts):
+            text = f"can give the gpu {most} of {cut.of} parts at most: of a chunk's {chunk} tokens a graph takes "
+            raise phases["prefill"].wrong("cuts.tokens", f"{text}{lengths[-1]}; give it less, or drop the cut")
+        cuts |= fitting(cut, lengths, chunk)
     if idle := [name for name in names if name not in ("cpu", *roles.values(), *(OTHER[kind] for kind in cuts))]:
         raise units.wrong("names", f"has {idle[0]}, which neither computes prompts nor decodes; drop it")
     return names, Placement(roles["prefill"], roles["decode"], lengths, split, cuts, fast=fast)

@@ -23,7 +23,7 @@ from coterie.engine import Engine
 from coterie.errors import PlanError
 from coterie.opening import flash_of, open_model, open_to_run, plan_identity
 from coterie.scheduler.balance import Given
-from coterie.scheduler.placement import Placement, most_first
+from coterie.scheduler.placement import Placement, fitting, most_first
 from coterie.scheduler.plan import MAX_LANES, Wishes
 from coterie.scheduler.plan_file import (
     MAX_BYTES,
@@ -68,7 +68,7 @@ def decisions(draw: st.DrawFn) -> Decisions:
         given |= {kind: draw(cuts()) for kind in shared}
         first = draw(cuts())
         if prefill == "npu" and "gpu" in units and most_first(lengths, chunk, first.of) >= max(1, first.parts):
-            given["tokens"] = first  # three units share a prompt
+            given |= fitting(first, lengths, chunk)  # three units share a prompt
     if units == ("cpu", "gpu") and prefill == decode == "gpu" and split == "layer":
         units = ("gpu",)
     placement = Placement(prefill, decode, lengths, split, given, draw(st.integers(0, MAX_LANES)), draw(st.booleans()))
@@ -196,8 +196,10 @@ def test_a_gpu_leaves_as_many_tokens_as_graphs_take(sound: str) -> None:
         pieces = [{"unit": "gpu", "first": 0, "last": first}, {"unit": "cpu", "first": first, "last": 32}]
         cuts["tokens"] = {"of": 32, "pieces": pieces}
         if first == 10:
-            assert parse(values, "it").placement.cuts["tokens"].parts == first
-    with pytest.raises(PlanError, match=r"it: prefill.cuts.tokens leaves fewer of a chunk's 192 tokens than the 128"):
+            assert parse(values, "it").placement.cuts["tokens"] == Given(10, 32, tuple(range(1, 11)))
+    with pytest.raises(
+        PlanError, match=r"it: prefill.cuts.tokens can give the gpu 10 of 32 parts at most: of a chunk's 192 tokens"
+    ):
         parse(values, "it")
 
 

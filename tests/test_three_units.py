@@ -1,6 +1,7 @@
 """Prompts that three units compute at once: the GPU the first tokens, CPU and NPU the products of the others."""
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,16 @@ def test_graphs_are_full_where_a_gpu_takes_the_rest(chunk: int) -> None:
             assert first == 0 or (parts and piece - first == 128)
             if parts and tokens >= 136:
                 assert first
+
+
+@pytest.mark.parametrize("length", [8, 16, 24, 32])
+def test_graphs_of_few_tokens_are_used_too(length: int) -> None:
+    placement = replace(Placement.of(ALL, 256, "tensor"), lengths=(length,))
+    for parts in (1, 10, 16):
+        for tokens in range(length, 256):
+            piece = placement.piece(tokens, 256, parts)
+            first = placement.first_tokens(piece, parts)
+            assert placement.length_for(piece - first) == length
 
 
 @pytest.mark.parametrize("chunk", [64, 128])

@@ -83,8 +83,7 @@ def compile_missing(names: Iterable[str], progress: Callable[[str, int, int], No
         helper = threading.Thread(target=_help, args=(left,), name="coterie-compiler", daemon=True)
         helper.start()
     try:
-        while left:
-            name = left.popleft()
+        while (name := _next(left)) is not None:
             progress("compiling", len(missing) - len(left) - 1, len(missing))
             address(name)
         if helper is not None:
@@ -100,11 +99,20 @@ def compile_missing(names: Iterable[str], progress: Callable[[str, int, int], No
 def _help(left: deque[str]) -> None:
     """Compile kernels from the end, and leave errors to who needs these."""
     compiler = CompilerProcess()
-    with suppress(IndexError, UnitError):
-        while True:
-            name = left.pop()
-            _write(name, *compiler.compile(name))
-    compiler.end()
+    try:
+        with suppress(UnitError):
+            while (name := _next(left, last=True)) is not None:
+                _write(name, *compiler.compile(name))
+    finally:
+        compiler.end()
+
+
+def _next(left: deque[str], last: bool = False) -> str | None:
+    """A kernel that nobody compiles yet; None: there is none."""
+    try:
+        return left.pop() if last else left.popleft()
+    except IndexError:
+        return None
 
 
 def function(name: str, arguments: int) -> Callable[..., int]:
