@@ -99,26 +99,23 @@ def test_many_kernels_are_compiled_by_two_processes(cache: Path, monkeypatch: py
 
     library.COMPILER.end()
     monkeypatch.setattr(apart, "_start", counted)
-    monkeypatch.setattr(library, "available_memory", lambda: 1 << 40)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     said = list[int]()
-    library.compile_missing(NAMES, lambda label, done, total: said.append(done))
+    library.compile_missing(NAMES, lambda label, done, total: said.append(done), 1 << 40)
     assert all(map(library.is_cached, NAMES))
     assert said == sorted(said)
     assert len(started) == 2
     assert library.COMPILER._process is None
     for path in cache.iterdir():
         path.unlink()
-    monkeypatch.setattr(library, "available_memory", lambda: 1 << 29)
-    library.compile_missing(NAMES, lambda label, done, total: None)
+    library.compile_missing(NAMES, lambda label, done, total: None, 1 << 29)
     assert len(started) == 3
 
 
 def test_an_error_in_the_second_process_is_everybody_s(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "available_memory", lambda: 1 << 40)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     with pytest.raises(UnitError, match="cannot compile kernel no_such_family: KeyError"):
-        library.compile_missing([*NAMES, "no_such_family"], lambda label, done, total: None)
+        library.compile_missing([*NAMES, "no_such_family"], lambda label, done, total: None, 1 << 40)
     assert library.COMPILER._process is None
 
 

@@ -35,6 +35,7 @@ from coterie.scheduler.planner import make_plan, plan_flash
 from coterie.scheduler.residency import ring_room
 from coterie.sizes import Memory
 from coterie.storage.arena import Arena, BufferRef
+from coterie.storage.available import available_memory
 from coterie.storage.flash_buffers import lay_out_flash
 from coterie.storage.flash_file import FlashFile
 from coterie.storage.kv import KVCache, KVLayout
@@ -186,7 +187,7 @@ class Engine(Prompting):
         wanted = [kernel for program in self.layout.programs.values() for kernel in program.kernels]
         if self.stream is not None and self._residency.slots:
             wanted += neuron_kernels(self.stream.unit.engine)
-        library.compile_missing(wanted, self._progress)
+        library.compile_missing(wanted, self._progress, available_memory())
 
     def sequence(self) -> KVSequence:
         """A new, empty sequence; close it to give its memory back."""

@@ -22,6 +22,7 @@ from coterie.scheduler.placement import CPU_ONLY, Placement
 from coterie.scheduler.program import Program, ProgramBuilder
 from coterie.scheduler.resident import CONTEXT, Resident, Tensors
 from coterie.storage.arena import Arena, Ledger
+from coterie.storage.available import available_memory
 from coterie.storage.kv import KVCache, KVLayout
 from coterie.storage.tables import fill_tables
 from coterie.trace.chrome import read_rings
@@ -56,7 +57,7 @@ class ModelBench:
         regions["programs"] = (1 + variants) * sum(program.nbytes for program in programs.values())
         regions["tables"] *= 1 + variants
         kernels = [kernel for program in programs.values() for kernel in program.kernels]
-        library.compile_missing(kernels, progress)
+        library.compile_missing(kernels, progress, available_memory())
         self.arena = Arena(regions)
         self.units = resident.units(self.arena)
         assert self.units.cpu.rings is not None

@@ -23,7 +23,6 @@ from coterie.errors import UnitError
 from coterie.kernels import target
 from coterie.kernels.apart import CompilerProcess
 from coterie.paths import kernels_dir, replace_file
-from coterie.storage.available import available_memory
 
 KEPT_FOLDERS = 7  # of earlier versions, when a new one is made
 COMPILER = CompilerProcess()
@@ -74,12 +73,13 @@ def address(name: str) -> int:
     return _linker().link(*found)
 
 
-def compile_missing(names: Iterable[str], progress: Callable[[str, int, int], None]) -> None:
+def compile_missing(names: Iterable[str], progress: Callable[[str, int, int], None], memory: int) -> None:
     """Have the machine code of these kernels, and the compiler gone. `progress` gets (label, kernels done, in all).
-    Where there are cores and memory for it, a second compiler begins at the other end."""
+    Where there are cores for it, and `memory` bytes that are available are enough, a second compiler begins at the
+    other end."""
     missing = [name for name in dict.fromkeys(names) if not is_cached(name)]
     left, helper = deque(missing), None
-    if len(missing) >= MANY and len(os.sched_getaffinity(0)) > 1 and available_memory() > PLENTY:
+    if len(missing) >= MANY and len(os.sched_getaffinity(0)) > 1 and memory > PLENTY:
         helper = threading.Thread(target=_help, args=(left,), name="coterie-compiler", daemon=True)
         helper.start()
     try:
