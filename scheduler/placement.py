@@ -136,14 +136,19 @@ class Placement:
         said = {unit: " and ".join(work) for unit, work in parts.items() if work}
         return {unit: "everything" if work == "prompts and decode" else work for unit, work in said.items()}
 
+    def before_graphs(self, parts: int) -> int:
+        """How many tokens before those of the longest graphs are so many parts of both: a multiple of 8."""
+        longest, others = self.lengths[-1], max(1, self.cuts["tokens"].of - parts)
+        return max(8, longest * parts // others // 8 * 8) if parts else 0
+
     def piece(self, tokens: int, chunk: int, parts: int = 0) -> int:
         """How many of a prompt's tokens make the next step: a chunk of at most `chunk`; where there are graphs, as many
         as one of them takes, and those before them of which a GPU unit computes so many parts of chunks."""
         piece = min(tokens, chunk)
         if self.prefill == "npu" and "tokens" in self.cuts:  # padding costs as much as tokens, so a graph is full
-            longest, others = self.lengths[-1], max(1, self.cuts["tokens"].of - parts)
-            first = min(piece - longest, max(8, longest * parts // others)) // 8 * 8
-            if parts and first > 0 and first + longest >= SHORT:
+            longest = self.lengths[-1]
+            first = min((piece - longest) // 8 * 8, self.before_graphs(parts))
+            if first > 0 and first + longest >= SHORT:
                 return first + longest
         if self.lengths and self.length_for(piece) is None:
             piece = max((length for length in self.lengths if length <= piece), default=piece)

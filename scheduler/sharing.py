@@ -183,7 +183,7 @@ class Sharing:
 
         def first(parts: int) -> tuple[float, float]:
             """The GPU's seconds of a chunk, and how many such chunks a prompt has."""
-            tokens = length * parts // (cut.of - parts)
+            tokens = placement.before_graphs(parts)
             own = self._cost("gpu", products, 1.0, tokens).seconds + self._rest("gpu", tokens) if tokens else 0.0
             return own, self.prompt / (tokens + length)
 

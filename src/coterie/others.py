@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from coterie.actors.cpu import CpuUnit
+from coterie.actors.cpu import NOTHING, CpuUnit
 from coterie.actors.gpu import GpuUnit
 from coterie.actors.gpus import open_device
 from coterie.actors.host import UnitLost
@@ -111,21 +111,17 @@ class OtherUnits:
             self._first = self.placement.first_tokens(tokens, self.parts["tokens"])
         return self._first
 
-    def _decode_words(self) -> dict[int, int]:
-        """How much of decode's products is the GPU unit's, by header word."""
+    def decode_program(self) -> tuple[str, dict[int, int]] | None:
+        """The program of a decode step that CPU and GPU unit compute together, the one with the fewest meetings, and
+        how much of products is the GPU unit's, by header word; None: one of them does."""
+        if not self.placement.shares_decode:
+            return None
         rest = WHOLE if self.placement.decode == "gpu" else 0  # of products that are not cut
         parts = {kind: count for kind, count in self.parts.items() if kind in DECODE}
-        return dict.fromkeys(PRODUCTS, rest) | shares(parts, self.placement.cuts)
-
-    def decode_program(self) -> str:
-        """The program of a decode step that CPU and GPU unit compute together, the one with the fewest meetings; "":
-        one of them does."""
-        if not self.placement.shares_decode:
-            return ""
-        words = self._decode_words()
+        words = dict.fromkeys(PRODUCTS, rest) | shares(parts, self.placement.cuts)
         wanted = {kind for kind, word in DECODE.items() if words[word]}
         found = next(kinds for kinds in self.placement.decode_kinds if wanted <= set(kinds))
-        return decode_name(found) if wanted else ""
+        return (decode_name(found), words) if wanted else None
 
     def run_on_gpu(self, name: str, rows: Rows) -> None:
         """See GpuUnit.run."""
@@ -141,16 +137,16 @@ class OtherUnits:
             self.balance.rest(DECODE if name == "decode" else ("tokens",) * tokens)
 
     @contextmanager
-    def gpu_beside(self, name: str, rows: Rows) -> Iterator[dict[int, int]]:
-        """While the CPU unit runs its part of a step, the GPU unit runs its own, of these rows; how much of products is
-        given to it, by header word. Raises UnitLost."""
+    def gpu_beside(self, name: str, rows: Rows, words: Mapping[int, int] = NOTHING) -> Iterator[None]:
+        """While the CPU unit runs its part of a step, the GPU unit runs its own, of these rows; `words`: how much of
+        products is the GPU unit's, by header word. Raises UnitLost."""
         assert self.gpu is not None
-        cpu, words = self._cpu, self._decode_words()
+        cpu = self._cpu
         epoch = max(cpu.next_epoch, self.gpu.next_epoch)
         cpu.skip_to(epoch)
         before, started = cpu.seconds(), time.perf_counter()
         with self.gpu.beside(name, rows, epoch, words, cpu.abort_address):
-            yield words
+            yield
             ours = time.perf_counter() - started
         late = time.perf_counter() - started - ours  # that the GPU unit ended behind us
         if self.balance is None or not self.adapts:

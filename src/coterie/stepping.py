@@ -78,8 +78,9 @@ class Stepping:
         if self.others is None:
             self._on_cpu(name, rows, more)
         elif name == "decode" and (shared := self.others.decode_program()):
-            with self.others.gpu_beside(shared, rows) as given:
-                self._on_cpu(shared, rows, more, given)
+            program, words = shared
+            with self.others.gpu_beside(program, rows, words):
+                self._on_cpu(program, rows, more, words)
         elif name.endswith(WITH_GPU):
             self._on_both(self.others, name.removesuffix(WITH_GPU), rows, more)
         elif self.others.on_gpu(name):

@@ -124,10 +124,9 @@ def _measured(
             launch, queued = meter.launches()
             rate = reading([meter.reader()])
             before = UnitTimes(keys[name], meter.format, meter.lengths, launch, queued, rate, ())
-        rest = [product for product in todo[name] if product.operator == "others"]
-        products = [product for product in todo[name] if product not in rest]
+        products = [product for product in todo[name] if product.operator != "others"]
         found: list[ProductTimes] = list(meter.times(products, progress)) if products else []
-        for each in rest:
+        for each in (product for product in todo[name] if product.operator == "others"):
             progress(f"measuring what {name} takes beside products")
             points = tuple(Point(each.rows, tokens, seconds) for tokens, seconds in meter.others())
             found.append(ProductTimes(each, 1, points))
