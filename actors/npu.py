@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -28,9 +28,9 @@ class NpuUnit:
 
     def __init__(self, arena: Arena, buffers: UnitBuffers, abort: int, cores: Collection[int] = ()) -> None:
         self.arena, self.buffers, self._cores = arena, buffers, cores
-        self._programs: dict[str, list[tuple[tuple[int, ...], Product]]] = {}
-        self._pieces: dict[int, int] = {}
-        self.busy = dict[int, int]()
+        self._programs: dict[str, list[tuple[tuple[int, ...], str, Product]]] = {}
+        self._pieces: Mapping[str, int] = {}
+        self._busy = dict[str, int]()
         self._await, self._post = library.function("lane_await", 6), library.function("lane_post", 2)
         self._watch, self._nap = library.function("lane_watch", 4), arena.address(buffers.nap)
         self._event, self.cycles = library.function("lane_event", 7), library.function("lane_cycles", 0)
@@ -46,13 +46,13 @@ class NpuUnit:
             self._ring = arena.address(buffers.rings)
         self._thread: threading.Thread | None = None
 
-    def load(self, program: Program, products: list[Product]) -> None:
-        """A program, and the product of each of its records."""
+    def load(self, program: Program, kinds: Sequence[str], products: Sequence[Product]) -> None:
+        """A program, and of each of its records the kind of cut that it follows, and its product."""
         base, records = self.arena.base, []
-        for row, product in zip(program.words[: program.length], products, strict=True):
+        for row, kind, product in zip(program.words[: program.length], kinds, products, strict=True):
             flag, opcode = base + int(row[r.SET]), int(row[r.OPCODE])
             waits = tuple(base + int(row[r.WAIT + n]) - r.FOREIGN for n in range(r.WAITS) if row[r.WAIT + n])
-            records.append(((flag, opcode, *waits), product))
+            records.append(((flag, opcode, *waits), kind, product))
         self._programs[program.name] = records
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="coterie-npu", daemon=True)
@@ -63,8 +63,8 @@ class NpuUnit:
         self._record(started, self.cycles(), r.Opcode.BUILD, 0)
 
     @contextmanager
-    def beside(self, name: str, epoch: int, pieces: dict[int, int]) -> Iterator[None]:
-        """Run a program while the CPU unit runs its step of that number: of each product so many pieces, by opcode.
+    def beside(self, name: str, epoch: int, pieces: Mapping[str, int]) -> Iterator[None]:
+        """Run a program while the CPU unit runs its step of that number: of each product so many pieces, by kind.
         Raises UnitLost where a graph fails."""
         self.begin(name, epoch, pieces)
         try:
@@ -74,10 +74,10 @@ class NpuUnit:
             self.check()  # if it complains, that is the reason
             raise
 
-    def begin(self, name: str, epoch: int, pieces: dict[int, int]) -> None:
+    def begin(self, name: str, epoch: int, pieces: Mapping[str, int]) -> None:
         """Start a program beside the CPU unit's step of that number."""
         self._name, self._epoch, self._complaint, self._pieces = name, epoch, "", pieces
-        self.busy = dict.fromkeys(pieces, 0)
+        self._busy = dict.fromkeys(pieces, 0)
         self._serial += 1
         self._post(self._go, self._serial)
 
@@ -93,9 +93,9 @@ class NpuUnit:
         if self._complaint:
             raise UnitLost("npu", self._complaint)
 
-    def busy_seconds(self) -> dict[int, float]:
-        """How long products of each opcode took in the last step."""
-        return {opcode: cycles / cycles_per_second() for opcode, cycles in self.busy.items()}
+    def busy_seconds(self) -> dict[str, float]:
+        """How long products of each kind took in the last step."""
+        return {kind: cycles / cycles_per_second() for kind, cycles in self._busy.items()}
 
     def waits(self) -> tuple[float, float]:
         """Seconds of waiting for other units so far: asleep, and looking."""
@@ -121,18 +121,18 @@ class NpuUnit:
                 self._fail(f"a graph failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             self._post(self._parked, serial)
 
-    def _run(self, records: list[tuple[tuple[int, ...], Product]]) -> None:
+    def _run(self, records: list[tuple[tuple[int, ...], str, Product]]) -> None:
         most = int(SLICE * cycles_per_second())
-        for (flag, opcode, *waits), product in records:
+        for (flag, opcode, *waits), kind, product in records:
             asked = self.cycles()
             for awaited in waits:
                 while not self._await(awaited, self._epoch, self._own_abort, self._rate, self._counts, most):
                     if self._abort_word[0]:
                         return
             begun = self.cycles()
-            product.run(self._pieces[opcode & 0xFFFF])
+            product.run(self._pieces[kind])
             ended = self.cycles()
-            self.busy[opcode & 0xFFFF] += ended - begun
+            self._busy[kind] += ended - begun
             self._post(flag, self._epoch)
             self._record(begun, ended, opcode, begun - asked)
 

@@ -23,7 +23,7 @@ from coterie.kernels import target
 from coterie.paths import cache_dir, replace_file
 from coterie.storage.npu_block import Block, Form
 
-VERSION = 2  # of how blocks become graphs: another one makes all files stale
+VERSION = 3  # of how blocks become graphs: another one makes all files stale
 SUFFIX = ".graph"
 DIGEST = 32  # bytes of a checksum
 LIMIT = 16 << 30  # bytes of all files

@@ -106,12 +106,12 @@ class _Graph:
         return self.op("MatMul", q, self.op("DequantizeLinear", constant, self.constant(scales), axis=1))
 
     def _floats(self, x: str, weights: Quantised) -> str:
-        """MatMulNBits: unsigned nibbles with their zero at 8, which it takes for granted. A swapped product is the
-        same here, as it has its weights on one side only."""
-        rows, cols = weights.shape
-        shifted = (weights.values + np.int8(8)).view(np.uint8).reshape(rows, cols // GROUP, GROUP)
-        packed = self.constant(shifted[:, :, ::2] | shifted[:, :, 1::2] << 4)
-        sizes = {"K": cols, "N": rows, "bits": 4, "block_size": GROUP, "accuracy_level": 1}  # 1: float32
+        """MatMulNBits: unsigned values with their zero in the middle, which it takes for granted, of four bits two a
+        byte. A swapped product is the same here, as it has its weights on one side only."""
+        (rows, cols), bits = weights.shape, weights.bits
+        shifted = (weights.values.view(np.uint8) + np.uint8(1 << bits - 1)).reshape(rows, cols // GROUP, GROUP)
+        packed = self.constant(shifted[:, :, ::2] | shifted[:, :, 1::2] << 4 if bits == 4 else shifted)
+        sizes = {"K": cols, "N": rows, "bits": bits, "block_size": GROUP, "accuracy_level": 1}  # 1: float32
         straight = self.op("Transpose", x, perm=[1, 0]) if self._swapped else x
         y = self.op("MatMulNBits", straight, packed, self.constant(weights.scales), domain="com.microsoft", **sizes)
         return self.op("Transpose", y, perm=[1, 0]) if self._swapped else y

@@ -2,7 +2,7 @@
 stand-in or PoCL on the last one.
 
     python benchmarks/together.py MODEL.gguf --other npu [--tokens 256] [--rounds 5] [--json FILE]
-    python benchmarks/together.py MODEL.gguf --decode [--tokens 16] [--rounds 5] [--json FILE]
+    python benchmarks/together.py MODEL.gguf --decode --other gpu [--tokens 16] [--rounds 5] [--json FILE]
 
 `alone`: the CPU unit with one lane. `other`: the other unit computes what it can (all products of prompts, or the
 whole step), the CPU unit's lane the rest. `both`: products cut (--split tensor), once the cut has settled. From
@@ -10,8 +10,9 @@ traces: T of `alone` and `other` is the time in products, and of `both` the time
 rates' sum is 1/T(alone) + 1/T(other); Amdahl's bound of the step is what `alone` needs beside products, and products
 at that sum.
 
-`--decode`: medians of so many tokens with PoCL. `other`: PoCL computes everything; `lanes`: the CPU unit with two,
-which is what memory gives two cores here. The bound is the sum of both rates, but no less time than `lanes` take.
+`--decode`: medians of so many tokens. `other`: PoCL computes everything, an NPU stand-in all products; `lanes`: the
+CPU unit with two, which is what memory gives two cores here. The bound is the sum of both rates, but no less time than
+`lanes` take.
 """
 
 import argparse
@@ -28,6 +29,8 @@ import numpy.typing as npt
 from coterie.engine import Engine
 from coterie.kernels.record import Opcode
 from coterie.opening import open_to_run
+from coterie.scheduler.balance import Given
+from coterie.scheduler.placement import ROW_KINDS, Placement
 from coterie.scheduler.plan import Wishes
 from coterie.trace.chrome import read_rings
 
@@ -134,13 +137,21 @@ def measure(path: Path, other: str, tokens: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def measure_decode(path: Path, tokens: int, rounds: int) -> dict[str, Any]:
-    def opened(threads: int, units: tuple[str, ...], split: str = "layer") -> Engine:
-        wanted = Wishes(threads=threads, context=1024, units=units, split=split)
+def whole(other: str) -> dict[str, Any]:
+    """Wishes that leave the CPU unit no product that the other unit can compute."""
+    if other == "gpu":
+        return {"units": ("gpu",)}
+    cuts = dict.fromkeys(("matmul", "ffn", *ROW_KINDS), Given.whole())
+    return {"units": ("cpu", "npu"), "placement": Placement("npu", "cpu", (128,), "tensor", cuts, kept=1)}
+
+
+def measure_decode(path: Path, other: str, tokens: int, rounds: int) -> dict[str, Any]:
+    def opened(threads: int, **wishes: Any) -> Engine:
+        wanted = Wishes(threads=threads, context=1024, **wishes)
         return Engine(open_to_run(path, wanted, lambda *a: None), wanted)
 
-    both = opened(1, ("cpu", "gpu"), "tensor")  # the first one, which sets how many threads PoCL has: one
-    engines = {"alone": opened(1, ("cpu",)), "other": opened(1, ("gpu",)), "lanes": opened(2, ("cpu",)), "both": both}
+    both = opened(1, units=("cpu", other), split="tensor")  # the first one, which sets how many threads PoCL has: one
+    engines = {"alone": opened(1), "other": opened(1, **whole(other)), "lanes": opened(2), "both": both}
     rows: list[dict[str, float]] = []
     for turn in range(SETTLE + rounds):
         row = {}
@@ -177,7 +188,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.decode:
-        found = measure_decode(given.model, given.tokens or 16, given.rounds)
+        found = measure_decode(given.model, given.other, given.tokens or 16, given.rounds)
     else:
         found = measure(given.model, given.other, given.tokens or 256, given.rounds)
     for name in ("alone", "other", "lanes", "both", "bound"):

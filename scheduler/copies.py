@@ -6,6 +6,7 @@ from coterie.scheduler.placement import Placement
 GPU_RUNTIME = 160 << 20  # bytes: an OpenCL driver and its compiler (measured: PoCL, docs/benchmarks.md)
 NPU_RUNTIME = 160 << 20  # bytes: OpenVINO or ONNX Runtime, loaded
 WEIGHTS = 2.2  # times the int8 weights that a graph takes (measured: OpenVINO)
+ROW_WEIGHTS = 1.15  # the same of a token's graph; one in four bits takes 0.7
 
 
 def unit_copies(placement: Placement, spec: ModelSpec) -> dict[str, int]:
@@ -20,5 +21,7 @@ def unit_copies(placement: Placement, spec: ModelSpec) -> dict[str, int]:
         weights = WEIGHTS * spec.dim * (parts["matmul"] * heads + parts["ffn"] * 3 * spec.ffn_dim)
         widths = 4 * (4 * spec.dim + heads + 3 * spec.ffn_dim)  # bytes of a row in a layer's graphs
         layers = len(spec.layers)
-        copies["npu"] = NPU_RUNTIME + sum(int(layers * (weights + rows * widths)) for rows in placement.lengths)
+        row = layers * 3 * spec.ffn_dim * parts.get("row_ffn", 0) + spec.vocab * parts.get("row_head", 0)
+        copies["npu"] = NPU_RUNTIME + int(ROW_WEIGHTS * spec.dim * row)
+        copies["npu"] += sum(int(layers * (weights + rows * widths)) for rows in placement.lengths)
     return copies

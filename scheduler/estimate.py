@@ -17,6 +17,7 @@ from coterie.errors import PlanError
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.device_model import Cost, Instruction
 from coterie.scheduler.profile import Point, Product, ProductTimes, Shapes, UnitTimes
+from coterie.storage.npu_quantise import SCHEMES
 
 P90 = 0.9
 
@@ -69,7 +70,7 @@ class Estimator:
 
     def _times(self, unit: str, product: Product) -> ProductTimes:
         own = self._unit(unit).format
-        times = self._products.get((unit, product._replace(format=own) if own else product))
+        times = self._products.get((unit, product if product.format in SCHEMES else _in(product, own)))
         if times is None:
             raise PlanError(f"{unit} has not been measured with {_text(product)}: coterie profile --shapes MODEL")
         return times
@@ -143,6 +144,11 @@ def _errors(points: Sequence[Point], unit: UnitTimes) -> Iterator[float]:
 
 def _between(value: int, others: Sequence[int]) -> bool:
     return bool(others) and min(others) < value < max(others)
+
+
+def _in(product: Product, format: str) -> Product:
+    """As a unit has it that has all weights in that format ("": as they are)."""
+    return product._replace(format=format) if format else product
 
 
 def _text(product: Product) -> str:

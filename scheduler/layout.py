@@ -17,7 +17,7 @@ from coterie.scheduler.buffers import Laid, Shared
 from coterie.scheduler.lower import Lowering
 from coterie.scheduler.lower_gpu import GpuLowering
 from coterie.scheduler.lower_gpu_cut import CpuRows, FirstTokens, GpuRows, Meetings, flags
-from coterie.scheduler.lower_npu import NpuLowering
+from coterie.scheduler.lower_npu import NpuLowering, NpuTokens
 from coterie.scheduler.placement import CPU_ONLY, Placement
 from coterie.scheduler.program import Operand, Program, ProgramBuilder
 from coterie.scheduler.workspace import Mode
@@ -31,6 +31,7 @@ BATCH = 8  # rows of a decode batch
 PROBE_PIECE = 256 << 10  # bytes
 LOOKUPS = 4  # threads that look embeddings up on flash
 WITH_GPU = "+gpu"  # behind the name of a program that CPU and GPU unit compute together
+WITH_NPU = "decode@1"  # a decode step of CPU and NPU unit
 OUTPUT_ROWS = 8  # rows whose logits are computed together, each in two planes
 
 
@@ -205,6 +206,9 @@ def _with_npu(
             name = f"prefill@{length}{more}"
             body, on_npu[name] = lowered.both(name, f"graphs@{length}{more}")
             on_cpu += [body, lowered.head(f"head@{length}{more}")]
+    if placement.row_kinds:
+        token, on_npu[WITH_NPU] = NpuTokens(laid, kinds=placement.row_kinds).both(WITH_NPU, "graphs@1")
+        on_cpu.append(token)
     return on_cpu, on_npu
 
 

@@ -156,7 +156,7 @@ class Lowering(Workspace):
             o.NORM_SELECT: int(select),
             o.NORM_TILE_SUBS: out.subs,
             o.NORM_PLANES: self.planes if select else 1,
-            o.NORM_PLAIN: None if select else self.plain,
+            o.NORM_PLAIN: self.plain,
         }
         if woven:
             operands |= {

@@ -1,40 +1,43 @@
-"""Compile prompts' chunks for a CPU unit and an NPU unit together: static-shape graphs compute a part of the matrix
-products, or all of them, the CPU unit the rest and all else (llm.npu, section 3: norms, attention and rotary positions
-stay in floating point; HeteroInfer, section 4.2: a product cut by the rows of its weights).
+"""Compile steps for a CPU unit and an NPU unit together: static-shape graphs compute a part of the matrix products, or
+all of them, the CPU unit the rest and all else (llm.npu, section 3: norms, attention and rotary positions stay in
+floating point; HeteroInfer, section 4.2: a product cut by the rows of its weights).
 
 A layer's graphs are `qkv`, `out` and `ffn` (Gate, Up, activation and Down in one). Of qkv and out the NPU computes the
 first rows, into its columns of the CPU unit's own output; of an ffn the first neurons, whose sums the next norm adds.
-How much is in the step's header. Each unit has a program of its own; they meet at flags, three times a layer and
-direction.
+How much is in the step's header. Each unit has a program of its own; they meet at flags, in prompts three times a layer
+and direction. In decode an NPU computes parts of networks and of the head.
 """
 
+from collections.abc import Collection
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.kernels import operands as o
 from coterie.kernels import record as r
-from coterie.kernels.formats import ROWS
+from coterie.kernels.formats import ROWS, Format
 from coterie.kernels.library import kernel_name
 from coterie.kernels.record import Opcode
 from coterie.scheduler.balance import Given
-from coterie.scheduler.buffers import Laid
+from coterie.scheduler.buffers import Laid, Tiles
 from coterie.scheduler.lower import Lowering
 from coterie.scheduler.program import Draft, Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef
-from coterie.storage.weights import FFN, Layer
+from coterie.storage.npu_quantise import SCHEME, Scheme, token_scheme
+from coterie.storage.weights import FFN, Layer, Matrix
 
-GROUPED = {"qkv": "matmul", "out": "matmul", "ffn": "ffn"}  # kinds of graphs whose cuts move together
-SHARES = {"matmul": (r.GIVEN_QKV, r.GIVEN_OUT), "ffn": (r.GIVEN_UP,)}  # header words of what is cut alike
+SHARES = {"matmul": (r.GIVEN_QKV, r.GIVEN_OUT), "ffn": (r.GIVEN_UP,)}  # header words of what is cut alike in prompts
+ROW_SHARES = {"row_ffn": (r.GIVEN_UP,), "row_head": (r.GIVEN_HEAD,)}  # and in decode
 
 
-class NpuLowering(Lowering):
-    """Compiles the two programs of chunks of up to `rows` tokens, the graphs' length; graphs work on all rows, of which
-    a shorter chunk's last ones hold what nobody reads."""
+class GraphLowering(Lowering):
+    """Compiles pairs of programs for up to `rows` tokens, the graphs' length; graphs work on all rows, of which a
+    shorter step's last ones hold what nobody reads. Norms are instructions, whose rows the NPU unit reads."""
 
-    given = MappingProxyType({"qkv": r.GIVEN_QKV, "out": r.GIVEN_OUT, "up": r.GIVEN_UP, "sums": r.GIVEN_UP})
+    _npu: ProgramBuilder  # of the NPU unit's program under way
 
     def __init__(self, laid: Laid, *, rows: int, tile: int) -> None:
         self.length = rows
@@ -42,23 +45,29 @@ class NpuLowering(Lowering):
         self.z = self._floats(self.rows, self.width)  # y still holds what norms have added
         self.plain = self.normed_rows = self._floats(self.rows, self.width)
         self.again = self.sums = self._floats(self.rows, self.width)
-        # What one graph makes, until it is added:
-        self.piece = self._floats(self.length, max(self.width, self.qkv_width))
+        self.piece = self._floats(self.length, self._widest)  # what one graph makes, until it is added
 
-    def both(self, name: str, graphs: str) -> tuple[Program, Program]:
-        """All layers: the CPU unit's program, and the NPU unit's."""
-        self._npu = self._builder(graphs)
-        cpu = self._body(self._builder(name))
-        cpu.add(kernel_name("meet"), Opcode.POST, {})  # the step ends on the CPU unit, behind the last graph
-        return cpu.build(), self._npu.build()
+    @property
+    def _widest(self) -> int:
+        """Columns that a graph makes at most."""
+        raise NotImplementedError
 
-    # --- operators in which graphs take part ----------------------------------------------------------
+    def _scheme(self, formats: Collection[Format]) -> Scheme:
+        """What graphs of weights in these formats compute in."""
+        raise NotImplementedError
 
     def _graph(
-        self, b: ProgramBuilder, i: int, kind: str, parts: tuple[int, int, int], x: BufferRef, y: BufferRef
+        self,
+        b: ProgramBuilder,
+        i: int,
+        kind: str,
+        formats: Collection[Format],
+        parts: tuple[int, int, int],
+        x: BufferRef,
+        y: BufferRef,
     ) -> int:
         """Have the NPU unit compute its share of a product, once the last instruction is done; returns the flag that it
-        posts then. `parts`: row groups or clusters, rows or neurons of each, and of all."""
+        posts then. `formats`: of the weights; `parts`: row groups or clusters, rows or neurons of each, and of all."""
         count, each, rows = parts
         operands: dict[int, Operand] = {
             o.GRAPH_X: x,
@@ -72,12 +81,43 @@ class NpuLowering(Lowering):
         }
         opcode = Opcode.FFN if kind == "ffn" else Opcode.MATMUL
         self._npu.meet(b.drafts[-1].flag)
-        self._npu.add(kernel_name("graph", kind, self.length), opcode, operands, layer=i, waits=[])
+        kernel = kernel_name("graph", kind, self.length, self._scheme(formats))
+        self._npu.add(kernel, opcode, operands, layer=i, waits=[])
         return self._npu.drafts[-1].flag
 
+    def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN, ready: Draft | None) -> None:
+        layout = ffn.layout
+        formats, parts = (layout.gate, layout.up, layout.down), (layout.clusters, layout.neurons, layout.ffn_dim)
+        if "sums" not in self.given:
+            return super()._ffn(b, i, ffn, ready)
+        flag = self._graph(b, i, "ffn", formats, parts, self.normed_rows, self.sums)
+        super()._ffn(b, i, ffn, ready)
+        b.meet(flag, r.GIVEN_UP)
+        return None
+
+
+class NpuLowering(GraphLowering):
+    """Prompts' chunks, whose layers have three graphs each."""
+
+    given = MappingProxyType({"qkv": r.GIVEN_QKV, "out": r.GIVEN_OUT, "up": r.GIVEN_UP, "sums": r.GIVEN_UP})
+
+    def both(self, name: str, graphs: str) -> tuple[Program, Program]:
+        """All layers: the CPU unit's program, and the NPU unit's."""
+        self._npu = self._builder(graphs)
+        cpu = self._body(self._builder(name))
+        cpu.add(kernel_name("meet"), Opcode.POST, {})  # the step ends on the CPU unit, behind the last graph
+        return cpu.build(), self._npu.build()
+
+    @property
+    def _widest(self) -> int:
+        return max(self.width, self.qkv_width)
+
+    def _scheme(self, formats: Collection[Format]) -> Scheme:
+        return SCHEME
+
     def _project(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> list[int]:
-        rows = sum(matrix.rows for matrix in layer.projections)
-        flag = self._graph(b, i, "qkv", (rows // ROWS, ROWS, rows), self.normed_rows, self.qkv)
+        rows, formats = sum(matrix.rows for matrix in layer.projections), [m.format for m in layer.projections]
+        flag = self._graph(b, i, "qkv", formats, (rows // ROWS, ROWS, rows), self.normed_rows, self.qkv)
         numbers = super()._project(b, i, layer, ready)
         b.meet(flag, r.GIVEN_QKV)
         met = b.add(kernel_name("meet"), Opcode.POST, {}, layer=i, waits=numbers[-2:-1])
@@ -85,15 +125,48 @@ class NpuLowering(Lowering):
 
     def _mix(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> None:
         parts = layer.output.run.items, ROWS, layer.output.rows
-        flag = self._graph(b, i, "out", parts, self.attention, self.y)
+        flag = self._graph(b, i, "out", [layer.output.format], parts, self.attention, self.y)
         super()._mix(b, i, layer, ready)
         b.meet(flag, r.GIVEN_OUT)
 
-    def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN, ready: Draft | None) -> None:
-        layout = ffn.layout
-        flag = self._graph(b, i, "ffn", (layout.clusters, layout.neurons, layout.ffn_dim), self.normed_rows, self.sums)
-        super()._ffn(b, i, ffn, ready)
-        b.meet(flag, r.GIVEN_UP)
+
+class NpuTokens(GraphLowering):
+    """Decode steps of one token: a graph of each layer's feed-forward network, and one of the head, where these `kinds`
+    are cut. A graph costs as much to start as some rows, so smaller products are the CPU unit's."""
+
+    def __init__(self, laid: Laid, *, kinds: Collection[str]) -> None:
+        super().__init__(laid, rows=1, tile=1)
+        ffn = {"up": r.GIVEN_UP, "sums": r.GIVEN_UP} if "row_ffn" in kinds else {}
+        self.given = ffn | ({"head": r.GIVEN_HEAD} if "row_head" in kinds else {})
+
+    def both(self, name: str, graphs: str) -> tuple[Program, Program]:
+        """All layers and the head: the CPU unit's program, and the NPU unit's."""
+        self._npu = self._builder(graphs)
+        return self._head(self._body(self._builder(name))).build(), self._npu.build()
+
+    @property
+    def _widest(self) -> int:
+        return max(self.width, self.shared.logits.shape[1])
+
+    def _scheme(self, formats: Collection[Format]) -> Scheme:
+        return token_scheme([each.name for each in formats])
+
+    def _matmul(
+        self, b: ProgramBuilder, layer: int, matrix: Matrix, x: Tiles, y: BufferRef, *where: int, **how: Any
+    ) -> int:
+        if not how.get("outputs") or "head" not in self.given:
+            return super()._matmul(b, layer, matrix, x, y, *where, **how)
+        parts = matrix.run.items, ROWS, matrix.rows
+        flag = self._graph(b, layer, "head", [matrix.format], parts, self.normed_rows, y)
+        super()._matmul(b, layer, matrix, x, y, *where, **how)
+        b.meet(flag, r.GIVEN_HEAD)
+        return b.add(kernel_name("meet"), Opcode.POST, {})
+
+
+def cut_of(kind: str, rows: int) -> str:
+    """The kind of cut that says which graphs of a kind run, of so many rows."""
+    cut = "matmul" if kind in ("qkv", "out") else kind
+    return f"row_{cut}" if rows == 1 else cut
 
 
 def pieces(words: NDArray[np.int64], cut: Given) -> list[tuple[int, int]]:

@@ -27,6 +27,8 @@ ROLES = {  # of the units asked for: who computes prompts, and who decodes
 
 SPLITS = ("layer", "tensor")
 DECODE = dict(zip(("qkv", "out", "up", "down", "head"), PRODUCTS, strict=True))  # kinds of cuts, and their header words
+ROW_PARTS = 16  # equal parts of a product of decode, of which an NPU takes some
+ROW_KINDS = {"row_ffn": 4, "row_head": 6}  # of those: large ones, since small ones cost more to start; to begin with
 PARTS = 8  # equal parts of a product, of which an NPU takes some
 KINDS = "matmul", "ffn"  # of products that are cut alike
 GPU_PARTS = 32  # of a chunk's tokens, or of a product's rows, of which a GPU takes some
@@ -74,6 +76,9 @@ class Placement:
         if prefill == "npu":  # of which each point is another graph a layer, and none may be missing
             some = {kind: Given.around(max(1, begin.get(kind, PARTS // 2)), PARTS) for kind in KINDS}
             cuts = some if split == "tensor" else dict.fromkeys(KINDS, Given.whole())
+            if split == "tensor" and decode == "cpu":
+                first = {kind: max(1, begin.get(kind, usual)) for kind, usual in ROW_KINDS.items()}
+                cuts |= {kind: Given.around(parts, ROW_PARTS) for kind, parts in first.items()}
         if split == "tensor" and "gpu" in units:
             kinds, points = [*["tokens"] * (prefill == "gpu"), *DECODE], tuple(range(1, GPU_PARTS + 1))
             cuts |= {kind: Given(begin.get(kind, GPU_PARTS // 2), GPU_PARTS, points) for kind in kinds}
@@ -98,6 +103,11 @@ class Placement:
     def shares_decode(self) -> bool:
         """Whether CPU and GPU unit may decode a token together."""
         return not DECODE.keys().isdisjoint(self.cuts)
+
+    @property
+    def row_kinds(self) -> list[str]:
+        """Kinds of cuts of a token between CPU and NPU unit."""
+        return [kind for kind in ROW_KINDS if kind in self.cuts]
 
     @cached_property
     def decode_kinds(self) -> list[tuple[str, ...]]:
@@ -128,6 +138,7 @@ class Placement:
         if self.prefill == "npu":
             some = "a part of " * (self.split == "tensor")
             parts["npu"].append(f"{some}prompts' matrix products")
+            parts["npu"] += ["of decode's networks and head"] * bool(self.row_kinds)
             parts["gpu"] += ["prompts' first tokens"] * ("tokens" in self.cuts)
             parts["cpu"].append("the rest of prompts")
         else:

@@ -11,7 +11,7 @@ from coterie.scheduler.residency import region_bytes
 from coterie.sizes import Memory
 from coterie.storage.activations import Activations
 
-VERSION = 7
+VERSION = 8
 NUMERICS_VERSION = 1  # of docs/numerics.md: within it, equal inputs give equal bits
 MAX_LANES = 64
 OVERHEAD = 200_000_000  # bytes: Python, its libraries, and before weights are loaded the compiler, beside the ceiling

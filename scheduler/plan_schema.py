@@ -15,6 +15,8 @@ from coterie.scheduler.placement import (
     DECODE,
     GPU_PARTS,
     PARTS,
+    ROW_KINDS,
+    ROW_PARTS,
     SPLITS,
     UNITS,
     Placement,
@@ -30,8 +32,8 @@ MOST_PARTS = 1 << 10  # of a cut
 MOST_LENGTHS = 8  # of graphs: each is another copy of all weights
 MOST_POINTS = 32  # to which a cut may move: each is another graph a layer
 PHASES = "prefill", "decode"
-KINDS = {"prefill": ("matmul", "ffn", "tokens"), "decode": tuple(DECODE)}  # of cuts with the CPU unit
-OTHER = {"matmul": "npu", "ffn": "npu", "tokens": "gpu", **dict.fromkeys(DECODE, "gpu")}  # unit of a cut
+KINDS = {"prefill": ("matmul", "ffn", "tokens"), "decode": (*DECODE, *ROW_KINDS)}  # of cuts with the CPU unit
+OTHER = dict.fromkeys(("matmul", "ffn", *ROW_KINDS), "npu") | dict.fromkeys(("tokens", *DECODE), "gpu")  # unit of a cut
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,11 @@ def parse_placement(top: Table, chunk: int) -> tuple[tuple[str, ...], Placement]
     cuts = dict[str, Given]()
     for phase, table in phases.items():
         sharing = [roles[phase]] if phase == "prefill" and roles[phase] != "npu" else names
-        cuts |= _cuts(table, [kind for kind in KINDS[phase] if OTHER[kind] in sharing], split)
+        rows = ROW_KINDS if roles["prefill"] == "npu" and roles["decode"] == "cpu" else ()
+        kinds = [kind for kind in KINDS[phase] if OTHER[kind] in sharing and (kind not in ROW_KINDS or kind in rows)]
+        cuts |= _cuts(table, kinds, split)
+        if phase == "decode" and len({OTHER[kind] for kind in cuts if kind in KINDS[phase]}) > 1:
+            raise table.wrong("cuts", "are with the gpu and with the npu: a token is cut between two units; drop one")
         table.done()
     cut = cuts.get("tokens") if lengths else None
     if cut is not None:
@@ -222,22 +228,22 @@ def parse_placement(top: Table, chunk: int) -> tuple[tuple[str, ...], Placement]
 
 def _cuts(phase: Table, kinds: Sequence[str], split: str) -> dict[str, Given]:
     """The cuts of a phase, of these kinds; what is not cut, an NPU computes whole."""
-    given = {kind: Given.whole() for kind in kinds if OTHER[kind] == "npu"}
+    given = {kind: Given.whole() for kind in kinds if OTHER[kind] == "npu" and kind not in ROW_KINDS}
     if not phase.has("cuts"):
         return given
     table = phase.table("cuts")
     if split != "tensor":
         raise phase.wrong("cuts", 'has no meaning where units.split is "layer"; make that "tensor", or drop the cuts')
-    given |= {kind: _cut(table.table(kind), OTHER[kind]) for kind in kinds if table.has(kind)}
+    given |= {kind: _cut(table.table(kind), kind) for kind in kinds if table.has(kind)}
     table.done()
     return given
 
 
-def _cut(table: Table, unit: str) -> Given:
-    """A cut of which `unit` computes the first parts, and the CPU unit the rest."""
-    pieces = table.tables("pieces", MOST_POINTS)
+def _cut(table: Table, kind: str) -> Given:
+    """A cut of which another unit computes the first parts, and the CPU unit the rest."""
+    pieces, unit = table.tables("pieces", MOST_POINTS), OTHER[kind]
     if not table.has("of") and pieces[0].has("share"):
-        of = GPU_PARTS if unit == "gpu" else PARTS
+        of = GPU_PARTS if unit == "gpu" else ROW_PARTS if kind in ROW_KINDS else PARTS
         ends = list(_shares(table, pieces, unit, of))
     else:
         of = table.whole("of", 1, MOST_PARTS)

@@ -5,8 +5,9 @@ What is no product (norms, attention) was measured a layer at a time.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import inf
 from typing import Any
 
@@ -20,10 +21,11 @@ from coterie.scheduler.partition import Costs, Worker, solve
 from coterie.scheduler.placement import DECODE, Placement
 from coterie.scheduler.profile import Product
 from coterie.scheduler.resident import Resident, Tensors
-from coterie.storage.npu_quantise import SCHEME
+from coterie.storage.npu_quantise import SCHEME, token_scheme
 
 PROMPT, TOKENS = 256, 64  # that plans are chosen and explained for
 FAMILIES = {"head": "head", "ffn_up": "up", "ffn_down": "down"}  # kinds by operator; other matrices by where they stand
+ROW_NAMES = {"row_ffn": ("up", "down"), "row_head": ("head",)}  # kinds by what an NPU has of a token
 Kinds = dict[str, Counter[Product]]  # how often a step has each product, by kind
 
 
@@ -126,6 +128,15 @@ def graphs_of(spec: ModelSpec) -> Kinds:
     return {"matmul": Counter({qkv: layers}) + Counter({out: layers}), "ffn": Counter({ffn: layers})}
 
 
+def row_graphs_of(spec: ModelSpec, products: Collection[Product]) -> dict[str, Product]:
+    """The same of a token, by kinds of cuts, whose other products are the CPU unit's. `products`: those of the model;
+    where layers differ in how they are coded, as if none were coded in four bits."""
+    head = next(product for product in products if product.operator == "head")
+    networks = [product.format for product in products if product.operator in ("ffn_up", "ffn_down")]
+    ffn = Product("ffn", 2 * spec.ffn_dim, spec.dim, token_scheme(networks))
+    return {"row_ffn": ffn, "row_head": head._replace(format=token_scheme([head.format]))}
+
+
 class Sharing:
     """A model on measured units, for prompts of so many tokens, with cuts where they take least, or where a placement
     has them (`told`). Raises PlanError for what was not measured."""
@@ -142,6 +153,7 @@ class Sharing:
     ) -> None:
         self.spec, self.estimator, self.prompt, self.told = spec, estimator, prompt, told
         self._prompt, self._token = (kinds_of(spec, tensors, lanes, tokens) for tokens in (prompt, 1))
+        self._row_graphs = row_graphs_of(spec, list(chain(*self._token.values())))
 
     def candidate(self, units: tuple[str, ...], placement: Placement) -> Candidate:
         """What a placement is expected to take."""
@@ -212,10 +224,20 @@ class Sharing:
 
     def _decode(self, placement: Placement) -> Iterator[Portion]:
         yield from self._others("decode", "cpu" if placement.shares_decode else placement.decode, 1)
+        yield from (self._row(kind, placement.cuts[kind]) for kind in placement.row_kinds)
+        shared = {name for kind in placement.row_kinds for name in ROW_NAMES[kind]}
         for kind, products in self._token.items():
+            if kind in shared:
+                continue
             cut = placement.cuts.get(kind)
             unit = "gpu" if cut is not None else placement.decode
             yield self._portion("decode", kind, unit, cut, (products, products), 1)
+
+    def _row(self, kind: str, cut: Given) -> Portion:
+        """What CPU and NPU have of a token's products of a kind."""
+        mine = sum((self._token[name] for name in ROW_NAMES[kind]), Counter[Product]())
+        graphs = Counter({self._row_graphs[kind]: len(self.spec.layers) if kind == "row_ffn" else 1})
+        return self._portion("decode", kind, "npu", cut, (graphs, mine), 1)
 
     def _tokens(self, cut: Given) -> Portion:
         """A chunk of which the GPU computes the first tokens, with all that belongs to them."""

@@ -1,9 +1,9 @@
 """A dense block of a layer as a static graph has it: its form, its quantised weights, how its inputs are rounded.
 
 The blocks of a layer are `qkv` (the projections to queries, keys and values), `out` (attention's output projection)
-and `ffn` (Gate, Up, activation, Down). Everything between them, norms, rope, attention and residual additions, is
-other units' work (llm.npu, ASPLOS 2025, section 3.2: these parts depend only on the number of rows, so one graph
-serves every chunk of a prompt).
+and `ffn` (Gate, Up, activation, Down); behind the last layer there is a `head`. All between them, norms, rope,
+attention and residual additions, is other units' work (llm.npu, ASPLOS 2025, section 3.2: these parts depend only on
+the number of rows, so one graph serves every chunk of a prompt).
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,20 @@ import numpy as np
 
 from coterie.models.llama import activated
 from coterie.models.spec import Activation
-from coterie.storage.npu_quantise import Floats, Quantised, Rounding, Scheme, fit_rounding, product, quantise
+from coterie.storage.npu_quantise import (
+    FLOAT_SCHEMES,
+    GROUP,
+    Floats,
+    Quantised,
+    Rounding,
+    Scheme,
+    fit_rounding,
+    product,
+    quantise,
+)
 
-Kind = Literal["qkv", "out", "ffn"]
-KINDS: tuple[Kind, ...] = ("ffn", "qkv", "out")  # in the order in which an NPU with too little room gets them
+Kind = Literal["qkv", "out", "ffn", "head"]
+KINDS: tuple[Kind, ...] = ("ffn", "qkv", "out", "head")  # in the order in which an NPU with too little room gets them
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,8 @@ def make_block(form: Form, weights: Sequence[Floats], seen: Sequence[Seen | None
     """A block of float weights, float32[rows, cols] each, which are padded to the form's widths: the matrices of a
     qkv or an out that lie above one another, or Gate, Up and Down. `seen`: of the input, and for an ffn of Down's; each
     may be None where activations are floats. Raises ValueError for what does not fit."""
+    if form.scheme in FLOAT_SCHEMES:
+        weights = [_whole_groups(each, rows=form.kind == "ffn") for each in weights]
     if form.kind != "ffn":
         matrix, rounding = _quantised(form.scheme, list(weights), seen[0])
         return Block(form, (matrix.padded(form.width_out, form.width_in),), (rounding,))
@@ -122,10 +134,16 @@ def make_block(form: Form, weights: Sequence[Floats], seen: Sequence[Seen | None
     return Block(form, matrices, (rounding, inner))
 
 
+def _whole_groups(weights: Floats, rows: bool) -> Floats:
+    """With zeros up to whole groups of columns; of a network, whose rows are others' columns, of rows too."""
+    down, right = (-size % GROUP for size in weights.shape)
+    return np.pad(weights, ((0, down * rows), (0, right)))
+
+
 def _quantised(scheme: Scheme, weights: list[Floats], seen: Seen | None) -> tuple[Quantised, Rounding | None]:
     """Matrices with one input, as one, and the rounding of that."""
     whole = np.concatenate(weights) if len(weights) > 1 else weights[0]
-    if scheme == "w4a16":
+    if scheme in FLOAT_SCHEMES:
         return quantise(whole, scheme), None
     if seen is None:
         raise ValueError(f"{scheme} rounds activations: it needs their ranges")

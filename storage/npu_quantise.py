@@ -13,6 +13,8 @@ Every function here is plain numpy and the definition that graphs of any runtime
 * `w4a16`: weights int4 in groups of GROUP along a row, activations float (HeteroLLM, arXiv 2501.14794, section 5).
   The groups' scales are half floats, from the largest weight and its sign, as GGML's Q4_0 has them: weights that come
   from Q4_0 are kept exactly.
+* `w8a16`: the same with int8 weights, the scale from the largest magnitude, for weights that four bits would change:
+  those of Q8_0 are kept.
 * Plain int4 with a scale per row (`four_bits`) is what QNN offers, a reference for the error of the others.
 
 Activations of a few channels are far larger than all others' (a SwiGLU's up to a thousand times). With them in range,
@@ -23,6 +25,7 @@ term (section 3.3), as a small product inside the static graph: under 3 % of the
 (figure 11). What is clipped elsewhere is lost, and `clipped_away` says how much that is.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,11 +35,12 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Int8s = NDArray[np.int8]
 Index = NDArray[np.int64]
-Scheme = Literal["w8a8", "w4a8-outliers", "w4a16"]
+Scheme = Literal["w8a8", "w4a8-outliers", "w4a16", "w8a16"]
 
-SCHEMES: tuple[Scheme, ...] = ("w8a8", "w4a8-outliers", "w4a16")
-SCHEME: Scheme = "w8a8"  # what graphs of NPU units are made in
-GROUP = 32  # columns that share a scale in w4a16
+SCHEMES: tuple[Scheme, ...] = ("w8a8", "w4a8-outliers", "w4a16", "w8a16")
+SCHEME: Scheme = "w8a8"  # what graphs of prompts are made in
+FLOAT_SCHEMES: tuple[Scheme, ...] = ("w4a16", "w8a16")  # with float activations: no ranges, and weights in groups
+GROUP = 32  # columns that share a scale in those
 OUTLIERS = 1 / 16  # of the columns are kept in eight bits
 STEP = 32  # columns: what NPUs pad sizes to (HeteroLLM, section 3.2)
 CLIPS = np.linspace(0.45, 1.0, 12, dtype=np.float32)  # of a row's largest weight, tried as the largest kept
@@ -69,7 +73,7 @@ class Quantised:
     """A matrix of weights (outputs x inputs).
 
     values   int8[rows, cols]: -127..127; in four bits -7..7, with groups -8..7; 0 in the columns of outliers
-    scales   float32[rows, groups]: a value times its scale is the weight; one group a row but in w4a16
+    scales   float32[rows, groups]: a value times its scale is the weight; one group a row but in FLOAT_SCHEMES
     bits     of `values`: 8 or 4
     outliers columns that `values` leaves out
     hot      columns again, for what is clipped of their activations
@@ -128,11 +132,17 @@ class Quantised:
         )
 
 
+def token_scheme(formats: Collection[str]) -> Scheme:
+    """The scheme of a token's graph, by what its weights are coded in: with float activations, since a token takes as
+    long as its weights are read; in four bits (HeteroLLM, section 5) where that keeps them."""
+    return "w4a16" if set(formats) == {"Q4_0"} else "w8a16"
+
+
 def quantise(weights: Floats, scheme: Scheme, hot: Index | None = None, importance: Floats | None = None) -> Quantised:
     """float32[rows, cols] in a scheme's form. `hot`: the rounding's hot channels; `importance`, float32[cols]: how much
     an error in a column weighs, the mean square of its activations; None: all the same."""
-    if scheme == "w4a16":
-        return four_bits_in_groups(weights)
+    if scheme in FLOAT_SCHEMES:
+        return four_bits_in_groups(weights) if scheme == "w4a16" else eight_bits_in_groups(weights)
     made = eight_bits(weights) if scheme == "w8a8" else four_bits_and_outliers(weights, importance=importance)
     return made if hot is None else replace(made, hot=_columns(weights, hot))
 
@@ -153,15 +163,17 @@ def four_bits(weights: Floats) -> Quantised:
 def four_bits_in_groups(weights: Floats, group: int = GROUP) -> Quantised:
     """int4 in groups of columns: the weight of largest magnitude is -8 times the scale. Raises ValueError where
     columns are not whole groups."""
-    rows, cols = weights.shape
-    if cols % group:
-        raise ValueError(f"{cols} columns are not whole groups of {group}")
-    grouped = weights.reshape(rows, -1, group)
+    grouped = _grouped(weights, group)
     index = np.abs(grouped).argmax(axis=2)[:, :, None]
-    scales = (np.take_along_axis(grouped, index, axis=2)[:, :, 0] / -8).astype(np.float16).astype(np.float32)
-    scales[scales == 0] = 1
-    values = np.clip(np.rint(grouped / scales[:, :, None]), -8, 7).astype(np.int8)
-    return _plain(values.reshape(rows, cols), scales, 4)
+    largest: Floats = np.take_along_axis(grouped, index, axis=2)[:, :, 0]
+    return _in_groups(grouped, largest / np.float32(-8), 4)
+
+
+def eight_bits_in_groups(weights: Floats, group: int = GROUP) -> Quantised:
+    """int8 in groups of columns: the largest magnitude is 127 times the scale. Raises ValueError as the above."""
+    grouped = _grouped(weights, group)
+    largest: Floats = np.abs(grouped).max(axis=2)
+    return _in_groups(grouped, largest / np.float32(127), 8)
 
 
 def four_bits_and_outliers(
@@ -219,6 +231,22 @@ def product(x: Floats, weights: Quantised, rounding: Rounding | None) -> Floats:
         beyond = rounded(clipped_away(x[:, rounding.hot], rounding.scale), rounding.hot_scale)
         y += _integers(beyond, weights.hot.values, weights.hot.scales, rounding.hot_scale)
     return y
+
+
+def _grouped(weights: Floats, group: int) -> Floats:
+    rows, cols = weights.shape
+    if cols % group:
+        raise ValueError(f"{cols} columns are not whole groups of {group}")
+    return weights.reshape(rows, -1, group)
+
+
+def _in_groups(grouped: Floats, scales: Floats, bits: int) -> Quantised:
+    """float32[rows, groups, group] in so many bits, with these scales as half floats."""
+    halves = scales.astype(np.float16).astype(np.float32)
+    halves[halves == 0] = 1
+    most = (1 << bits - 1) - 1
+    values = np.clip(np.rint(grouped / halves[:, :, None]), -most - (bits == 4), most).astype(np.int8)
+    return _plain(values.reshape(len(grouped), -1), halves, bits)
 
 
 def _integers(q: Floats, values: Int8s, scales: Floats, unit: float) -> Floats:

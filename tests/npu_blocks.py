@@ -4,7 +4,7 @@ import numpy as np
 
 from coterie.models.spec import Activation
 from coterie.storage.npu_block import Block, Form, Kind, Seen, make_block
-from coterie.storage.npu_quantise import Floats, Scheme
+from coterie.storage.npu_quantise import FLOAT_SCHEMES, Floats, Scheme
 
 LOUD, QUIET = 5, 1.5  # a channel far out of the others' range; activations beyond what calibration saw
 
@@ -21,10 +21,10 @@ def random_block(
     seed: int = 0,
     **form: object,
 ) -> tuple[Block, Floats]:
-    """A block with `padded` columns in and out, of which `dim` are used (w4a16: all in, its groups are whole), and an
+    """A block with `padded` columns in and out, of which `dim` are used (w4a16, w8a16: all in, whole groups), and an
     input float32[n, padded] with one loud channel, that goes beyond the ranges in a few places."""
     rng = np.random.default_rng(seed)
-    if scheme == "w4a16":
+    if scheme in FLOAT_SCHEMES:
         dim = hidden = padded
     activation = activation or ("silu" if kind == "ffn" else None)
     shapes = (
@@ -50,7 +50,7 @@ def tolerance(block: Block, half: bool = False) -> float:
     such in a row of an output are allowed. Float activations: float32 sums in another order; with `half` bfloat16's
     2 ** -9 per factor, twice a product, over what a sum of a hundred random terms gives.
     """
-    if block.form.scheme == "w4a16":
+    if block.form.scheme in FLOAT_SCHEMES:
         return 0.05 if half else 1e-4
     floor = 1e-4
     if block.form.kind == "ffn" and block.roundings[1] is not None:

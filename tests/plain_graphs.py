@@ -16,7 +16,7 @@ from coterie.kernels.record import OPCODE
 from coterie.models.llama import activated
 from coterie.models.load import Model
 from coterie.scheduler.layout import ModelLayout
-from coterie.scheduler.lower_npu import GROUPED, pieces
+from coterie.scheduler.lower_npu import cut_of, pieces
 from coterie.scheduler.placement import Placement
 from coterie.storage.packer import half_split_rows
 from coterie.storage.unit import UnitBuffers
@@ -52,12 +52,13 @@ class PlainGraphs:
 
     def load(self, layout: ModelLayout) -> None:
         for program in layout.npu.values():
-            made = list[Product]()
+            made, kinds = list[Product](), list[str]()
             for kernel, row in zip(program.kernels, program.words, strict=True):
-                _, kind, rows = kernel.split(":")
+                _, kind, rows, _ = kernel.split(":")
+                kinds.append(cut_of(kind, int(rows)))
                 x, y = (rows_at(self.arena, int(row[at]), int(rows), int(row[at + 1])) for at in (o.GRAPH_X, o.GRAPH_Y))
                 graphs, outputs, firsts = list[PlainGraph](), list[Floats](), list[int]()
-                for first, last in pieces(row, self.cuts[GROUPED[kind]]):
+                for first, last in pieces(row, self.cuts[kinds[-1]]):
                     width = y.shape[1] if kind == "ffn" else last - first
                     out = y if kind == "ffn" and not graphs else np.zeros((int(rows), width), np.float32)
                     graphs.append(
@@ -67,7 +68,7 @@ class PlainGraphs:
                     firsts.append(first)
                 made.append(Product(graphs, outputs, y, None if kind == "ffn" else firsts))
                 self.graphs += graphs
-            self.unit.load(program, made)
+            self.unit.load(program, kinds, made)
 
     def describe(self) -> dict[str, Any]:
         return {"unit": "npu", "runtime": "numpy"}
@@ -89,6 +90,9 @@ def block(model: Model, kind: str, layer: int, first: int, last: int) -> Callabl
     if kind == "qkv":
         joined = np.concatenate([weights(f"attn_{name}") for name in "qkv"])[first:last]
         return lambda x: x[:, : joined.shape[1]] @ joined.T
+    if kind == "head":
+        head = source.floats("output.weight" if "output.weight" in source.tensors else "token_embd.weight")[first:last]
+        return lambda x: x[:, : spec.dim] @ head.T
     if kind == "out":
         out = weights("attn_output")[first:last]
         return lambda x: x[:, : out.shape[1]] @ out.T

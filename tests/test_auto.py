@@ -15,11 +15,11 @@ from coterie.models.load import read_spec
 from coterie.opening import begun_wishes, open_file, preset_wishes
 from coterie.scheduler.balance import Given
 from coterie.scheduler.estimate import others_of
-from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, Placement
+from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, ROW_KINDS, ROW_PARTS, Placement
 from coterie.scheduler.plan import Wishes
 from coterie.scheduler.planner import make_plan
 from coterie.scheduler.profile import DeviceProfile, Point, ProductTimes, Shapes, UnitTimes
-from coterie.scheduler.sharing import PROMPT, TOKENS, Candidate, graphs_of, kinds_of
+from coterie.scheduler.sharing import PROMPT, TOKENS, Candidate, graphs_of, kinds_of, row_graphs_of
 
 KEYS = {"cpu": "c", "gpu": "g", "npu": "n"}
 REST = ("qkv", "out", "down")  # of decode's products
@@ -54,18 +54,20 @@ def times_of(model: Path, rates: dict[str, tuple[float, float]]) -> dict[str, Un
         spec = read_spec(file)
         found = {each for n in (PROMPT, 1) for own in kinds_of(spec, file.tensors, 2, n).values() for each in own}
     graphs = {each for own in graphs_of(spec).values() for each in own}
+    rows = set(row_graphs_of(spec, found).values())
     units = dict[str, UnitTimes]()
     for name, (prompt, token) in rates.items():
-        own, is_npu = (graphs, True) if name == "npu" else (found | {others_of(spec)}, False)
+        own, is_npu = (graphs | rows, True) if name == "npu" else (found | {others_of(spec)}, False)
         tokens = {1: token, 128: prompt / 2, 256: prompt}
         times = tuple(
             ProductTimes(
                 each,
                 1,
                 tuple(
-                    Point(rows, n, seconds * rows / each.rows)
-                    for rows in (each.rows // 4, each.rows)
+                    Point(part, n, seconds * part / each.rows)
+                    for part in (each.rows // 4, each.rows)
                     for n, seconds in tokens.items()
+                    if n == 1 or each not in rows
                 ),
             )
             for each in sorted(own)
@@ -183,9 +185,19 @@ def test_a_plan_of_several_units_explains_itself(model: Path, monkeypatch: pytes
 def test_an_npus_cut_begins_where_there_are_graphs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(monkeypatch, model, RATES, {"cpu": (1.0, 1.0), "npu": (0.01, 1.0)})
     wishes = begun_wishes(model, Wishes(units=("cpu", "npu"), split="tensor"))
-    assert wishes.begin == {"matmul": PARTS, "ffn": PARTS}
+    begin = {"matmul": PARTS, "ffn": PARTS, "row_ffn": 11, "row_head": ROW_PARTS // 2}
+    assert wishes.begin == begin  # of 16: the CPU unit takes twice as long for a network, which is two products
     cuts = Placement.of(wishes.units, 256, "tensor", 0, wishes.begin).cuts
-    assert cuts == dict.fromkeys(("matmul", "ffn"), Given.around(PARTS, PARTS))
+    assert cuts == {
+        kind: Given.around(parts, ROW_PARTS if kind in ROW_KINDS else PARTS) for kind, parts in begin.items()
+    }
+    with open_file(model) as file:
+        told = auto.Here(file, read_spec(file), wishes).beside(wishes.units)
+    row = {portion.kind: portion for portion in told.portions if portion.phase == "decode"}
+    assert row.keys() == {"others", "qkv", "out", "row_ffn", "row_head"}
+    layers, parts = len(read_spec(file).layers), begin["row_ffn"] / ROW_PARTS
+    assert (row["row_ffn"].there, row["row_ffn"].cpu) == pytest.approx((layers * parts, 2 * layers * (1 - parts)))
+    assert (row["row_head"].there, row["row_head"].cpu) == pytest.approx((0.5, 0.5))
     measured(monkeypatch, model, RATES, {"cpu": (1.0, 1.0), "npu": (100.0, 1.0)})
     wishes = begun_wishes(model, Wishes(units=("cpu", "npu"), split="tensor"))
     assert wishes.begin["ffn"] == 0

@@ -13,7 +13,7 @@ from coterie.actors.npu_graphs import Runtime, choose_blocks, open_runtime
 from coterie.errors import UnitError
 from coterie.models.spec import Activation
 from coterie.storage.npu_block import Block, Form, Kind
-from coterie.storage.npu_quantise import SCHEMES, Floats, Scheme
+from coterie.storage.npu_quantise import FLOAT_SCHEMES, SCHEMES, Floats, Scheme
 
 RUNTIMES: dict[str, tuple[str, Callable[[str, int], Runtime]]] = {
     "openvino": ("openvino", npu_openvino.open_device),
@@ -39,9 +39,9 @@ def computed(runtime: Runtime, block: Block, x: Floats) -> Floats:
 
 
 def assert_close(runtime: Runtime, block: Block, x: Floats) -> None:
-    half = runtime.name == "OpenVINO"  # where the processor has bfloat16, w4a16 uses it there
+    half = runtime.name == "OpenVINO"  # where the processor has bfloat16, float activations use it there
     expected = block.reference(x)
-    scale = 1.0 if block.form.scheme != "w4a16" else max(1.0, float(np.abs(expected).max()))
+    scale = 1.0 if block.form.scheme not in FLOAT_SCHEMES else max(1.0, float(np.abs(expected).max()))
     allowed = tolerance(block, half) * scale
     np.testing.assert_allclose(computed(runtime, block, x), expected, atol=allowed, rtol=1e-5)
 
@@ -71,7 +71,7 @@ def test_swapped_operands_and_folded_rows_give_the_same(runtime: Runtime, kind: 
     for form in ({"swapped": True}, {"folded": (4, 6)}, {"folded": (24, 1)}, {"folded": (1, 24)}):
         other, _ = random_block(kind, scheme, **form)
         assert_close(runtime, other, x)
-        half = scheme == "w4a16"
+        half = scheme in FLOAT_SCHEMES
         allowed = 2 * tolerance(plain, half) * (max(1.0, float(np.abs(expected).max())) if half else 1)
         np.testing.assert_allclose(computed(runtime, other, x), expected, atol=allowed)
 

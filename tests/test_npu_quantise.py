@@ -17,6 +17,7 @@ from coterie.storage.npu_quantise import (
     Scheme,
     clipped_away,
     eight_bits,
+    eight_bits_in_groups,
     fit_rounding,
     four_bits,
     four_bits_and_outliers,
@@ -97,12 +98,14 @@ def test_weights_are_within_half_a_step(scheme: Scheme) -> None:
     assert off.mean() < (0.05 if scheme == "w4a8-outliers" else 1 / GROUP + 0.01 if scheme == "w4a16" else 1e-9)
 
 
-def test_weights_of_q4_0_are_kept_exactly_in_groups() -> None:
+def test_weights_of_q4_0_and_q8_0_are_kept_exactly_in_groups() -> None:
     from coterie.models.dequant import dequantise
     from coterie.models.dequant import quantise as coded
 
     weights = dequantise(coded(planted(3), "Q4_0"), "Q4_0")
     assert (four_bits_in_groups(weights).floats() == weights).all()
+    weights = dequantise(coded(planted(3), "Q8_0"), "Q8_0")
+    assert (eight_bits_in_groups(weights).floats() == weights).all()
 
 
 def test_one_scale_for_all_or_one_a_row() -> None:

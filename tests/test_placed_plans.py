@@ -23,7 +23,8 @@ from coterie.engine import Engine
 from coterie.errors import PlanError
 from coterie.opening import flash_of, open_model, open_to_run, plan_identity
 from coterie.scheduler.balance import Given
-from coterie.scheduler.placement import Placement, fitting, most_first
+from coterie.scheduler.placement import DECODE, ROW_KINDS, Placement, fitting, most_first
+from coterie.scheduler.placement import KINDS as PROMPTS
 from coterie.scheduler.plan import MAX_LANES, Wishes
 from coterie.scheduler.plan_file import (
     MAX_BYTES,
@@ -62,8 +63,9 @@ def decisions(draw: st.DrawFn) -> Decisions:
     if prefill == "npu":
         found = draw(st.sets(st.integers(1, chunk // 8), min_size=1, max_size=4))
         lengths = tuple(sorted(8 * length for length in found))
-    shared = [kind for kind in KINDS["prefill"] if OTHER[kind] == prefill] + [*KINDS["decode"]] * ("gpu" in units)
-    given = {kind: Given.whole() for kind in shared if OTHER[kind] == "npu"}
+    shared = [kind for kind in KINDS["prefill"] if OTHER[kind] == prefill] + [*DECODE] * ("gpu" in units)
+    shared += [*ROW_KINDS] * ("gpu" not in units and prefill == "npu")
+    given = {kind: Given.whole() for kind in shared if kind in PROMPTS}
     if split == "tensor":
         given |= {kind: draw(cuts()) for kind in shared}
         first = draw(cuts())
@@ -215,6 +217,23 @@ def edited(text: str, table: str, key: str, value: str) -> str:
     raise AssertionError(f"there is no {table}.{key}")
 
 
+def test_a_token_is_cut_between_two_units(sound: str) -> None:
+    values = tomllib.loads(sound)
+    values["units"]["names"] = ["cpu", "gpu", "npu"]
+    values["decode"]["cuts"]["head"] = {"of": 1, "pieces": [{"unit": "gpu", "first": 0, "last": 1}]}
+    with pytest.raises(PlanError, match="cuts are with the gpu and with the npu: a token is cut between two units"):
+        parse(values, "it")
+    for kind in ROW_KINDS:
+        del values["decode"]["cuts"][kind]
+    assert parse(values, "it").placement.shares_decode
+    values["decode"] = {
+        "unit": "gpu",
+        "cuts": {"row_ffn": {"of": 1, "pieces": [{"unit": "npu", "first": 0, "last": 1}]}},
+    }
+    with pytest.raises(PlanError, match="row_ffn"):
+        parse(values, "it")
+
+
 @pytest.mark.parametrize(("edits", "named"), WRONG)
 def test_what_is_wrong_is_one_line(sound: str, tmp_path: Path, edits: list[tuple[str, str, str]], named: str) -> None:
     path, text = tmp_path / "plan.toml", sound
@@ -345,6 +364,8 @@ def test_a_plan_that_is_edited_by_hand_is_followed(
         ("ffn", "pieces", pieces),
         ("matmul", "pieces", "[{unit = 'cpu', first = 0, last = 8}]"),
         ("ffn", "points", "[3, 6]"),
+        ("row_head", "pieces", "[{unit = 'npu', first = 0, last = 2}, {unit = 'cpu', first = 2, last = 16}]"),
+        ("row_head", "points", "[1, 2, 3, 4]"),
         ("prefill", "lengths", "[32, 64]"),
         ("cpu", "lanes", "1"),
         ("cpu", "chunk", "64"),
@@ -356,7 +377,12 @@ def test_a_plan_that_is_edited_by_hand_is_followed(
     try:
         placed = engine.plan.placement
         assert (engine.plan.lanes, engine.plan.chunk, placed.lengths) == (1, 64, (32, 64))
-        assert placed.cuts == {"ffn": Given(6, 8, (3, 6)), "matmul": Given(0, 8, (2, 4, 5, 6))}
+        assert placed.cuts == {
+            "ffn": Given(6, 8, (3, 6)),
+            "matmul": Given(0, 8, (2, 4, 5, 6)),
+            "row_ffn": Given(4, 16, (2, 4, 5, 6)),
+            "row_head": Given(2, 16, (1, 2, 3, 4)),
+        }
         assert engine.others is not None
         assert engine.others.balance is not None
         assert engine.others.balance.given == placed.cuts

@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from coterie.errors import UnitError, UsageError
 from coterie.kernels.record import LINE_PART, LINE_REST, PRODUCTS, WHOLE
 from coterie.opening import open_model
 from coterie.scheduler.layout import decode_name
-from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, Placement
+from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, ROW_KINDS, Placement
 from coterie.scheduler.plan import Wishes
 from coterie.storage.kv import Sequence
 
@@ -47,14 +48,37 @@ def test_every_cut_between_cpu_and_npu_is_near(family: str, tmp_path: Path, monk
         assert not both.supervisor.losses
 
 
-def test_a_graph_that_fails_in_a_cut_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_every_cut_of_a_token_between_cpu_and_npu_is_near(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(others, "Graphs", PlainGraphs)
+    path = write_tiny(tmp_path / "tiny.gguf", family, formats="F32", window=24)
+    with closing(engine(path)) as alone, closing(engine(path, "cpu", "npu")) as both:
+        wanted = logits(alone)
+        assert both.others is not None
+        assert isinstance(both.others.graphs, PlainGraphs)
+        ffns, heads = ((0, *both.others.placement.cuts[kind].points) for kind in ROW_KINDS)
+        for ffn, head in [*product(ffns[:3], heads[:2]), (ffns[-1], heads[-1])]:
+            cuts(both, matmul=0, ffn=0, row_ffn=ffn, row_head=head)
+            before = [graph.runs for graph in both.others.graphs.graphs]
+            assert divergences(wanted, logits(both)).max() < NEAR, (ffn, head)
+            ran = [graph.runs - then for graph, then in zip(both.others.graphs.graphs, before, strict=True)]
+            pieces = both.others.placement.cuts["row_ffn"].pieces_of(ffn) * len(both.spec.layers)
+            pieces += both.others.placement.cuts["row_head"].pieces_of(head)
+            assert sum(ran) == 12 * pieces  # in each of the tokens, and in no prompt
+        assert not both.supervisor.losses
+
+
+@pytest.mark.parametrize("rows", [64, 1])
+def test_a_graph_that_fails_in_a_cut_product(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(others, "Graphs", PlainGraphs)
     path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="F32")
     with closing(engine(path)) as alone, closing(engine(path, "cpu", "npu")) as both:
         assert both.others is not None
         assert isinstance(both.others.graphs, PlainGraphs)
-        both.others.graphs.graphs[-4].fails = True
-        cuts(both, ffn=PARTS, matmul=PARTS)
+        [graph for graph in both.others.graphs.graphs if len(graph.x) == rows][-3].fails = True
+        cuts(both, **{kind: cut.points[-1] for kind, cut in both.others.placement.cuts.items()})
         assert divergences(logits(alone), logits(both)).max() < NEAR
         (loss,) = both.supervisor.losses
         assert (loss.unit, loss.by) == ("npu", "cpu")

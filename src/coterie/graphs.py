@@ -1,4 +1,4 @@
-"""The graphs of a model's prompts on an NPU: made of its weights, built or read from the disk, bound to the arena."""
+"""The graphs of a model on an NPU: made of its weights, built or read from the disk, bound to the arena."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +20,12 @@ from coterie.models.part import model_identity
 from coterie.models.ranges import Ranges
 from coterie.scheduler.balance import Given
 from coterie.scheduler.layout import ModelLayout
-from coterie.scheduler.lower_npu import GROUPED, pieces
+from coterie.scheduler.lower_npu import cut_of, pieces
 from coterie.scheduler.placement import Placement
-from coterie.scheduler.program import Program
+from coterie.scheduler.program import NO_LAYER, Program
 from coterie.storage.arena import Arena, BufferRef
-from coterie.storage.npu_block import Block, Form, Kind, Seen, make_block
-from coterie.storage.npu_quantise import SCHEME
+from coterie.storage.npu_block import KINDS, Block, Form, Kind, Seen, make_block
+from coterie.storage.npu_quantise import FLOAT_SCHEMES, SCHEMES, Scheme
 from coterie.storage.npu_ranges import model_ranges
 from coterie.storage.packer import half_split_rows
 from coterie.storage.unit import UnitBuffers
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from coterie.models.load import Model
 
 Floats = npt.NDArray[np.float32]
+MATRICES: dict[Kind, tuple[str, ...]] = {
+    "qkv": ("attn_q", "attn_k", "attn_v"),
+    "out": ("attn_output",),
+    "ffn": ("ffn_gate", "ffn_up", "ffn_down"),
+    "head": ("output",),
+}
 
 
 class Graphs:
@@ -57,13 +63,19 @@ class Graphs:
         self.unit = NpuUnit(cpu.arena, buffers, cpu.abort_address, cores)
         self._cores = cores
         self._ranges: Ranges | None = None
+        self._schemes: dict[Scheme, None] = {}
         self.nbytes = 0  # that the process grew by when graphs were loaded, at least the graphs' own
 
     def load(self, layout: ModelLayout) -> None:
-        """Have every graph, and give it its buffers. Raises PlanError where an NPU cannot address them all."""
+        """Have every graph, and give it its buffers. Raises PlanError where an NPU cannot address or compute them."""
         records = {name: [_computed(p, i) for i in range(p.length)] for name, p in layout.npu.items()}
         firsts = {record: (p, i) for name, p in layout.npu.items() for i, record in enumerate(records[name])}
         forms = {record: self._forms(program, i) for record, (program, i) in firsts.items()}
+        self._schemes = {form.scheme: None for each in forms.values() for form in each if form is not None}
+        if lacking := [scheme for scheme in self._schemes if scheme not in self.runtime.schemes]:
+            raise PlanError(
+                f"{self.runtime.name} has no graphs in {lacking[0]} here; leave decode out of the plan's cuts"
+            )
         if not self.runtime.stand_in:
             sizes = [(form, self._nbytes(form)) for each in forms.values() for form in each if form is not None]
             if len(choose_blocks(sizes)) < len(sizes):
@@ -75,7 +87,8 @@ class Graphs:
                 self._progress("graphs for the NPU", done, len(firsts))
                 products[record] = self._product(program, i, forms[record])
         for name, program in layout.npu.items():
-            self.unit.load(program, [products[record] for record in records[name]])
+            kinds = [cut_of(kind, rows) for kind, rows, _ in map(_named, program.kernels)]
+            self.unit.load(program, kinds, [products[record] for record in records[name]])
         self._ranges = None
         self.nbytes = max(_private_bytes() - before, self.cache.nbytes)  # others may have given memory back meanwhile
         self.cache.drop_pages()
@@ -86,7 +99,7 @@ class Graphs:
             "unit": "npu",
             "runtime": self.runtime.describe(),
             "real": not self.runtime.stand_in,
-            "scheme": SCHEME,
+            "scheme": ",".join(self._schemes),
             "builds": self.cache.builds,
             "loads": self.cache.loads,
             "weight_copies": self.nbytes,
@@ -99,33 +112,33 @@ class Graphs:
 
     def _forms(self, program: Program, i: int) -> list[Form | None]:
         """What record `i` of a program computes, piece by piece; None: nothing."""
-        _, name, rows = program.kernels[i].split(":")
-        kind, words, layer = _KINDS[name], program.words[i], int(program.words[i][OPCODE]) >> 16
+        kind, rows, scheme = _named(program.kernels[i])
+        words, layer = program.words[i], int(program.words[i][OPCODE]) >> 16 & NO_LAYER
         width, out = int(words[o.GRAPH_X_ROW]) // 4, int(words[o.GRAPH_Y_ROW]) // 4
         activation = self.model.spec.activation if kind == "ffn" else None
-        cut = self._cuts[GROUPED[name]]
+        cut = self._cuts[cut_of(kind, rows)]
         if cut == Given.whole():
-            return [Form(kind, layer, int(rows), width, out, SCHEME, activation)]
+            return [Form(kind, layer, rows, width, out, scheme, activation)]
 
         def form(first: int, last: int) -> Form | None:
             if first == last:
                 return None
             made = out if kind == "ffn" else last - first
-            return Form(kind, layer, int(rows), width, made, SCHEME, activation, part=(first, last))
+            return Form(kind, layer, rows, width, made, scheme, activation, part=(first, last))
 
         return [form(first, last) for first, last in pieces(words, cut)]
 
     def _nbytes(self, form: Form) -> int:
-        """Bytes of a graph's int8 weights."""
+        """Bytes of a graph's weights, without scales."""
+        bits = 4 if form.scheme == "w4a16" else 8
         if form.kind != "ffn":
-            return form.width_in * form.width_out
+            return form.width_in * form.width_out * bits // 8
         first, last = form.part or (0, self.model.spec.ffn_dim)
-        return 3 * form.width_in * (last - first)
+        return 3 * form.width_in * (last - first) * bits // 8
 
     def _product(self, program: Program, i: int, forms: list[Form | None]) -> Product:
         """The graphs of a record, bound to where they read and write."""
-        words, kind = program.words[i], program.kernels[i].split(":")[1]
-        n = int(program.kernels[i].split(":")[2])
+        words, (kind, n, _) = program.words[i], _named(program.kernels[i])
         x, y = (rows_at(self.arena, int(words[at]), n, int(words[at + 1])) for at in (o.GRAPH_X, o.GRAPH_Y))
         graphs, outputs, columns = list[BoundGraph | None](), list[Floats](), list[int]()
         for form in forms:
@@ -148,27 +161,29 @@ class Graphs:
 
     def _block(self, form: Form) -> Block:
         """A block of the model's own weights."""
-        if self._ranges is None:
-            self._ranges = model_ranges(self.model, say=self._progress)
-        names = {
-            "qkv": ("attn_q", "attn_k", "attn_v"),
-            "out": ("attn_output",),
-            "ffn": ("ffn_gate", "ffn_up", "ffn_down"),
-        }
-        inputs = ("ffn", "hidden") if form.kind == "ffn" else (form.kind,)
-        seen = [Seen(self._ranges.peaks[name][form.layer], self._ranges.squares[name][form.layer]) for name in inputs]
-        weights = [self._weights(form.layer, name) for name in names[form.kind]]
+        seen = [None, None] if form.scheme in FLOAT_SCHEMES else self._seen(form)
+        weights = [self._weights(form.layer, name) for name in MATRICES[form.kind]]
         if form.part is None:
             return make_block(form, weights, seen)
         rows = slice(*form.part)
         if form.kind != "ffn":
             return make_block(form, [np.concatenate(weights)[rows]], seen)
         gate, up, down = weights
-        inner = Seen(seen[1].peaks[rows], seen[1].squares[rows])
+        inner = seen[1] and Seen(seen[1].peaks[rows], seen[1].squares[rows])
         return make_block(form, [gate[rows], up[rows], np.ascontiguousarray(down[:, rows])], [seen[0], inner])
+
+    def _seen(self, form: Form) -> list[Seen | None]:
+        """The ranges of a block's inputs."""
+        if self._ranges is None:
+            self._ranges = model_ranges(self.model, say=self._progress)
+        inputs = ("ffn", "hidden") if form.kind == "ffn" else (form.kind,)
+        return [Seen(self._ranges.peaks[name][form.layer], self._ranges.squares[name][form.layer]) for name in inputs]
 
     def _weights(self, layer: int, name: str) -> Floats:
         """A matrix with its rows in packed order: rotary pairs are split."""
+        if name == "output":
+            tied = f"{name}.weight" not in self._source.tensors
+            return self._source.floats("token_embd.weight" if tied else f"{name}.weight")
         spec, found = self.model.spec, self._source.floats(f"blk.{layer}.{name}.weight")
         if name in ("attn_q", "attn_k") and spec.interleaved_rope:
             heads = len(found) // spec.head_dim
@@ -181,7 +196,10 @@ def _computed(program: Program, i: int) -> tuple[str, bytes]:
     return program.kernels[i], program.words[i, [OPCODE, *range(OPERANDS, WORDS)]].tobytes()
 
 
-_KINDS: dict[str, Kind] = {"qkv": "qkv", "out": "out", "ffn": "ffn"}
+def _named(kernel: str) -> tuple[Kind, int, Scheme]:
+    """What the name of a graph's kernel says (lower_npu.py): kind, rows, scheme."""
+    _, kind, rows, scheme = kernel.split(":")
+    return next(known for known in KINDS if known == kind), int(rows), next(s for s in SCHEMES if s == scheme)
 
 
 def _private_bytes() -> int:

@@ -12,20 +12,17 @@ from coterie.actors.host import UnitLost
 from coterie.actors.unit import Rows
 from coterie.errors import UnitError
 from coterie.graphs import Graphs
-from coterie.kernels.record import LINE_PART, LINE_POLLED, LINE_REST, LINE_SLEPT, PRODUCTS, WHOLE, Opcode
+from coterie.kernels.record import LINE_PART, LINE_POLLED, LINE_REST, LINE_SLEPT, PRODUCTS, WHOLE
 from coterie.scheduler.balance import Balance, Given
-from coterie.scheduler.layout import WITH_GPU, ModelLayout, Units, decode_name
-from coterie.scheduler.lower_npu import SHARES
-from coterie.scheduler.placement import CPU_ONLY, DECODE, Placement
+from coterie.scheduler.layout import WITH_GPU, WITH_NPU, ModelLayout, Units, decode_name
+from coterie.scheduler.lower_npu import ROW_SHARES, SHARES
+from coterie.scheduler.placement import CPU_ONLY, DECODE, ROW_KINDS, Placement
 
 if TYPE_CHECKING:
     from coterie.models.load import Model
 
 Progress = Callable[..., None]
-OPCODES = {"matmul": int(Opcode.MATMUL), "ffn": int(Opcode.FFN)}  # of graphs
-
-
-WORDS = SHARES | {kind: (word,) for kind, word in DECODE.items()}  # header words of kinds of products
+WORDS = SHARES | ROW_SHARES | {kind: (word,) for kind, word in DECODE.items()}  # header words of kinds of products
 
 
 def shares(parts: Mapping[str, int], cuts: Mapping[str, Given]) -> dict[int, int]:
@@ -123,6 +120,11 @@ class OtherUnits:
         found = next(kinds for kinds in self.placement.decode_kinds if wanted <= set(kinds))
         return (decode_name(found), words) if wanted else None
 
+    @property
+    def decode_beside_npu(self) -> bool:
+        """Whether CPU and NPU unit compute decode steps of one token together."""
+        return any(self.parts[kind] for kind in self.placement.row_kinds)
+
     def run_on_gpu(self, name: str, rows: Rows) -> None:
         """See GpuUnit.run."""
         assert self.gpu is not None
@@ -134,7 +136,7 @@ class OtherUnits:
         """A step of that program without the GPU unit, which might take part: its chance comes in time."""
         if self.balance is not None and self.adapts:
             tokens = name.startswith("prefill") and not name.endswith(WITH_GPU)
-            self.balance.rest(DECODE if name == "decode" else ("tokens",) * tokens)
+            self.balance.rest((*DECODE, *ROW_KINDS) if name == "decode" else ("tokens",) * tokens)
 
     @contextmanager
     def gpu_beside(self, name: str, rows: Rows, words: Mapping[int, int] = NOTHING) -> Iterator[None]:
@@ -171,16 +173,16 @@ class OtherUnits:
         if program is None or self.graphs is None:
             yield {}
         else:
-            parts = {kind: self.parts[kind] for kind in SHARES}
+            words, cuts = ROW_SHARES if name == WITH_NPU else SHARES, self.placement.cuts
+            parts = {kind: self.parts[kind] for kind in words if kind in cuts}
             before = self._cpu.seconds()
-            pieces = {OPCODES[kind]: self.placement.cuts[kind].pieces_of(count) for kind, count in parts.items()}
+            pieces = {kind: cuts[kind].pieces_of(count) for kind, count in parts.items()}
             with self.graphs.unit.beside(program.name, self._cpu.next_epoch, pieces):
-                yield shares(parts, self.placement.cuts)
+                yield shares(parts, cuts)
             if self.balance is not None and self.adapts:
                 took, busy = self._cpu.seconds() - before, self.graphs.unit.busy_seconds()
-                ours = {kind: [LINE_PART + PRODUCTS.index(word) for word in SHARES[kind]] for kind in parts}
-                seconds = {kind: (busy[OPCODES[kind]], float(took[ours[kind]].sum())) for kind in parts}
-                self.balance.observe(seconds)
+                ours = {kind: [LINE_PART + PRODUCTS.index(word) for word in words[kind]] for kind in parts}
+                self.balance.observe({kind: (busy[kind], float(took[ours[kind]].sum())) for kind in parts})
 
     def watch(self) -> None:
         """While the CPU unit runs. Raises UnitLost where a unit that it may be waiting for does not answer."""
@@ -215,7 +217,7 @@ class OtherUnits:
         """What they are, with what they have built so far, and their parts of products as cuts are now."""
         cuts, parts = self.placement.cuts, self.parts
         found = []
-        for unit, kinds in ((self.gpu, ("tokens", *DECODE)), (self.graphs, tuple(SHARES))):
+        for unit, kinds in ((self.gpu, ("tokens", *DECODE)), (self.graphs, (*SHARES, *ROW_KINDS))):
             if unit is not None:
                 given = {kind: [parts[kind], cuts[kind].of] for kind in kinds if kind in parts}
                 found.append(unit.describe() | ({"parts": given} if given else {}))

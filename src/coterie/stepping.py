@@ -12,7 +12,7 @@ from coterie.actors.unit import Rows
 from coterie.ceiling import Ceiling
 from coterie.meter import Meter
 from coterie.others import OtherUnits
-from coterie.scheduler.layout import WITH_GPU, ModelLayout
+from coterie.scheduler.layout import WITH_GPU, WITH_NPU, ModelLayout
 from coterie.storage.arena import Arena
 from coterie.stream import Stream
 from coterie.supervision import Supervisor
@@ -86,8 +86,9 @@ class Stepping:
         elif self.others.on_gpu(name):
             self.others.run_on_gpu(name, rows)
         else:
-            with self.others.beside(name) as given:
-                self._on_cpu(name, rows, more, given)
+            program = WITH_NPU if name == "decode" and self.others.decode_beside_npu else name
+            with self.others.beside(program) as given:
+                self._on_cpu(program, rows, more, given)
 
     def _on_both(self, others: OtherUnits, name: str, rows: Rows, more: bool) -> None:
         """A step of a chunk of which the GPU unit computes the first tokens, and the CPU unit, maybe with an NPU unit

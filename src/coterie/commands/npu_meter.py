@@ -11,20 +11,31 @@ from coterie.commands.model_bench import ModelBench, Progress
 from coterie.commands.shape_meters import ROUNDS, SHARES, Points, gathered, portion, read_all
 from coterie.models.spec import ModelSpec
 from coterie.scheduler.profile import Product, ProductTimes
+from coterie.scheduler.sharing import row_graphs_of
 from coterie.storage.npu_block import Block, Form
-from coterie.storage.npu_quantise import HOT, SCHEME, STEP, Columns, Quantised, fit_rounding
+from coterie.storage.npu_quantise import (
+    FLOAT_SCHEMES,
+    GROUP,
+    HOT,
+    SCHEME,
+    SCHEMES,
+    STEP,
+    Columns,
+    Quantised,
+    fit_rounding,
+)
 
 READS = 8192, 8192  # rows and columns of a matrix that no cache holds
 
 
 def graph_products(products: Sequence[Product], spec: ModelSpec) -> list[Product]:
-    """What of a model's products, and of its layers' own graphs (lower_npu.py), an NPU could compute. The head is no
-    graph."""
+    """What of a model's products, and of its layers' own graphs (lower_npu.py), an NPU could compute. The head is a
+    graph for a token only."""
     found = [each._replace(format=SCHEME) for each in products if each.operator != "head"]
     columns = next(each.columns for each in found if each.operator == "matmul")
     found.append(Product("matmul", spec.qkv_rows, columns, SCHEME))
     found += [each._replace(operator="ffn") for each in found if each.operator == "ffn_up"]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *row_graphs_of(spec, products).values()]))
 
 
 class NpuMeter:
@@ -43,7 +54,8 @@ class NpuMeter:
             for done, share in enumerate(SHARES, number * len(SHARES)):
                 progress("measuring graphs on the NPU unit", done, len(products) * len(SHARES))
                 block, rows = self._block(product, share)
-                graphs = {tokens: self._graph(block, tokens) for tokens in self.lengths}
+                lengths = (1,) if product.format in FLOAT_SCHEMES else self.lengths
+                graphs = {tokens: self._graph(block, tokens) for tokens in lengths}
                 for turn in range(ROUNDS + 1):
                     for tokens, graph in graphs.items():
                         seconds = self._seconds(graph)
@@ -73,14 +85,18 @@ class NpuMeter:
     def _block(self, product: Product, share: float) -> tuple[Block, int]:
         """A product's first rows as a block for one token, and how many rows those are."""
         columns, step = product.columns, 2 * STEP if product.operator == "ffn" else STEP
+        scheme = next(each for each in SCHEMES if each == product.format)
         rows = min(product.rows, step * portion(-(-product.rows // step), share))
         if product.operator == "ffn":
-            form = Form("ffn", 0, 1, columns, columns, SCHEME, self.bench.spec.activation)
+            form = Form("ffn", 0, 1, columns, columns, scheme, self.bench.spec.activation)
             return self._made(form, [(rows, columns), (columns, rows // 2)]), rows
-        return self._made(Form("out", 0, 1, columns, rows, SCHEME), [(rows, columns)]), rows
+        return self._made(Form("out", 0, 1, columns, rows, scheme), [(rows, columns)]), rows
 
     def _made(self, form: Form, shapes: Sequence[tuple[int, int]]) -> Block:
         """Random matrices, whose inputs have a few channels beyond the others, as real ones have."""
+        if form.scheme in FLOAT_SCHEMES:
+            bits = 4 if form.scheme == "w4a16" else 8
+            return Block(form, tuple(self._in_groups(*shape, bits) for shape in shapes), (None,) * len(shapes))
         matrices, roundings = list[Quantised](), []
         for rows, columns in shapes:
             peaks = np.ones(columns, np.float32)
@@ -93,6 +109,12 @@ class NpuMeter:
             matrices.append(Quantised(values, scales[:, None], 8, none, hot))
             roundings.append(rounding)
         return Block(form, tuple(matrices), tuple(roundings))
+
+    def _in_groups(self, rows: int, columns: int, bits: int) -> Quantised:
+        most = (1 << bits - 1) - 1
+        values = self._random.integers(-most, most + 1, (rows, columns), np.int8)
+        none = Columns(np.empty(0, np.int64), np.empty((rows, 0), np.int8), np.ones(rows, np.float32))
+        return Quantised(values, np.full((rows, -(-columns // GROUP)), 0.01 / columns, np.float32), bits, none, none)
 
     def _graph(self, block: Block, tokens: int) -> Graph:
         form = replace(block.form, n=tokens)
