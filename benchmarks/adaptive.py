@@ -5,7 +5,7 @@ load, in alternation.
 
 The CPU unit has one lane on the first core, the other unit the last one. A load is a busy process pinned to one of
 them. Ten steps after it has begun the cut is where it is; then it goes on following while steps are timed, one with
-it and one with each fixed cut by turns: prompts, or tokens (`--decode`, with a GPU). Of tokens the fixed cuts give all
+it and one with each fixed cut by turns: prompts, or tokens (`--decode`). Of tokens the fixed cuts give a GPU all
 products, or only the head, the same share.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from coterie.engine import Engine
 from coterie.opening import open_to_run
-from coterie.scheduler.placement import DECODE
+from coterie.scheduler.placement import DECODE, ROW_KINDS
 from coterie.scheduler.plan import Wishes
 
 STEPS = 10
@@ -62,7 +62,8 @@ class Bench:
         assert others is not None
         assert others.balance is not None
         self.others, self.balance = others, others.balance
-        self.kinds = tuple(DECODE) if decodes else ("matmul", "ffn") if other == "npu" else ("tokens",)
+        kinds = {"npu": (("matmul", "ffn"), tuple(ROW_KINDS)), "gpu": (("tokens",), tuple(DECODE))}
+        self.kinds: tuple[str, ...] = kinds[other][decodes]
         self.rng, self.chunk = np.random.default_rng(0), chunk
         self.step = self.decode if decodes else self.prefill
         self.sequence = self.engine.sequence()
@@ -102,7 +103,8 @@ class Bench:
             return [*(dict.fromkeys(DECODE, n) for n in range(0, 25, 4)), *(none | {"head": n} for n in (8, 16))]
         if len(self.kinds) == 1:
             return [{"tokens": parts} for parts in points["tokens"][:13]]
-        return [{"matmul": m, "ffn": f} for m in points["matmul"][:4] for f in points["ffn"]]
+        one, two = self.kinds
+        return [{one: m, two: f} for m in points[one][:4] for f in points[two]]
 
     def measure(self, core: int | None, rounds: int) -> dict[str, Any]:
         with load(core):
@@ -137,8 +139,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    if given.decode and given.other != "gpu":
-        parser.error("only a GPU shares decode: --other gpu --decode")
     bench, cores = Bench(given.model, given.other, given.decode), sorted(os.sched_getaffinity(0))
     found = [bench.measure(core, given.rounds) for core in (None, cores[-1], cores[0])]
     print(bench.balance.story())

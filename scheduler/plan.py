@@ -143,7 +143,7 @@ class Plan:
         return [*lines, *self.reasons, *(activity.line() for activity in self.activity), *hot]
 
     def _unit_line(self, unit: str, work: str) -> str:
-        lengths = " and ".join(map(str, self.placement.lengths))
+        lengths = " and ".join(map(str, (*self.placement.lengths, *[1] * bool(self.placement.row_kinds))))
         how = f", in graphs of {lengths} rows" if unit == "npu" else ""
         copies = self.copies.get(unit, 0)
         return f"{unit} computes: {work}{how}" + (f"; about {copies >> 20} MiB of its own" if copies else "")
