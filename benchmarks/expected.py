@@ -61,7 +61,7 @@ def timed(path: Path, units: str, split: str) -> dict[str, tuple[float, float]]:
             expected = here.placed(wishes.units, engine.plan.placement, engine.plan.lanes, told=True)
         name = f"prompt of {length}"
         found[name] = expected.prefill, statistics.median(samples[name][1:])
-        if "gpu" in units:  # else it is the CPU unit's alone
+        if "gpu" in units or split == "tensor":  # else it is the CPU unit's alone
             found["token"] = expected.token, statistics.median(samples["token"])
     engine.close()
     return found

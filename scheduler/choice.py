@@ -10,7 +10,7 @@ from itertools import combinations
 from coterie.errors import CoterieError, PlanError
 from coterie.models.header import ModelHeader
 from coterie.models.spec import ModelSpec
-from coterie.scheduler.placement import DECODE
+from coterie.scheduler.placement import DECODE, ROW_KINDS
 from coterie.scheduler.presets import Preset, chosen_way, load_preset, preset_names
 from coterie.scheduler.simulate import Answer, Question, Simulation
 from coterie.scheduler.soc import Device
@@ -78,13 +78,14 @@ def preset_choice(
         shared = tensor and unit != "cpu" and any(kind in placement.cuts for kind in kinds)
         return tuple(names[kind] for kind in ((unit, "cpu") if shared else (unit,)))
 
+    decoder = "gpu" if placement.shares_decode else "npu" if placement.row_kinds else placement.decode
     cut = units_of(placement.prefill, ("matmul", "ffn", "tokens"))
     home = (names["cpu"],) if placement.prefill == "npu" and names["cpu"] not in cut else ()
     asked = replace(
         question,
         units=(*cut, *home),
         cut=cut,
-        decode=units_of("gpu" if placement.shares_decode else placement.decode, tuple(DECODE)),
+        decode=units_of(decoder, (*DECODE, *ROW_KINDS)),
         split=(),
         lengths=placement.lengths or question.lengths,
         chunk=question.chunk or way.chunk,

@@ -30,7 +30,7 @@ DECODE = dict(zip(("qkv", "out", "up", "down", "head"), PRODUCTS, strict=True)) 
 ROW_PARTS = 16  # equal parts of a product of decode, of which an NPU takes some
 ROW_KINDS = {"row_ffn": 4, "row_head": 6}  # of those: large ones, since small ones cost more to start; to begin with
 PARTS = 8  # equal parts of a product, of which an NPU takes some
-KINDS = "matmul", "ffn"  # of products that are cut alike
+KINDS = "matmul", "ffn"  # of prompts' products that are cut alike
 GPU_PARTS = 32  # of a chunk's tokens, or of a product's rows, of which a GPU takes some
 
 
@@ -40,9 +40,10 @@ class Placement:
     decodes.
 
     split  "layer": an operator is one unit's; "tensor": the CPU unit computes a part of other units' products
-    cuts   between the CPU unit and another one: of prompts' products with the NPU ("matmul", "ffn"), of prompts'
-           chunks by tokens ("tokens") and of decode's products by rows (DECODE) with the GPU; with both, the GPU has a
-           chunk's first tokens, and CPU and NPU share products of as many others as the longest graphs take
+    cuts   between the CPU unit and another one: of prompts' products (KINDS) and some of decode's (ROW_KINDS) with the
+           NPU, of prompts' chunks by tokens ("tokens") and of decode's products by rows (DECODE) with the GPU; with
+           both, the GPU has a chunk's first tokens, and CPU and NPU share products of as many others as the longest
+           graphs take; decode is cut between two units at most
     kept   cores, the last ones, that the CPU unit leaves to units which compute on cores
     fast   units in one step meet by flags alone; else by their runtimes' own calls
     """

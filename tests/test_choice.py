@@ -74,6 +74,15 @@ def test_a_preset_is_what_it_says() -> None:
     assert (llmnpu.exact, hetero.exact, alone.exact) == (False, False, True)
 
 
+def test_where_there_is_no_gpu_a_token_is_cut_with_the_npu() -> None:
+    file, spec = on_paper(SMALL)
+    units = {name: unit for name, unit in PHONE.units.items() if unit.kind != "gpu"}
+    question = Question(Share(1.0), prompt=200, tokens=16, threads=2)
+    (found,) = preset_choice(file, spec, replace(PHONE, units=units), question, load_preset("heteroinfer"))
+    assert (found.question.cut, found.question.decode) == (("npu", "cpu"), ("npu", "cpu"))
+    assert found.answer.decode is not None
+
+
 def test_what_is_near_is_not_taken_unasked() -> None:
     file, spec = on_paper(SMALL)
     found = choices(file, spec, PHONE, Question(Share(1.0), prompt=200, tokens=4, threads=2))
