@@ -34,10 +34,11 @@ class Product:
         columns: Sequence[int] | None,
     ) -> None:
         self.graphs, self._outputs, self._y, self._columns = list(graphs), list(outputs), y, columns
+        self._begins = self.graphs[0] is not None and self._outputs[0] is y  # the first piece writes all of a sum
 
     def run(self, pieces: int) -> None:
         """Compute the first `pieces` graphs' part of `y`; of a sum with none it is 0."""
-        if self._columns is None and (not pieces or self._outputs[0] is not self._y):
+        if self._columns is None and not (pieces and self._begins):
             self._y.fill(0)
         for number, graph in enumerate(self.graphs[:pieces]):
             if graph is not None:

@@ -2,21 +2,25 @@
 step, a second start builds nothing, and what vanishes or is damaged is replaced."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import coterie
+from split_engines import cuts, logits
 from test_other_units import prompts
 from tiny_models import write_tiny
 
 from coterie.actors.gpu import Loaded
 from coterie.actors.gpus import open_device
 from coterie.actors.npu_graphs import open_runtime
+from coterie.divergence import divergences
 from coterie.engine import Engine
 from coterie.errors import UnitError
 from coterie.opening import open_model
 from coterie.paths import cache_dir, kernels_dir
+from coterie.scheduler.placement import ROW_KINDS
 from coterie.scheduler.plan import Wishes
 from coterie.storage.arena import Arena
 
@@ -78,6 +82,21 @@ def test_no_step_builds_anything(model: Path, home: Path, tmp_path: Path) -> Non
     again = opened(model)
     assert builds(again) == [0, 0]
     again.close()
+
+
+@pytest.mark.parametrize(("formats", "scheme"), [("Q4_0", "w4a16"), ("Q8_0", "w8a16"), ("Q4_1", "w8a16")])
+def test_tokens_on_graphs_of_one_row_are_near(formats: str, scheme: str, tmp_path: Path, home: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", formats=formats)
+    asked = Wishes(threads=2, context=512, chunk=64, units=("cpu", "npu"), split="tensor")
+    with closing(opened(path, units=("cpu",))) as alone, closing(Engine(open_model(path), asked)) as both:
+        assert both.others is not None
+        assert scheme in both.others.describe()[0]["scheme"].split(",")
+        for last in (0, -1):
+            cuts(both, matmul=0, ffn=0, **{kind: both.others.placement.cuts[kind].points[last] for kind in ROW_KINDS})
+            exact, near = logits(alone, (5, 9, 40)), logits(both, (5, 9, 40))
+            assert (exact != near).any(axis=1).sum() == 12  # the tokens; prompts are the CPU unit's
+            assert divergences(exact, near).mean() < 0.01
+        assert not both.supervisor.losses
 
 
 def test_damaged_graphs_and_programs_are_built_again(model: Path, home: Path) -> None:
