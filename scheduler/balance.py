@@ -9,6 +9,8 @@ from bisect import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from coterie.kernels.record import WHOLE
+
 NEW = 0.5  # weight of the newest step in a unit's rate
 IDLE = 0.05  # share of a unit's time that waiting may take and still be none
 EAGER = 0.95  # what a unit is thought to take, of what it can have taken at most, when nobody waits for it
@@ -46,8 +48,9 @@ class Given:
         return sum(point <= parts for point in self.points)
 
     def bounds(self, count: int) -> list[int]:
-        """Where pieces of `count` rows, groups or clusters begin and end: pieces() in these units."""
-        return [count * point // self.of for point in (0, *self.points)]
+        """Where pieces of `count` groups or clusters begin and end: pieces() in these units, as kernels of the CPU unit
+        find them by a step's header."""
+        return [count * (WHOLE * point // self.of) // WHOLE for point in (0, *self.points)]
 
 
 @dataclass(frozen=True)

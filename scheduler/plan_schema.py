@@ -208,11 +208,11 @@ def parse_placement(top: Table, chunk: int) -> tuple[tuple[str, ...], Placement]
     cuts = dict[str, Given]()
     for phase, table in phases.items():
         sharing = [roles[phase]] if phase == "prefill" and roles[phase] != "npu" else names
-        rows = ROW_KINDS if roles["prefill"] == "npu" and roles["decode"] == "cpu" else ()
-        kinds = [kind for kind in KINDS[phase] if OTHER[kind] in sharing and (kind not in ROW_KINDS or kind in rows)]
-        cuts |= _cuts(table, kinds, split)
+        cuts |= _cuts(table, [kind for kind in KINDS[phase] if OTHER[kind] in sharing], split)
         if phase == "decode" and len({OTHER[kind] for kind in cuts if kind in KINDS[phase]}) > 1:
             raise table.wrong("cuts", "are with the gpu and with the npu: a token is cut between two units; drop one")
+        if not cuts.keys().isdisjoint(ROW_KINDS) and (roles["prefill"], roles["decode"]) != ("npu", "cpu"):
+            raise table.wrong("cuts", "with the npu need prefill.unit npu and decode.unit cpu; say so, or drop them")
         table.done()
     cut = cuts.get("tokens") if lengths else None
     if cut is not None:

@@ -57,17 +57,16 @@ class PlainGraphs:
                 _, kind, rows, _ = kernel.split(":")
                 kinds.append(cut_of(kind, int(rows)))
                 x, y = (rows_at(self.arena, int(row[at]), int(rows), int(row[at + 1])) for at in (o.GRAPH_X, o.GRAPH_Y))
-                graphs, outputs, firsts = list[PlainGraph](), list[Floats](), list[int]()
+                graphs, outputs, firsts = list[PlainGraph | None](), list[Floats](), list[int]()
                 for first, last in pieces(row, self.cuts[kinds[-1]]):
                     width = y.shape[1] if kind == "ffn" else last - first
                     out = y if kind == "ffn" and not graphs else np.zeros((int(rows), width), np.float32)
-                    graphs.append(
-                        PlainGraph(block(self.model, kind, int(row[OPCODE]) >> 16 & 0xFFFF, first, last), x, out)
-                    )
+                    compute = block(self.model, kind, int(row[OPCODE]) >> 16 & 0xFFFF, first, last)
+                    graphs.append(PlainGraph(compute, x, out) if first < last else None)
                     outputs.append(out)
                     firsts.append(first)
                 made.append(Product(graphs, outputs, y, None if kind == "ffn" else firsts))
-                self.graphs += graphs
+                self.graphs += [graph for graph in graphs if graph is not None]
             self.unit.load(program, kinds, made)
 
     def describe(self) -> dict[str, Any]:

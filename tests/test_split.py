@@ -21,6 +21,7 @@ from coterie.engine import Engine
 from coterie.errors import UnitError, UsageError
 from coterie.kernels.record import LINE_PART, LINE_REST, PRODUCTS, WHOLE
 from coterie.opening import open_model
+from coterie.scheduler.balance import Given
 from coterie.scheduler.layout import decode_name
 from coterie.scheduler.placement import DECODE, GPU_PARTS, PARTS, ROW_KINDS, Placement
 from coterie.scheduler.plan import Wishes
@@ -53,7 +54,7 @@ def test_every_cut_of_a_token_between_cpu_and_npu_is_near(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(others, "Graphs", PlainGraphs)
-    path = write_tiny(tmp_path / "tiny.gguf", family, formats="F32", window=24)
+    path = write_tiny(tmp_path / "tiny.gguf", family, formats="F32", window=24, ffn=512)
     with closing(engine(path)) as alone, closing(engine(path, "cpu", "npu")) as both:
         wanted = logits(alone)
         assert both.others is not None
@@ -68,6 +69,22 @@ def test_every_cut_of_a_token_between_cpu_and_npu_is_near(
             pieces += both.others.placement.cuts["row_head"].pieces_of(head)
             assert sum(ran) == 12 * pieces  # in each of the tokens, and in no prompt
         assert not both.supervisor.losses
+
+
+def test_parts_that_are_no_power_of_two_and_pieces_without_neurons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(others, "Graphs", PlainGraphs)
+    path = write_tiny(tmp_path / "tiny.gguf", "llama", formats="F32", ffn=224)  # 7 clusters
+    usual = Placement.of(("cpu", "npu"), 64, "tensor")
+    with closing(engine(path)) as alone:
+        wanted = logits(alone)
+        for cut in (Given(5, 7, (2, 5)), Given(2, 3, (1, 2)), Given(60, 100, (1, 60))):
+            placement = replace(usual, cuts=dict.fromkeys(usual.cuts, cut))
+            asked = Wishes(threads=2, context=512, chunk=64, units=("cpu", "npu"), placement=placement)
+            with closing(Engine(open_model(path), asked)) as both:
+                cuts(both)
+                assert divergences(wanted, logits(both)).max() < NEAR, cut
 
 
 @pytest.mark.parametrize("rows", [64, 1])

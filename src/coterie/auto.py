@@ -106,6 +106,7 @@ def begun(file: ModelHeader, spec: ModelSpec, wishes: Wishes) -> Wishes:
     except CoterieError as error:
         said = str(error) if not isinstance(error, PlanError) else f"not measured beside each other: {MEASURE}"
         return replace(wishes, reasons=(*wishes.reasons, f"cuts begin in the middle ({said})"))
-    parts = ", ".join(f"{portion.kind} {portion.parts}/{portion.of}" for portion in found.portions if portion.of > 1)
+    cuts = Placement.of(found.units, CHUNK, "tensor", begin=found.begin).cuts
+    parts = ", ".join(f"{kind} {cut.parts}/{cut.of}" for kind, cut in cuts.items())
     why = f"cuts begin where measured products end soonest: {','.join(found.units)} {parts}"
     return replace(wishes, begin=found.begin, reasons=(*wishes.reasons, why))
