@@ -7,6 +7,7 @@ GPU_RUNTIME = 160 << 20  # bytes: an OpenCL driver and its compiler (measured: P
 NPU_RUNTIME = 160 << 20  # bytes: OpenVINO or ONNX Runtime, loaded
 WEIGHTS = 2.2  # times the int8 weights that a graph takes (measured: OpenVINO)
 ROW_WEIGHTS = 1.15  # the same of a token's graph; one in four bits takes 0.7
+GRAPH = 800 << 10  # bytes that each further graph of a product takes, its weights apart (measured: OpenVINO)
 
 
 def unit_copies(placement: Placement, spec: ModelSpec) -> dict[str, int]:
@@ -24,4 +25,7 @@ def unit_copies(placement: Placement, spec: ModelSpec) -> dict[str, int]:
         row = layers * 3 * spec.ffn_dim * parts.get("row_ffn", 0) + spec.vocab * parts.get("row_head", 0)
         copies["npu"] = NPU_RUNTIME + int(ROW_WEIGHTS * spec.dim * row)
         copies["npu"] += sum(int(layers * (weights + rows * widths)) for rows in placement.lengths)
+        pieces = {kind: len(cut.points) for kind, cut in placement.cuts.items()}
+        further = len(placement.lengths) * (2 * (pieces["matmul"] - 1) + pieces["ffn"] - 1) + pieces.get("row_ffn", 0)
+        copies["npu"] += GRAPH * (layers * further + pieces.get("row_head", 0))
     return copies

@@ -21,7 +21,9 @@ from coterie.engine import Engine
 from coterie.errors import CoterieError, PlanError, UsageError
 from coterie.models.load import Model
 from coterie.opening import flash_of, open_model, plan_identity
+from coterie.scheduler.copies import GRAPH, unit_copies
 from coterie.scheduler.layout import BATCH
+from coterie.scheduler.placement import Placement
 from coterie.scheduler.plan import Plan, Wishes
 from coterie.scheduler.plan_file import MAX_BYTES, format_plan, read_plan, write_plan
 from coterie.scheduler.plan_schema import Decisions, parse, tables
@@ -425,3 +427,14 @@ def test_a_plan_of_another_machine_is_refused(sound: str, tmp_path: Path) -> Non
     path.write_text(edited(sound, machine='"snapdragon-8gen3"'))
     with pytest.raises(PlanError, match=r"another device \(snapdragon-8gen3\); make one for this machine"):
         read_plan(path, Wishes())
+
+
+def test_each_graph_of_an_npu_is_counted(tmp_path: Path) -> None:
+    """Of a cut product there is one for each point to which the cut may move."""
+    model = open_model(write_tiny(tmp_path / "tiny.gguf"))
+    spec = model.spec
+    model.close()
+    placed = Placement.of(("cpu", "npu"), 128, "tensor")
+    few = replace(placed, cuts={kind: replace(cut, points=cut.points[-1:]) for kind, cut in placed.cuts.items()})
+    graphs = len(spec.layers) * (2 * 3 + 3 + 3) + 3
+    assert unit_copies(placed, spec)["npu"] - unit_copies(few, spec)["npu"] == GRAPH * graphs
