@@ -47,10 +47,14 @@ class Given:
         """How many pieces so many parts are."""
         return sum(point <= parts for point in self.points)
 
+    def share(self, parts: int) -> int:
+        """So many parts as a step's header says them, of WHOLE."""
+        return WHOLE * parts // self.of
+
     def bounds(self, count: int) -> list[int]:
         """Where pieces of `count` groups or clusters begin and end: pieces() in these units, as kernels of the CPU unit
         find them by a step's header."""
-        return [count * (WHOLE * point // self.of) // WHOLE for point in (0, *self.points)]
+        return [count * self.share(point) // WHOLE for point in (0, *self.points)]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ BATCH = 8  # rows of a decode batch
 PROBE_PIECE = 256 << 10  # bytes
 LOOKUPS = 4  # threads that look embeddings up on flash
 WITH_GPU = "+gpu"  # behind the name of a program that CPU and GPU unit compute together
-WITH_NPU = "decode@1"  # a decode step of CPU and NPU unit
+ROW_DECODE = "decode@1"  # a decode step of CPU and NPU unit
 OUTPUT_ROWS = 8  # rows whose logits are computed together, each in two planes
 
 
@@ -45,8 +45,8 @@ class ModelLayout:
     `neurons`: buffers of the neuron cache, where there is one. `hidden`: by program, where hidden states enter and
     leave a part of a model, float32[rows][dim, padded with zeros]. `gpu`: the GPU unit's programs, by the names of
     those they stand for; `npu`: the NPU unit's, by the name of the CPU unit's that runs beside it (`prefill@64`, whose
-    head is `head@64`); `prefill+gpu`, `head+gpu` and `decode+gpu:...` (decode_name) are computed by both, and
-    `prefill@64+gpu` by three."""
+    head is `head@64`; ROW_DECODE, with logits); `prefill+gpu`, `head+gpu` and `decode+gpu:...` (decode_name) are
+    computed by both, and `prefill@64+gpu` by three."""
 
     weights: Weights
     whole: Weights
@@ -207,7 +207,7 @@ def _with_npu(
             body, on_npu[name] = lowered.both(name, f"graphs@{length}{more}")
             on_cpu += [body, lowered.head(f"head@{length}{more}")]
     if placement.row_kinds:
-        token, on_npu[WITH_NPU] = NpuTokens(laid, kinds=placement.row_kinds).both(WITH_NPU, "graphs@1")
+        token, on_npu[ROW_DECODE] = NpuTokens(laid, kinds=placement.row_kinds).both(ROW_DECODE, "graphs@1")
         on_cpu.append(token)
     return on_cpu, on_npu
 

@@ -26,7 +26,7 @@ from coterie.scheduler.buffers import Laid, Tiles
 from coterie.scheduler.lower import Lowering
 from coterie.scheduler.program import Draft, Operand, Program, ProgramBuilder
 from coterie.storage.arena import BufferRef
-from coterie.storage.npu_quantise import SCHEME, Scheme, token_scheme
+from coterie.storage.npu_quantise import SCHEME, token_scheme
 from coterie.storage.weights import FFN, Layer, Matrix
 
 SHARES = {"matmul": (r.GIVEN_QKV, r.GIVEN_OUT), "ffn": (r.GIVEN_UP,)}  # header words of what is cut alike in prompts
@@ -39,22 +39,15 @@ class GraphLowering(Lowering):
 
     _npu: ProgramBuilder  # of the NPU unit's program under way
 
-    def __init__(self, laid: Laid, *, rows: int, tile: int) -> None:
+    def __init__(self, laid: Laid, *, rows: int, tile: int, widest: int = 0) -> None:
+        """`widest`: columns that a graph beyond a layer's makes at most."""
         self.length = rows
         super().__init__(laid, mode="prefill", rows=rows, tile=tile)
         self.z = self._floats(self.rows, self.width)  # y still holds what norms have added
         self.plain = self.normed_rows = self._floats(self.rows, self.width)
         self.again = self.sums = self._floats(self.rows, self.width)
-        self.piece = self._floats(self.length, self._widest)  # what one graph makes, until it is added
-
-    @property
-    def _widest(self) -> int:
-        """Columns that a graph makes at most."""
-        raise NotImplementedError
-
-    def _scheme(self, formats: Collection[Format]) -> Scheme:
-        """What graphs of weights in these formats compute in."""
-        raise NotImplementedError
+        # What one graph makes, until it is added:
+        self.piece = self._floats(self.length, max(self.width, self.qkv_width, widest))
 
     def _graph(
         self,
@@ -81,15 +74,15 @@ class GraphLowering(Lowering):
         }
         opcode = Opcode.FFN if kind == "ffn" else Opcode.MATMUL
         self._npu.meet(b.drafts[-1].flag)
-        kernel = kernel_name("graph", kind, self.length, self._scheme(formats))
-        self._npu.add(kernel, opcode, operands, layer=i, waits=[])
+        scheme = token_scheme([each.name for each in formats]) if self.length == 1 else SCHEME
+        self._npu.add(kernel_name("graph", kind, self.length, scheme), opcode, operands, layer=i, waits=[])
         return self._npu.drafts[-1].flag
 
     def _ffn(self, b: ProgramBuilder, i: int, ffn: FFN, ready: Draft | None) -> None:
-        layout = ffn.layout
-        formats, parts = (layout.gate, layout.up, layout.down), (layout.clusters, layout.neurons, layout.ffn_dim)
         if "sums" not in self.given:
             return super()._ffn(b, i, ffn, ready)
+        layout = ffn.layout
+        formats, parts = (layout.gate, layout.up, layout.down), (layout.clusters, layout.neurons, layout.ffn_dim)
         flag = self._graph(b, i, "ffn", formats, parts, self.normed_rows, self.sums)
         super()._ffn(b, i, ffn, ready)
         b.meet(flag, r.GIVEN_UP)
@@ -107,13 +100,6 @@ class NpuLowering(GraphLowering):
         cpu = self._body(self._builder(name))
         cpu.add(kernel_name("meet"), Opcode.POST, {})  # the step ends on the CPU unit, behind the last graph
         return cpu.build(), self._npu.build()
-
-    @property
-    def _widest(self) -> int:
-        return max(self.width, self.qkv_width)
-
-    def _scheme(self, formats: Collection[Format]) -> Scheme:
-        return SCHEME
 
     def _project(self, b: ProgramBuilder, i: int, layer: Layer, ready: Draft | None) -> list[int]:
         rows, formats = sum(matrix.rows for matrix in layer.projections), [m.format for m in layer.projections]
@@ -135,7 +121,7 @@ class NpuTokens(GraphLowering):
     are cut. A graph costs as much to start as some rows, so smaller products are the CPU unit's."""
 
     def __init__(self, laid: Laid, *, kinds: Collection[str]) -> None:
-        super().__init__(laid, rows=1, tile=1)
+        super().__init__(laid, rows=1, tile=1, widest=laid.shared.logits.shape[1])
         ffn = {"up": r.GIVEN_UP, "sums": r.GIVEN_UP} if "row_ffn" in kinds else {}
         self.given = ffn | ({"head": r.GIVEN_HEAD} if "row_head" in kinds else {})
 
@@ -143,13 +129,6 @@ class NpuTokens(GraphLowering):
         """All layers and the head: the CPU unit's program, and the NPU unit's."""
         self._npu = self._builder(graphs)
         return self._head(self._body(self._builder(name))).build(), self._npu.build()
-
-    @property
-    def _widest(self) -> int:
-        return max(self.width, self.shared.logits.shape[1])
-
-    def _scheme(self, formats: Collection[Format]) -> Scheme:
-        return token_scheme([each.name for each in formats])
 
     def _matmul(
         self, b: ProgramBuilder, layer: int, matrix: Matrix, x: Tiles, y: BufferRef, *where: int, **how: Any

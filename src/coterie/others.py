@@ -14,7 +14,7 @@ from coterie.errors import UnitError
 from coterie.graphs import Graphs
 from coterie.kernels.record import LINE_PART, LINE_POLLED, LINE_REST, LINE_SLEPT, PRODUCTS, WHOLE
 from coterie.scheduler.balance import Balance, Given
-from coterie.scheduler.layout import WITH_GPU, WITH_NPU, ModelLayout, Units, decode_name
+from coterie.scheduler.layout import ROW_DECODE, WITH_GPU, ModelLayout, Units, decode_name
 from coterie.scheduler.lower_npu import ROW_SHARES, SHARES
 from coterie.scheduler.placement import CPU_ONLY, DECODE, ROW_KINDS, Placement
 
@@ -27,7 +27,7 @@ WORDS = SHARES | ROW_SHARES | {kind: (word,) for kind, word in DECODE.items()}  
 
 def shares(parts: Mapping[str, int], cuts: Mapping[str, Given]) -> dict[int, int]:
     """What a step's header says of cuts."""
-    return {word: WHOLE * count // cuts[kind].of for kind, count in parts.items() for word in WORDS[kind]}
+    return {word: cuts[kind].share(count) for kind, count in parts.items() for word in WORDS[kind]}
 
 
 class OtherUnits:
@@ -123,7 +123,8 @@ class OtherUnits:
     @property
     def decode_beside_npu(self) -> bool:
         """Whether CPU and NPU unit compute decode steps of one token together."""
-        return any(self.parts[kind] for kind in self.placement.row_kinds)
+        parts = self.parts
+        return any(parts[kind] for kind in self.placement.row_kinds)
 
     def run_on_gpu(self, name: str, rows: Rows) -> None:
         """See GpuUnit.run."""
@@ -173,8 +174,8 @@ class OtherUnits:
         if program is None or self.graphs is None:
             yield {}
         else:
-            words, cuts = ROW_SHARES if name == WITH_NPU else SHARES, self.placement.cuts
-            parts = {kind: self.parts[kind] for kind in words if kind in cuts}
+            words, cuts = ROW_SHARES if name == ROW_DECODE else SHARES, self.placement.cuts
+            parts = {kind: count for kind, count in self.parts.items() if kind in words}
             before = self._cpu.seconds()
             pieces = {kind: cuts[kind].pieces_of(count) for kind, count in parts.items()}
             with self.graphs.unit.beside(program.name, self._cpu.next_epoch, pieces):

@@ -12,7 +12,7 @@ from coterie.actors.unit import Rows
 from coterie.ceiling import Ceiling
 from coterie.meter import Meter
 from coterie.others import OtherUnits
-from coterie.scheduler.layout import WITH_GPU, WITH_NPU, ModelLayout
+from coterie.scheduler.layout import ROW_DECODE, WITH_GPU, ModelLayout
 from coterie.storage.arena import Arena
 from coterie.stream import Stream
 from coterie.supervision import Supervisor
@@ -86,7 +86,7 @@ class Stepping:
         elif self.others.on_gpu(name):
             self.others.run_on_gpu(name, rows)
         else:
-            program = WITH_NPU if name == "decode" and self.others.decode_beside_npu else name
+            program = ROW_DECODE if name == "decode" and self.others.decode_beside_npu else name
             with self.others.beside(program) as given:
                 self._on_cpu(program, rows, more, given)
 

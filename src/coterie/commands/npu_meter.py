@@ -65,8 +65,8 @@ class NpuMeter:
             yield gathered(product, block.nbytes, points)  # of all rows, which come last
 
     def launches(self) -> tuple[float, float]:
-        alone, behind = (min(self._seconds(self._small, awake) for _ in range(ROUNDS + 1)) for awake in (False, True))
-        return alone, behind
+        times = [[self._seconds(self._small, awake) for _ in range(ROUNDS + 1)] for awake in (False, True)]
+        return min(times[0]), min(times[1])
 
     def others(self) -> tuple[tuple[int, float], ...]:
         return ()
