@@ -4,7 +4,8 @@ One form serves all: QuantizeLinear to uint8 with its zero at 128 (the same valu
 int8, DequantizeLinear of both, MatMul. Providers of NPUs take it as it is; on the processor ONNX Runtime makes
 QuantizeLinear and MatMulIntegerToFloat of it, whose u8 x s8 products are VNNI's own. Signed activations would run 25
 times slower there. Four-bit values lie in int8 on the processor, which has no product for them, and in int4 on NPUs.
-Float activations (w4a16, w8a16) take MatMulNBits, which the processor's provider has.
+Float activations (w4a16, w8a16) take MatMulNBits, which the processor's provider has; for one row it rounds them in
+groups, as the CPU unit does: eight-bit weights take 25 times as long with floats.
 """
 
 import tempfile

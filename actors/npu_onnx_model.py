@@ -18,7 +18,7 @@ def model(block: Block, packed: bool) -> bytes:
     from onnx import TensorProto, helper
 
     form = block.form
-    graph = _Graph(form.swapped, packed)
+    graph = _Graph(form.swapped, packed, rounding=form.n == 1)
     x = "x"
     if form.folded:
         x = graph.op("Reshape", x, graph.constant(np.array([*form.folded, form.width_in], np.int64)))
@@ -45,12 +45,14 @@ def model(block: Block, packed: bool) -> bytes:
 
 
 class _Graph:
-    """Nodes and constants, named by number. A swapped graph holds everything transposed between its ends."""
+    """Nodes and constants, named by number. A swapped graph holds everything transposed between its ends. `rounding`:
+    float activations are rounded in groups."""
 
-    def __init__(self, swapped: bool, packed: bool) -> None:
+    def __init__(self, swapped: bool, packed: bool, rounding: bool) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self._swapped, self._packed = swapped, packed
+        self._accuracy = 4 if rounding else 1  # of MatMulNBits: computes in int8, or in float32
         self._axis = 0 if swapped else -1  # of channels
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
@@ -111,7 +113,7 @@ class _Graph:
         (rows, cols), bits = weights.shape, weights.bits
         shifted = (weights.values.view(np.uint8) + np.uint8(1 << bits - 1)).reshape(rows, cols // GROUP, GROUP)
         packed = self.constant(shifted[:, :, ::2] | shifted[:, :, 1::2] << 4 if bits == 4 else shifted)
-        sizes = {"K": cols, "N": rows, "bits": bits, "block_size": GROUP, "accuracy_level": 1}  # 1: float32
+        sizes = {"K": cols, "N": rows, "bits": bits, "block_size": GROUP, "accuracy_level": self._accuracy}
         straight = self.op("Transpose", x, perm=[1, 0]) if self._swapped else x
         y = self.op("MatMulNBits", straight, packed, self.constant(weights.scales), domain="com.microsoft", **sizes)
         return self.op("Transpose", y, perm=[1, 0]) if self._swapped else y

@@ -48,7 +48,7 @@ def tolerance(block: Block, half: bool = False) -> float:
     int8: sums of integers are exact, and scaled once per product: float32's 2 ** -24, a few times. Down's input may
     fall on the other side of a tie where the activation differs in its last bit: a step of it times a weight, and two
     such in a row of an output are allowed. Float activations: float32 sums in another order; with `half` bfloat16's
-    2 ** -9 per factor, twice a product, over what a sum of a hundred random terms gives.
+    2 ** -9 per factor, twice a product, over what a sum of a hundred random terms gives, or as much by rounding.
     """
     if block.form.scheme in FLOAT_SCHEMES:
         return 0.05 if half else 1e-4
